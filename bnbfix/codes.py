@@ -1,0 +1,242 @@
+"""Every finding's code, and what `bnbfix explain` says about it. Codes are stable: they are never reused or renumbered.
+
+BNB1xx: a tensor and its parameter do not fit. BNB2xx: the files. BNB3xx: the config and the release.
+BNB4xx: forms of checkpoint that need more than an edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+
+class Severity(IntEnum):
+    """How bad a finding is; the worst one of a release is its verdict."""
+
+    NOTE = 0
+    DEGRADED = 1
+    WRONG = 2
+    FAILS = 3
+
+    @property
+    def label(self) -> str:
+        """As the finding's severity is written."""
+        return ("note", "degraded", "wrong output", "fails")[self]
+
+    @property
+    def verdict(self) -> str:
+        """As the verdict of a release whose worst finding this is."""
+        return ("loads", "degraded", "wrong", "fails")[self]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a code means: a title, what is seen and why, what mends it, and where it is discussed upstream."""
+
+    title: str
+    why: str
+    mend: str
+    upstream: tuple[str, ...] = ()
+
+
+def _vllm(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"https://github.com/vllm-project/vllm/issues/{n}" for n in numbers)
+
+
+class Code(Enum):
+    """The findings. The member's name says it in code, the value's first part is what users see."""
+
+    PACKED_IN_PLAIN = "BNB101"
+    PLAIN_IN_PACKED = "BNB102"
+    RAGGED_GROUP = "BNB103"
+    K_EQ_V_WITHOUT_V = "BNB104"
+    EXPLICIT_V = "BNB105"
+    SHARED_WITHOUT_KV = "BNB106"
+    PACKED_PIXELS = "BNB107"
+    PACKED_LM_HEAD = "BNB108"
+    PACKED_BUT_SKIPPED = "BNB109"
+    PACKED_SHAPE = "BNB110"
+    PACKED_STORAGE = "BNB111"
+    QUANT_STATE = "BNB201"
+    ORPHANS = "BNB202"
+    INDEX = "BNB203"
+    DUPLICATE = "BNB204"
+    SKIP_ENTRY = "BNB301"
+    PER_LAYER_CONFIG = "BNB302"
+    UNKNOWN_CLASS = "BNB303"
+    PLUGIN = "BNB304"
+    TRANSFORMERS_REPACKS = "BNB305"
+    MOE_REFUSED = "BNB401"
+    FUSED_EXPERTS = "BNB402"
+    EXPERT_PREFIX = "BNB403"
+    FP4_EXPERTS = "BNB404"
+    INT8 = "BNB405"
+
+    @property
+    def explanation(self) -> Explanation:
+        return EXPLANATIONS[self]
+
+
+EXPLANATIONS = {
+    Code.PACKED_IN_PLAIN: Explanation(
+        "packed weight, ordinary parameter",
+        "The file holds this weight packed in 4 bits, as a uint8 column, where the release makes an ordinary "
+        "parameter whatever the skip list says. Loading stops with `Tried to load weights of size [N, 1] to a "
+        "parameter of size [out, in]`, or `Attempted to load weight`.",
+        "The weight is dequantized to the dtype its quant state names, its siblings go, and skip entries in both "
+        "spellings name its module.",
+        _vllm(42813),
+    ),
+    Code.PLAIN_IN_PACKED: Explanation(
+        "ordinary weight, packed parameter",
+        "The file holds this weight in full precision and the release makes a packed parameter, because no skip "
+        "entry names the module as vLLM names it. Up to 0.27 a bare AssertionError stops the load; from 0.28 on the "
+        "weight is quantized to NF4 while loading, without a word, and image and audio features degrade.",
+        "Skip entries in vLLM's spelling, with fused names (`qkv_proj`, `gate_up_proj`), are added to "
+        "llm_int8_skip_modules. No tensor changes.",
+    ),
+    Code.RAGGED_GROUP: Explanation(
+        "fused group partly packed",
+        "vLLM fuses q, k and v into qkv_proj and gate and up into gate_up_proj. Some members are packed in the file "
+        "and others are not, which no parameter can hold: a bare AssertionError up to 0.27, silent re-quantization "
+        "of the plain members from 0.28 on.",
+        "The packed members are dequantized, which keeps their precision, and the fused name is skipped.",
+    ),
+    Code.K_EQ_V_WITHOUT_V: Explanation(
+        "K serves as V, but V has no quant state",
+        "In the full-attention layers of attention_k_eq_v models the file has no v_proj; vLLM loads K into both "
+        "places. Up to 0.22 it copies the packed weight but not its quant state: the model loads, and the first "
+        "forward pass dies with `split_with_sizes expects split_sizes to sum exactly`.",
+        "v_proj.weight and its siblings are added as exact copies of k_proj's; for targets that refuse them, q and k "
+        "of these layers are dequantized and skipped.",
+        _vllm(40437),
+    ),
+    Code.EXPLICIT_V: Explanation(
+        "v_proj in a layer where K serves as V",
+        "From 0.31 on, vLLM knows no v_proj in the full-attention layers of attention_k_eq_v models: `There is no "
+        "module or parameter named 'layers.N.self_attn.v_proj'`. transformers never reads it either.",
+        "The v_proj tensors of these layers are dropped.",
+    ),
+    Code.SHARED_WITHOUT_KV: Explanation(
+        "kv-shared layers without k, v and k_norm",
+        "transformers 5.5.2 and newer do not save k_proj, v_proj and k_norm of layers that share K and V with an "
+        "earlier one (E2B, E4B). vLLM up to 0.29 makes the parameters all the same and stops with `Following weights "
+        "were not initialized`. Their values are never used.",
+        "They are added as exact copies of the tensors of the layer whose K and V are shared. Later releases drop them.",
+        _vllm(44788),
+    ),
+    Code.PACKED_PIXELS: Explanation(
+        "packed pixel projection",
+        "transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
+        "packed the dtype is uint8, and every image is corrupted in silence. 0.23 to 0.27 hide the dtype; 0.28 to "
+        "0.31 do not, and may be installed beside such a transformers.",
+        "The projection, a small one, is dequantized and skipped.",
+    ),
+    Code.PACKED_LM_HEAD: Explanation(
+        "packed lm_head",
+        "vLLM never packs lm_head. A packed one stops the load with a bare AssertionError.",
+        "lm_head is dequantized and skipped.",
+    ),
+    Code.PACKED_BUT_SKIPPED: Explanation(
+        "packed weight of a skipped module",
+        "A skip entry that vLLM honours names this module, so its parameter is an ordinary one, but the file holds "
+        "the weight packed: a bare AssertionError.",
+        "The entry is taken out and replaced by entries for the plain modules it also named. No tensor changes.",
+    ),
+    Code.PACKED_SHAPE: Explanation(
+        "packed weight is not a column",
+        "vLLM's packed parameter is a column [N, 1]. The file holds the same bytes in another shape.",
+        "The shape in the header is changed; the bytes stay.",
+        _vllm(15959, 21743),
+    ),
+    Code.PACKED_STORAGE: Explanation(
+        "packed bytes stored as another dtype",
+        "bnb_4bit_quant_storage is not uint8 (FSDP-QLoRA stores packed bytes as bfloat16): vLLM stops with "
+        "`Unsupported bnb_4bit_quant_storage`.",
+        "The same bytes are declared U8 [N, 1] in the header, and the config says uint8.",
+    ),
+    Code.QUANT_STATE: Explanation(
+        "quant state damaged or lying",
+        "A quant state does not describe its weight: a sibling is missing, has another size, or the JSON says what "
+        "cannot be. bitsandbytes would compute wrong numbers from it or read past a buffer, without an error.",
+        "Nothing mends it; quantize the model again, or fetch the file again.",
+    ),
+    Code.ORPHANS: Explanation(
+        "quant-state tensors without a packed weight",
+        "Statistics of a packed weight that is not there, or is there in full precision. Beside a plain weight they "
+        "make vLLM bind a quant state to an ordinary parameter, and the load stops.",
+        "They are dropped.",
+    ),
+    Code.INDEX: Explanation(
+        "index and shards disagree",
+        "The index names other tensors, other shards for them, or another total size than the headers of the shards. "
+        "vLLM reads every tensor of every shard that the index names, so a stale tensor left in a file is loaded.",
+        "The index is written anew from the headers.",
+    ),
+    Code.DUPLICATE: Explanation(
+        "one tensor in two shards",
+        "Two shards hold a tensor of the same name; which of them vLLM keeps depends on the order of the files.",
+        "The one that the index names is kept.",
+    ),
+    Code.SKIP_ENTRY: Explanation(
+        "skip entry that vLLM does not understand",
+        "An entry of llm_int8_skip_modules names modules as transformers does (`model.vision_tower`). vLLM compares "
+        "with its own names (`vision_tower`, `language_model.model...qkv_proj`) and never translates.",
+        "The same modules are named in vLLM's spelling as well. The entry itself stays, transformers needs it.",
+    ),
+    Code.PER_LAYER_CONFIG: Explanation(
+        "config.json in the per-layer form",
+        "transformers 5.19 writes text_config.per_layer_config in place of global_head_dim and "
+        "num_global_key_value_heads. Older ones ignore it and take defaults, or stop with "
+        "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`.",
+        "The two older keys are written and per_layer_config is removed; older and newer releases read that form alike.",
+    ),
+    Code.UNKNOWN_CLASS: Explanation(
+        "model class unknown to the release",
+        "The release has no class for this architecture: Gemma4Unified (12B) exists from 0.23 on.",
+        "Nothing in the checkpoint; a newer vLLM is needed.",
+    ),
+    Code.PLUGIN: Explanation(
+        "vllm-bnb-plugin",
+        "From 0.28 on bitsandbytes support is a plugin, and without it the quantization method is unknown. On 0.27 "
+        "the plugin must not be installed.",
+        "`pip install vllm-bnb-plugin` for 0.28 and newer, `pip uninstall vllm-bnb-plugin` for 0.27.",
+        _vllm(52802),
+    ),
+    Code.TRANSFORMERS_REPACKS: Explanation(
+        "plain weight that transformers packs again",
+        "No entry of the skip list names this module as transformers names it, so transformers quantizes the plain "
+        "weight when it loads the checkpoint. vLLM does not care.",
+        "A repair writes the skip entries in both spellings.",
+    ),
+    Code.MOE_REFUSED: Explanation(
+        "mixture of experts under bitsandbytes",
+        "vLLM up to 0.24 refuses a mixture of experts under bitsandbytes: `MoE Model ... does not support "
+        "BitsAndBytes quantization yet`.",
+        "No 4-bit form exists for these releases; 0.25 and newer can load one.",
+    ),
+    Code.FUSED_EXPERTS: Explanation(
+        "experts in three-dimensional tensors",
+        "transformers keeps the experts of a layer in two unquantized three-dimensional tensors. vLLM makes packed "
+        "parameters for them and no skip entry reaches them: shape errors.",
+        "They have to be stored one by one, in NF4 with quant states.",
+    ),
+    Code.EXPERT_PREFIX: Explanation(
+        "experts under another prefix",
+        "The experts are stored one by one, under a prefix that this release does not look for: `moe.experts` up to "
+        "0.30, `experts` from 0.31 on.",
+        "They have to be renamed; no prefix serves both.",
+    ),
+    Code.FP4_EXPERTS: Explanation(
+        "FP4 experts",
+        "vLLM's bitsandbytes loader fuses the quant states of experts with `quant_type=\"nf4\"` written out. FP4 "
+        "experts load, and are decoded with the wrong table.",
+        "They have to be quantized to NF4.",
+    ),
+    Code.INT8: Explanation(
+        "LLM.int8",
+        "The weights are quantized to 8 bits, not 4. vLLM loads such dense models when the skip list is in its own "
+        "spelling, and needs full precision for K where K serves as V up to 0.22; a mixture of experts is refused.",
+        "No 8-bit form is repaired; the model has to be dequantized whole.",
+    ),
+}  # fmt: skip

@@ -1,0 +1,66 @@
+"""What can go wrong, as one tree. Each kind carries the exit code that the command line ends with.
+
+BnbfixError                  2
+├── UsageError               2   an option, a path or a combination of them makes no sense
+├── InputError               2   the checkpoint cannot be read as it stands: missing, broken, lying
+│   ├── HeaderError          2   a safetensors header is not what the format allows
+│   └── QuantStateError      2   a packed weight and its quant state do not belong together
+├── NotApplicable            3   nothing here to check: not a bitsandbytes Gemma4 checkpoint
+├── Unrepairable             1   findings remain that no edit of the files can mend for this target
+├── VerifyError              1   an output differs from what its plan says
+└── OutputError              2   the output cannot be written: exists, no space, I/O error
+"""
+
+from __future__ import annotations
+
+
+class BnbfixError(Exception):
+    """Base of every error that bnbfix raises on purpose.
+
+    `where` names the file, and the tensor if there is one; `hint` says what to do next.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(f"{where}: {message}" if where else message)
+        self.where = where
+        self.hint = hint
+
+
+class UsageError(BnbfixError):
+    """An option or a path makes no sense."""
+
+
+class InputError(BnbfixError):
+    """The checkpoint is missing something, or something in it is broken."""
+
+
+class HeaderError(InputError):
+    """A safetensors header breaks the format's rules."""
+
+
+class QuantStateError(InputError):
+    """A packed weight and its quant state contradict each other."""
+
+
+class NotApplicable(BnbfixError):
+    """The folder holds no bitsandbytes Gemma4 checkpoint."""
+
+    exit_code = 3
+
+
+class Unrepairable(BnbfixError):
+    """The checkpoint cannot be made to load in the target."""
+
+    exit_code = 1
+
+
+class VerifyError(BnbfixError):
+    """An output is not what its plan says."""
+
+    exit_code = 1
+
+
+class OutputError(BnbfixError):
+    """The output cannot be written."""

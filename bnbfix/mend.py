@@ -1,0 +1,228 @@
+"""Decides what a repair changes: a checkpoint and the releases it shall load in, in; edits, out. Pure.
+
+One rule of thumb stands behind every decision: precision is never lost. Where a packed and an ordinary tensor meet in
+one parameter the packed one is dequantized; nothing is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import gemma4
+from .checkpoint import Checkpoint, Weight
+from .codes import Code
+from .gemma4 import Model
+from .parameters import Member, by_layer, is_packable, module_of, parameters, projections
+from .rules import hf_linears, is_explicit_v, missing_shared, older_form
+from .skip_modules import cover, honoured, transformers_skips, vllm_skips
+from .vllm_releases import ReleaseRange
+
+
+@dataclass(frozen=True)
+class Insert:
+    """A weight that is added: an exact copy of `donor`, siblings included, or its dequantized values."""
+
+    name: str
+    donor: Weight
+    dequantize: bool
+    code: Code
+
+
+@dataclass(frozen=True)
+class ConfigEdit:
+    """One change of config.json: a value set at a path of keys, or the key removed."""
+
+    path: tuple[str, ...]
+    value: Any
+    code: Code
+    remove: bool = False
+
+
+@dataclass(frozen=True)
+class Mend:
+    """All decisions. The code with each says which finding asked for it."""
+
+    dequantize: Mapping[str, Code]  # weight names
+    drop: Mapping[str, Code]  # tensor names, beside the siblings of dequantized weights
+    insert: tuple[Insert, ...]
+    retype: Mapping[str, Code]  # packed weights whose header entry becomes U8 [N, 1]
+    config: tuple[ConfigEdit, ...]
+
+
+def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Mend:
+    """The edits after which no release of the target finds anything that an edit can mend."""
+    members = projections(checkpoint)
+    dequantize: dict[str, Code] = {}
+    drop: dict[str, Code] = dict.fromkeys(checkpoint.orphans, Code.ORPHANS)
+    if any(r.k_eq_v == "refuses_v" for r in releases):
+        explicit = [m for m in members if is_explicit_v(m, model)]
+        members = [m for m in members if m not in explicit]
+        for m in explicit:
+            drop |= dict.fromkeys((m.weight.name, *m.weight.sibling_names().values()), Code.EXPLICIT_V)
+    for m in _never_packed(members, model, releases):
+        dequantize[m.weight.name] = Code.PACKED_LM_HEAD if m.place.role == "lm_head" else Code.PACKED_IN_PLAIN
+    for m in _unsafe_pixels(members, releases):
+        dequantize.setdefault(m.weight.name, Code.PACKED_PIXELS)
+    needs_v = any(r.k_eq_v == "needs_v" for r in releases)
+    if needs_v and any(r.k_eq_v == "refuses_v" for r in releases):
+        for m in _k_eq_v(members, model):
+            if m.packed:
+                dequantize.setdefault(m.weight.name, Code.K_EQ_V_WITHOUT_V)
+    _make_groups_agree(members, model, releases, dequantize)
+    insert: list[Insert] = []
+    if needs_v:
+        insert += _insert_v(members, model, dequantize)
+    if any(r.kv_shared == "needs_kv" for r in releases):
+        insert += _insert_shared(checkpoint, members, model, dequantize)
+    retype = _retype(checkpoint, dequantize)
+    config = _config(checkpoint, model, releases, members, dequantize, insert)
+    return Mend(dequantize, drop, tuple(insert), retype, tuple(config))
+
+
+def _never_packed(members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange]) -> Iterable[Member]:
+    for release in releases:
+        for p in parameters(members, model, release, ()):
+            if not p.packable and p.role != "expert":
+                yield from (m for m in p.members if m.packed)
+
+
+def _unsafe_pixels(members: Sequence[Member], releases: Sequence[ReleaseRange]) -> Iterable[Member]:
+    if any(r.pixel_projection == "needs_transformers_5_13" for r in releases):
+        yield from (m for m in members if m.place.role == "pixel_projection" and m.packed)
+
+
+def _k_eq_v(members: Sequence[Member], model: Model) -> Iterable[Member]:
+    for m in members:
+        layer = m.place.layer
+        if m.place.role == "attention" and m.place.part != "o_proj" and layer is not None:
+            if model.k_serves_as_v(layer):
+                yield m
+
+
+def _make_groups_agree(
+    members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange], dequantize: dict[str, Code]
+) -> None:
+    """Dequantizes the packed members of every fused group that holds a plain one, until none is left."""
+    changed = True
+    while changed:
+        changed = False
+        for release in releases:
+            for p in parameters(members, model, release, ()):
+                packed = [m for m in p.members if m.packed and m.weight.name not in dequantize]
+                if packed and len(packed) < len(p.members) and p.role != "expert":
+                    own = next((dequantize[m.weight.name] for m in p.members if m.weight.name in dequantize), None)
+                    dequantize |= dict.fromkeys((m.weight.name for m in packed), own or Code.RAGGED_GROUP)
+                    changed = True
+
+
+def _stays_packed(m: Member, dequantize: Mapping[str, Code]) -> bool:
+    return m.packed and m.weight.name not in dequantize
+
+
+def _insert_v(members: Sequence[Member], model: Model, dequantize: Mapping[str, Code]) -> Iterable[Insert]:
+    at = by_layer(members)
+    for (layer, part), k in sorted(at.items()):
+        if part == "k_proj" and model.k_serves_as_v(layer) and (layer, "v_proj") not in at:
+            if _stays_packed(k, dequantize):
+                name = k.weight.name.replace("k_proj", "v_proj")
+                yield Insert(name, k.weight, False, Code.K_EQ_V_WITHOUT_V)
+
+
+def _insert_shared(
+    checkpoint: Checkpoint, members: Sequence[Member], model: Model, dequantize: dict[str, Code]
+) -> Iterable[Insert]:
+    """k, v and k_norm of kv-shared layers, in the form of the layer's q. Their values are never used."""
+    at = by_layer(members)
+    for name, (layer, part) in missing_shared(checkpoint, model, members).items():
+        q = at[layer, "q_proj"]
+        donors = [_same_in(checkpoint, name, layer, other) for other in model.kv_donors(layer)]
+        found = [w for w in donors if w is not None]
+        if not found:
+            continue  # nothing to copy; the fresh scan after the repair says what is still missing
+        if part == "k_norm":
+            yield Insert(name, found[0], False, Code.SHARED_WITHOUT_KV)
+            continue
+        packed = [w for w in found if w.packed]
+        if _stays_packed(q, dequantize) and packed:
+            yield Insert(name, packed[0], False, Code.SHARED_WITHOUT_KV)
+            continue
+        if _stays_packed(q, dequantize):  # no packed donor anywhere: the group becomes plain
+            dequantize[q.weight.name] = Code.SHARED_WITHOUT_KV
+        yield Insert(name, found[0], found[0].packed, Code.SHARED_WITHOUT_KV)
+
+
+def _same_in(checkpoint: Checkpoint, name: str, layer: int, other: int) -> Weight | None:
+    return checkpoint.weights.get(name.replace(f"layers.{layer}.", f"layers.{other}."))
+
+
+def _retype(checkpoint: Checkpoint, dequantize: Mapping[str, Code]) -> dict[str, Code]:
+    out = {}
+    for w in checkpoint.weights.values():
+        if w.state is not None and w.name not in dequantize:
+            if w.tensor.info.dtype != "U8":
+                out[w.name] = Code.PACKED_STORAGE
+            elif w.tensor.info.shape != (w.tensor.info.nbytes, 1):
+                out[w.name] = Code.PACKED_SHAPE
+    return out
+
+
+def _config(
+    checkpoint: Checkpoint,
+    model: Model,
+    releases: Sequence[ReleaseRange],
+    members: Sequence[Member],
+    dequantize: Mapping[str, Code],
+    insert: Sequence[Insert],
+) -> Iterable[ConfigEdit]:
+    quantization = checkpoint.quantization
+    after = [(m, _stays_packed(m, dequantize)) for m in members]
+    after += [(Member(i.donor, gemma4.place(i.name)), not i.dequantize and i.donor.packed) for i in insert]
+    skip = skip_list(checkpoint.skip_modules, model, releases, after)
+    if skip != checkpoint.skip_modules:
+        yield ConfigEdit(("quantization_config", "llm_int8_skip_modules"), list(skip), Code.SKIP_ENTRY)
+    if (quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8" and not quantization.get("load_in_8bit"):
+        yield ConfigEdit(("quantization_config", "bnb_4bit_quant_storage"), "uint8", Code.PACKED_STORAGE)
+    if model.text_config.get("per_layer_config") and any(r.per_layer_config != "read" for r in releases):
+        if (old := older_form(model)) is not None:
+            at = () if model.text_only else ("text_config",)
+            for key, value in old.items():
+                yield ConfigEdit((*at, key), value, Code.PER_LAYER_CONFIG)
+            yield ConfigEdit((*at, "per_layer_config"), None, Code.PER_LAYER_CONFIG, remove=True)
+
+
+def skip_list(
+    entries: Sequence[str],
+    model: Model,
+    releases: Sequence[ReleaseRange],
+    members: Sequence[tuple[Member, bool]],
+) -> tuple[str, ...]:
+    """llm_int8_skip_modules that vLLM and transformers both obey, for members and whether each is packed.
+
+    Entries stay where they are, but for those that name a packed module; what is missing is added at the end, vLLM's
+    spelling before transformers'.
+    """
+    linears = hf_linears([m for m, _ in members], model)
+    hf = {gemma4.hf_module(model, m.place.module): packed for m, packed in members if m in linears}
+    spellings = [(hf, transformers_skips)]
+    for release in reversed(releases):
+        ours: dict[str, bool] = {}
+        for m, packed in members:
+            module = module_of(m.place, model, release)
+            if module is not None and is_packable(m.place, model, release) and m.place.role != "expert":
+                ours[module] = packed
+        spellings.insert(0, (ours, vllm_skips))
+    kept = [
+        e
+        for e in entries
+        if not any(matches(e, m) for modules, matches in spellings for m, packed in modules.items() if packed)
+    ]
+    out = list(kept)
+    for modules, matches in spellings:
+        plain = [m for m, packed in modules.items() if not packed and not honoured(out, m, matches)]
+        plain = [m for m in plain if m != "lm_head" or out]
+        out += cover(plain, [m for m, packed in modules.items() if packed], matches)
+    if out and not entries and "lm_head" not in out:
+        out.append("lm_head")  # without a list transformers leaves lm_head alone; with one it has to be named
+    return tuple(dict.fromkeys(out))

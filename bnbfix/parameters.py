@@ -1,0 +1,111 @@
+"""The parameters that a vLLM release makes for the projections of a checkpoint, and what the checkpoint has for them.
+
+This is where a checkpoint and a release meet: `scan` reads findings off it, `mend` decides by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from . import gemma4
+from .checkpoint import Checkpoint, Weight
+from .gemma4 import Model, Place
+from .skip_modules import honoured, vllm_skips
+from .vllm_releases import ReleaseRange
+
+
+@dataclass(frozen=True)
+class Member:
+    """A weight of the checkpoint and its place in the model."""
+
+    weight: Weight
+    place: Place
+
+    @property
+    def packed(self) -> bool:
+        return self.weight.packed
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One vLLM parameter, and the weights that go into it: three for a fused qkv_proj, two for gate_up_proj."""
+
+    module: str  # vLLM's name
+    role: str
+    layer: int | None
+    members: tuple[Member, ...]
+    packable: bool  # does the release pack this role at all?
+    skipped_by: tuple[str, ...]  # skip entries that vLLM honours for it
+
+    @property
+    def packed(self) -> bool:
+        """Does vLLM make a packed parameter?"""
+        return self.packable and not self.skipped_by
+
+    @property
+    def ragged(self) -> bool:
+        """Are some members packed and others plain?"""
+        return len({m.packed for m in self.members}) > 1
+
+    def member(self, part: str) -> Member | None:
+        return next((m for m in self.members if m.place.part == part), None)
+
+
+def projections(checkpoint: Checkpoint) -> list[Member]:
+    """Every weight of a linear module: packed, or plain with two dimensions. Sorted by name."""
+    out = []
+    for weight in checkpoint.weights.values():
+        place = gemma4.place(weight.name)
+        if place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2):
+            out.append(Member(weight, place))
+        elif weight.packed:  # packed where no release packs: an embedding, or a name that is not Gemma4's
+            out.append(Member(weight, place))
+    return out
+
+
+def parameters(
+    members: Sequence[Member], model: Model, release: ReleaseRange, skip: Sequence[str]
+) -> list[Parameter]:
+    """The release's parameters for these weights, in the order of their first member. What it drops is left out."""
+    groups: dict[str, list[Member]] = {}
+    for m in members:
+        if (module := module_of(m.place, model, release)) is not None:
+            groups.setdefault(module, []).append(m)
+    return [_parameter(module, ms, model, release, skip) for module, ms in groups.items()]
+
+
+def module_of(place: Place, model: Model, release: ReleaseRange) -> str | None:
+    """vLLM's name for the module a weight goes into; None for k and v that the release drops."""
+    fused = True
+    if place.role == "attention" and place.layer is not None and model.kv_shared(place.layer):
+        fused = release.kv_shared == "needs_kv"
+        if not fused and place.part in ("k_proj", "v_proj"):
+            return None
+    return gemma4.vllm_module(model, place, fused=fused)
+
+
+def is_packable(place: Place, model: Model, release: ReleaseRange) -> bool:
+    """Does the release make a packed parameter for this place, where no skip entry names it?"""
+    if model.family.name == "gemma4_unified" and place.role == "embedder":
+        return False  # gemma4_unified.py passes the embedders no quant_config, in any release
+    return place.role in release.packed
+
+
+def _parameter(
+    module: str, members: list[Member], model: Model, release: ReleaseRange, skip: Sequence[str]
+) -> Parameter:
+    place = members[0].place
+    packable = is_packable(place, model, release)
+    # Experts are made by another class, which no skip entry reaches.
+    skipped = honoured(skip, module, vllm_skips) if packable and place.role != "expert" else []
+    return Parameter(module, place.role, place.layer, tuple(members), packable, tuple(skipped))
+
+
+def by_layer(members: Sequence[Member]) -> Mapping[tuple[int, str], Member]:
+    """Language projections by (layer, part)."""
+    return {
+        (m.place.layer, m.place.part): m
+        for m in members
+        if m.place.layer is not None and m.place.part is not None and m.place.role in ("attention", "mlp")
+    }

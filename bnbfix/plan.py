@@ -1,0 +1,290 @@
+"""Turns decisions into the exact output: every shard's layout and offsets, every text, every byte count.
+
+A plan is complete before the first byte moves: writing it needs no further decision.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import json_edit
+from . import quant_state as qs
+from . import safetensors_header as st
+from .checkpoint import CONFIG, INDEX, Checkpoint, Tensor, Weight, open_checkpoint
+from .codes import Code, Severity
+from .errors import Unrepairable
+from .mend import Insert, Mend, decide
+from .scan import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
+from .source import Source
+from .vllm_releases import Target
+
+RECORD = "bnbfix.json"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of an output shard. `origin` is copied byte for byte, or, when `weight` is set, dequantized."""
+
+    info: st.TensorInfo  # name, dtype, shape and offsets in the output
+    origin: Tensor
+    weight: Weight | None = None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output shard: header bytes, then its tensors in order. `copied`: it equals its source file, header and all."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorPlan, ...]
+    copied: bool
+    size: int  # bytes of the file
+
+    @property
+    def data_start(self) -> int:
+        return self.size - sum(t.info.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change in words: what is done to which tensor or config key, and the code that asked for it."""
+
+    action: str  # dequantize, drop, insert, retype, config
+    name: str
+    code: Code
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a repair will write, to the byte."""
+
+    checkpoint: Checkpoint
+    target: Target
+    scan: ScanResult
+    edits: tuple[Edit, ...]
+    shards: tuple[ShardPlan, ...]
+    texts: Mapping[str, str]  # files written from text: config.json and the index, where they change
+    copied: tuple[str, ...]  # other files, copied as they are
+    remaining: tuple[Finding, ...]  # what counts against the checkpoint and no file can mend
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return not self.edits
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the output in bytes, without the record."""
+        files = self.checkpoint.source.files
+        texts = sum(len(t.encode()) for t in self.texts.values())
+        return sum(s.size for s in self.shards) + texts + sum(files[f] for f in self.copied)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that writing reads."""
+        files = self.checkpoint.source.files
+        whole = sum(files[s.name] for s in self.shards if s.copied) + sum(files[f] for f in self.copied)
+        return whole + sum(_bytes_in(t) for s in self.shards if not s.copied for t in s.tensors)
+
+    def config_diff(self) -> str:
+        """The change of config.json as a unified diff; empty when there is none."""
+        if CONFIG not in self.texts:
+            return ""
+        old, new = self.checkpoint.config_text, self.texts[CONFIG]
+        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), CONFIG, CONFIG, n=1, lineterm="")
+        return "\n".join(lines)
+
+
+def plan_checkpoint(source: Source, target: Target) -> Plan:
+    """Scans a checkpoint and plans its repair for a target.
+
+    Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
+    damaged, and Unrepairable when a finding of the target cannot be mended.
+    """
+    checkpoint = open_checkpoint(source)
+    model = check_applicable(checkpoint)
+    if checkpoint.damaged:
+        raise checkpoint.damaged[0]
+    scan = scan_checkpoint(checkpoint, target)
+    remaining = tuple(f for f in scan.findings if f.remains and f.reason is not None)
+    blocking = [f for f in remaining if f.code is not Code.PLUGIN]
+    mend = decide(checkpoint, model, target_ranges(target, model))
+    int8 = [n for n in mend.dequantize if checkpoint.weights[n].int8]
+    if blocking or int8:
+        _refuse(target, blocking, int8)
+    if not any(f.remains and f.reason is None for f in scan.findings):
+        return Plan(checkpoint, target, scan, (), (), {}, (), remaining)
+    shards = tuple(_shards(checkpoint, mend))
+    texts = _texts(checkpoint, mend, shards)
+    written = set(checkpoint.shards) | set(texts) | {RECORD}
+    copied = tuple(f for f in source.files if f not in written)
+    plan = Plan(checkpoint, target, scan, tuple(_edits(checkpoint, mend)), shards, texts, copied, remaining)
+    after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
+    if left := [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]:
+        _refuse(target, left, [])
+    return plan
+
+
+def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
+    if blocking:
+        worst = max(blocking, key=lambda f: f.severity)
+        name = f"{worst.tensors[0]}: " if worst.tensors else ""
+        raise Unrepairable(
+            f"cannot be made to load in {target.name}: {name}{worst.message} ({worst.code.value})", hint=worst.reason
+        )
+    raise Unrepairable(
+        f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8.value})",
+        hint=f"Name the releases you need with --vllm; {Severity.NOTE.verdict} is what `bnbfix scan` says of those.",
+    )
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """The output of a plan as a source, before it is written: what a scan reads of it is known already."""
+
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        return self.plan.checkpoint.source.name
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        source = self.plan.checkpoint.source.files
+        out = {f: source[f] for f in self.plan.copied} | {s.name: s.size for s in self.plan.shards}
+        return out | {name: len(text.encode()) for name, text in self.plan.texts.items()}
+
+    def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes of a text, a header, or a copied tensor; dequantized bytes do not exist yet."""
+        source = self.plan.checkpoint.source
+        if file in self.plan.texts:
+            text = self.plan.texts[file].encode()
+            return [text[offset : offset + length] for offset, length in ranges]
+        shard = next((s for s in self.plan.shards if s.name == file), None)
+        if shard is None or shard.copied:
+            return source.read(file, ranges)
+        starts = [t.info.begin for t in shard.tensors]
+        out = []
+        for offset, length in ranges:
+            if offset < len(shard.header):
+                out.append(shard.header[offset : offset + length])
+                continue
+            t = shard.tensors[bisect.bisect_right(starts, offset - len(shard.header)) - 1]
+            at = t.origin.offset + offset - len(shard.header) - t.info.begin
+            out += source.read(t.origin.shard, [(at, length)])
+        return out
+
+
+def _bytes_in(t: TensorPlan) -> int:
+    if t.weight is None:
+        return t.info.nbytes
+    return t.weight.tensor.info.nbytes + sum(s.info.nbytes for s in t.weight.siblings.values())
+
+
+def _shards(checkpoint: Checkpoint, mend: Mend) -> Iterable[ShardPlan]:
+    gone = set(mend.drop)
+    for name in mend.dequantize:
+        gone |= set(checkpoint.weights[name].sibling_names().values())
+    chosen = checkpoint.tensors
+    added: dict[str, list[TensorPlan]] = {}
+    for insert in mend.insert:
+        added.setdefault(insert.donor.tensor.shard, []).extend(_inserted(insert))
+    for shard, header in checkpoint.shards.items():
+        tensors = []
+        for info in header.tensors.values():
+            if info.name not in gone and chosen[info.name].shard == shard:
+                tensors.append(_kept(checkpoint, mend, info, chosen[info.name]))
+        tensors += added.get(shard, [])
+        if tensors:
+            yield _lay_out(shard, header, tensors)
+
+
+def _kept(checkpoint: Checkpoint, mend: Mend, info: st.TensorInfo, origin: Tensor) -> TensorPlan:
+    if info.name in mend.dequantize:
+        return _dequantized(info.name, checkpoint.weights[info.name])
+    if info.name in mend.retype:
+        info = st.TensorInfo(info.name, "U8", (info.nbytes, 1), 0, info.nbytes)
+    return TensorPlan(info, origin)
+
+
+def _dequantized(name: str, weight: Weight) -> TensorPlan:
+    assert weight.state is not None  # `decide` dequantizes 4-bit weights, and the plan refuses 8-bit ones
+    state = weight.state
+    nbytes = st.tensor_nbytes(state.plain_dtype, state.shape)
+    return TensorPlan(st.TensorInfo(name, state.plain_dtype, state.shape, 0, nbytes), weight.tensor, weight)
+
+
+def _inserted(insert: Insert) -> Iterable[TensorPlan]:
+    donor = insert.donor
+    if insert.dequantize:
+        yield _dequantized(insert.name, donor)
+        return
+    info = donor.tensor.info
+    column = donor.state is not None
+    dtype, shape = ("U8", (info.nbytes, 1)) if column else (info.dtype, info.shape)
+    yield TensorPlan(st.TensorInfo(insert.name, dtype, shape, 0, info.nbytes), donor.tensor)
+    for suffix, t in donor.siblings.items():
+        name = qs.sibling_name(insert.name, suffix)
+        yield TensorPlan(st.TensorInfo(name, t.info.dtype, t.info.shape, 0, t.info.nbytes), t)
+
+
+def _lay_out(shard: str, header: st.Header, tensors: list[TensorPlan]) -> ShardPlan:
+    # Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its
+    # offset has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent.
+    tensors.sort(key=lambda t: -st.DTYPE_BITS[t.info.dtype])
+    placed, at = [], 0
+    for t in tensors:
+        info = st.TensorInfo(t.info.name, t.info.dtype, t.info.shape, at, at + t.info.nbytes)
+        placed.append(TensorPlan(info, t.origin, t.weight))
+        at = info.end
+    if all(t.weight is None for t in placed) and [t.info for t in placed] == list(header.tensors.values()):
+        return ShardPlan(shard, b"", tuple(placed), True, header.file_size)
+    built = st.build_header([t.info for t in placed], header.metadata)
+    return ShardPlan(shard, built, tuple(placed), False, len(built) + at)
+
+
+def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
+    out = {}
+    if mend.config:
+        text = checkpoint.config_text
+        for edit in mend.config:
+            if edit.remove:
+                text = json_edit.remove_key(text, edit.path)
+            else:
+                text = json_edit.set_value(text, edit.path, edit.value)
+        out[CONFIG] = text
+    if checkpoint.index is not None:
+        index = _index(checkpoint.index, shards)
+        if index != checkpoint.index:
+            out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return out
+
+
+def _index(old: Mapping[str, Any], shards: tuple[ShardPlan, ...]) -> dict[str, Any]:
+    metadata = old.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(t.info.nbytes for s in shards for t in s.tensors)
+    return dict(old) | {"metadata": metadata, "weight_map": {t.info.name: s.name for s in shards for t in s.tensors}}
+
+
+def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
+    for name, code in mend.dequantize.items():
+        yield Edit("dequantize", name, code, "to full precision, siblings dropped")
+    for name, code in mend.drop.items():
+        yield Edit("drop", name, code, "")
+    for name, shards in checkpoint.duplicates.items():
+        kept = checkpoint.tensors[name].shard
+        yield Edit("drop", name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}")
+    for insert in mend.insert:
+        how = "values of" if insert.dequantize else "exact copy of"
+        yield Edit("insert", insert.name, insert.code, f"{how} {insert.donor.name}")
+    for name, code in mend.retype.items():
+        yield Edit("retype", name, code, "same bytes, declared U8 [N, 1]")
+    for edit in mend.config:
+        detail = "removed" if edit.remove else json.dumps(edit.value, ensure_ascii=False)
+        yield Edit("config", ".".join(edit.path), edit.code, detail)

@@ -1,0 +1,365 @@
+"""The rules: one function for each code, from a checkpoint and a release to what does not fit. Nothing is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from . import gemma4
+from .checkpoint import INDEX, Checkpoint, weight_map
+from .codes import Code, Severity
+from .gemma4 import Model
+from .parameters import Member, Parameter, by_layer, parameters
+from .skip_modules import honoured, transformers_skips, vllm_skips
+from .vllm_releases import Installed, ReleaseRange
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint and one range of releases, with the parameters that the release makes for it."""
+
+    checkpoint: Checkpoint
+    model: Model
+    release: ReleaseRange
+    members: tuple[Member, ...]
+    params: tuple[Parameter, ...]
+    installed: Installed | None
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        model: Model,
+        members: tuple[Member, ...],
+        release: ReleaseRange,
+        installed: Installed | None = None,
+    ) -> Case:
+        """The case of one range; `members` are `projections(checkpoint)`, the same for every range."""
+        params = tuple(parameters(members, model, release, checkpoint.skip_modules))
+        return cls(checkpoint, model, release, members, params, installed)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One rule's answer: which tensors, how bad, in which words; `reason` says why nothing mends it."""
+
+    severity: Severity
+    tensors: tuple[str, ...]
+    message: str
+    reason: str | None = None
+
+
+Rule = Callable[[Case], Iterator[Hit]]
+RULES: dict[Code, Rule] = {}
+
+
+def rule(code: Code) -> Callable[[Rule], Rule]:
+    """Registers the function that looks for a code."""
+
+    def register(function: Rule) -> Rule:
+        RULES[code] = function
+        return function
+
+    return register
+
+
+def _names(members: list[Member]) -> tuple[str, ...]:
+    return tuple(m.weight.name for m in members)
+
+
+@rule(Code.PACKED_IN_PLAIN)
+def packed_in_plain(case: Case) -> Iterator[Hit]:
+    hits = [
+        m
+        for p in case.params
+        if not p.packable and p.role != "lm_head" and not (p.role == "expert" and case.release.moe is None)
+        for m in p.members
+        if m.packed
+    ]
+    if hits:
+        yield Hit(Severity.FAILS, _names(hits), "packed in the file, an ordinary parameter in vLLM")
+
+
+@rule(Code.PLAIN_IN_PACKED)
+def plain_in_packed(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.packed and not any(m.packed for m in p.members) for m in p.members]
+    if hits:
+        yield _unskipped(case, hits, "full precision in the file, a packed parameter in vLLM")
+
+
+@rule(Code.RAGGED_GROUP)
+def ragged_group(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.packed and p.ragged for m in p.members]
+    if hits:
+        yield _unskipped(case, hits, "one fused module in vLLM, partly packed in the file")
+
+
+def _unskipped(case: Case, hits: list[Member], message: str) -> Hit:
+    # LLM.int8 has no requantization on the way in: its parameter takes int8 rows or stops.
+    silent = case.release.plain_into_packed == "requantized" and not any(m.weight.int8 for m in case.members)
+    if silent:
+        return Hit(Severity.WRONG, _names(hits), message + ": quantized to NF4 while loading, in silence")
+    return Hit(Severity.FAILS, _names(hits), message)
+
+
+@rule(Code.K_EQ_V_WITHOUT_V)
+def k_eq_v_without_v(case: Case) -> Iterator[Hit]:
+    if case.release.k_eq_v != "needs_v":
+        return
+    hits = []
+    for p in case.params:
+        if p.role == "attention" and p.layer is not None and p.packed and case.model.k_serves_as_v(p.layer):
+            k, v = p.member("k_proj"), p.member("v_proj")
+            if k is not None and k.packed and v is None and not p.ragged:
+                hits.append(k)
+    if hits:
+        yield Hit(Severity.FAILS, _names(hits), "serves as V too, which has no quant state of its own")
+
+
+@rule(Code.EXPLICIT_V)
+def explicit_v(case: Case) -> Iterator[Hit]:
+    hits = [m for m in case.members if is_explicit_v(m, case.model)]
+    if hits and case.release.k_eq_v == "refuses_v":
+        yield Hit(Severity.FAILS, _names(hits), "v_proj where K serves as V; the release knows no such module")
+
+
+def is_explicit_v(m: Member, model: Model) -> bool:
+    """Is this a v_proj in a layer where K serves as V?"""
+    return m.place.part == "v_proj" and m.place.layer is not None and model.k_serves_as_v(m.place.layer)
+
+
+@rule(Code.SHARED_WITHOUT_KV)
+def shared_without_kv(case: Case) -> Iterator[Hit]:
+    missing = missing_shared(case.checkpoint, case.model, case.members)
+    if missing and case.release.kv_shared == "needs_kv":
+        yield Hit(Severity.FAILS, tuple(missing), "not in the file; the release makes the parameter all the same")
+
+
+def missing_shared(checkpoint: Checkpoint, model: Model, members: Sequence[Member]) -> dict[str, tuple[int, str]]:
+    """k_proj, v_proj and k_norm that kv-shared layers lack: (layer, part) by the name the tensor would have."""
+    have = {gemma4.canonical(name) for name in checkpoint.weights}
+    q = {layer: m for (layer, part), m in by_layer(members).items() if part == "q_proj"}
+    out: dict[str, tuple[int, str]] = {}
+    for layer in sorted(q):
+        if not model.kv_shared(layer):
+            continue
+        for part in ("k_proj", "v_proj", "k_norm"):
+            name = q[layer].weight.name.replace("q_proj", part)
+            if gemma4.canonical(name) not in have:
+                out[name] = (layer, part)
+    return out
+
+
+@rule(Code.PACKED_PIXELS)
+def packed_pixels(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.role == "pixel_projection" and p.packed for m in p.members if m.packed]
+    if hits and case.release.pixel_projection == "needs_transformers_5_13":
+        yield Hit(Severity.DEGRADED, _names(hits), "packed; corrupts images beside transformers older than 5.13")
+
+
+@rule(Code.PACKED_LM_HEAD)
+def packed_lm_head(case: Case) -> Iterator[Hit]:
+    hits = [m for m in case.members if m.place.role == "lm_head" and m.packed]
+    if hits:
+        yield Hit(Severity.FAILS, _names(hits), "packed; no release packs lm_head")
+
+
+@rule(Code.PACKED_BUT_SKIPPED)
+def packed_but_skipped(case: Case) -> Iterator[Hit]:
+    hits = [(m, p.skipped_by) for p in case.params if p.packable and p.skipped_by for m in p.members if m.packed]
+    if hits:
+        entries = sorted({e for _, by in hits for e in by})
+        yield Hit(Severity.FAILS, _names([m for m, _ in hits]), f"packed, but skipped by {', '.join(entries)}")
+
+
+@rule(Code.PACKED_SHAPE)
+def packed_shape(case: Case) -> Iterator[Hit]:
+    hits = [w for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype == "U8"]
+    names = tuple(w.name for w in hits if w.tensor.info.shape != (w.tensor.info.nbytes, 1))
+    if names:
+        yield Hit(Severity.FAILS, names, "packed, but not as a column [N, 1]")
+
+
+@rule(Code.PACKED_STORAGE)
+def packed_storage(case: Case) -> Iterator[Hit]:
+    said = case.checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
+    names = tuple(w.name for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype != "U8")
+    if names or (said != "uint8" and any(w.state for w in case.checkpoint.weights.values())):
+        yield Hit(Severity.FAILS, names, f"packed bytes stored as {said}; vLLM takes uint8 alone")
+
+
+@rule(Code.QUANT_STATE)
+def quant_state(case: Case) -> Iterator[Hit]:
+    for error in case.checkpoint.damaged:
+        where = (error.where or "").split(": ", 1)
+        yield Hit(Severity.FAILS, tuple(where[1:]), str(error), "the quant state is lost; quantize the model again")
+
+
+@rule(Code.ORPHANS)
+def orphans(case: Case) -> Iterator[Hit]:
+    bound: list[str] = []
+    lost: list[str] = []
+    for name in case.checkpoint.orphans:
+        weight = name.split(".quant_state.")[0]
+        (bound if ".quant_state." in name and weight in case.checkpoint.weights else lost).append(name)
+    if bound:
+        yield Hit(Severity.FAILS, tuple(bound), "quant state of a weight that is stored in full precision")
+    if lost:
+        yield Hit(Severity.NOTE, tuple(lost), "statistics that belong to no packed weight; they are ignored")
+
+
+@rule(Code.INDEX)
+def index(case: Case) -> Iterator[Hit]:
+    c = case.checkpoint
+    if c.index is None:
+        return
+    named, tensors = weight_map(c.index), c.tensors
+    moved = tuple(n for n, t in tensors.items() if n in named and named[n] != t.shard)
+    if moved:
+        yield Hit(Severity.NOTE, moved, f"not in the shard that {INDEX} names")
+    unnamed = tuple(n for n in tensors if n not in named)
+    if unnamed:
+        yield Hit(Severity.NOTE, unnamed, f"not in {INDEX}, but vLLM loads every tensor of a shard")
+    metadata = c.index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    size = sum(t.nbytes for h in c.shards.values() for t in h.tensors.values())
+    if said is not None and said != size:
+        yield Hit(Severity.NOTE, (), f"{INDEX} says total_size {said}, the shards hold {size}")
+
+
+@rule(Code.DUPLICATE)
+def duplicate(case: Case) -> Iterator[Hit]:
+    for name, shards in case.checkpoint.duplicates.items():
+        yield Hit(Severity.WRONG, (name,), f"lies in {' and '.join(shards)}")
+
+
+@rule(Code.SKIP_ENTRY)
+def skip_entry(case: Case) -> Iterator[Hit]:
+    plain = [m for p in case.params if p.packable for m in p.members if not m.packed]
+    modules = {p.module for p in case.params}
+    unknown = tuple(
+        entry
+        for entry in case.checkpoint.skip_modules
+        if not any(vllm_skips(entry, module) for module in modules)
+        and any(transformers_skips(entry, gemma4.hf_module(case.model, m.place.module)) for m in plain)
+    )
+    if unknown:
+        yield Hit(Severity.NOTE, unknown, "skip entry in transformers' spelling alone; vLLM does not honour it")
+
+
+@rule(Code.PER_LAYER_CONFIG)
+def per_layer_config(case: Case) -> Iterator[Hit]:
+    text = case.model.text_config
+    if text.get("per_layer_config") is None or case.release.per_layer_config == "read":
+        return
+    if case.release.per_layer_config == "ignored":
+        old = older_form(case.model)
+        defaults = {"global_head_dim": gemma4.DEFAULT_GLOBAL_HEAD_DIM, "num_global_key_value_heads": None}
+        if old is not None and all(old.get(k, d) == d for k, d in defaults.items()):
+            return
+    yield Hit(Severity.FAILS, (), "config.json: text_config.per_layer_config is not read by the release's transformers")
+
+
+def older_form(model: Model) -> dict[str, int] | None:
+    """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
+
+    None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
+    """
+    per_layer = model.text_config.get("per_layer_config")
+    if not isinstance(per_layer, dict):
+        return None
+    full = {i for i, kind in enumerate(model.layer_types) if kind == gemma4.FULL}
+    values = list(per_layer.values())
+    same = {str(i) for i in full} == set(per_layer) and all(v == values[0] for v in values)
+    if not same or not isinstance(values[0], dict) or not set(values[0]) <= {"head_dim", "num_key_value_heads"}:
+        return None
+    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    return {keys[k]: v for k, v in values[0].items() if type(v) is int}
+
+
+@rule(Code.UNKNOWN_CLASS)
+def unknown_class(case: Case) -> Iterator[Hit]:
+    if case.model.family.name not in case.release.families:
+        name = case.model.family.architecture
+        yield Hit(Severity.FAILS, (), f"{name} is unknown to the release", f"{name} exists from vLLM 0.23.0 on")
+
+
+@rule(Code.PLUGIN)
+def plugin(case: Case) -> Iterator[Hit]:
+    here = case.installed
+    if case.release.plugin == "required" and (here is None or here.plugin is None):
+        severity = Severity.NOTE if here is None else Severity.FAILS
+        yield Hit(severity, (), "needs vllm-bnb-plugin", "not in the checkpoint: pip install vllm-bnb-plugin")
+    if case.release.plugin == "refused" and here is not None and here.plugin is not None:
+        reason = "not in the checkpoint: pip uninstall vllm-bnb-plugin"
+        yield Hit(Severity.FAILS, (), "vllm-bnb-plugin is installed, which this release cannot bear", reason)
+
+
+@rule(Code.TRANSFORMERS_REPACKS)
+def transformers_repacks(case: Case) -> Iterator[Hit]:
+    entries = case.checkpoint.skip_modules
+    hits = [
+        m
+        for m in hf_linears(case.members, case.model)
+        if not m.packed
+        and m.place.role != "lm_head"
+        and not honoured(entries, gemma4.hf_module(case.model, m.place.module), transformers_skips)
+    ]
+    if hits:
+        yield Hit(Severity.NOTE, _names(hits), "transformers would quantize this weight again; no entry names it")
+
+
+def hf_linears(members: Sequence[Member], model: Model) -> list[Member]:
+    """The projections that transformers has a linear module for: not k and v of shared layers, nor v where K serves."""
+    return [
+        m
+        for m in members
+        if m.place.role in gemma4.LINEAR_ROLES - {"expert"}
+        and not (m.place.part in ("k_proj", "v_proj") and m.place.layer is not None and model.kv_shared(m.place.layer))
+        and not is_explicit_v(m, model)
+    ]
+
+
+@rule(Code.MOE_REFUSED)
+def moe_refused(case: Case) -> Iterator[Hit]:
+    if case.model.moe and case.release.moe is None:
+        yield Hit(
+            Severity.FAILS, (), "a mixture of experts, which the release refuses under bitsandbytes",
+            "no 4-bit form exists for this release; vLLM 0.25.0 and newer can load one",
+        )  # fmt: skip
+
+
+@rule(Code.FUSED_EXPERTS)
+def fused_experts(case: Case) -> Iterator[Hit]:
+    names = tuple(n for n in case.checkpoint.weights if gemma4.place(n).role == "fused_experts")
+    if names and case.release.moe is not None:
+        reason = "the experts have to be split and quantized, which this version of bnbfix does not do"
+        yield Hit(Severity.FAILS, names, "experts in one tensor; the release takes them packed, one by one", reason)
+
+
+@rule(Code.EXPERT_PREFIX)
+def expert_prefix(case: Case) -> Iterator[Hit]:
+    hits = [m for m in case.members if m.place.role == "expert" and m.place.prefix != case.release.moe]
+    if hits and case.release.moe is not None:
+        reason = "no prefix serves all releases; name one with --vllm"
+        yield Hit(Severity.FAILS, _names(hits), f"the release looks for {case.release.moe}.N", reason)
+
+
+@rule(Code.FP4_EXPERTS)
+def fp4_experts(case: Case) -> Iterator[Hit]:
+    hits = [m for m in case.members if m.place.role == "expert" and m.weight.form == "fp4"]
+    if hits and case.release.moe is not None:
+        reason = "the experts have to be quantized again to NF4, which this version of bnbfix does not do"
+        yield Hit(Severity.WRONG, _names(hits), "FP4, decoded by vLLM with the NF4 table", reason)
+
+
+@rule(Code.INT8)
+def int8(case: Case) -> Iterator[Hit]:
+    names = tuple(m.weight.name for m in case.members if m.weight.int8)
+    if not names:
+        return
+    reason = "bnbfix repairs 4-bit checkpoints; an 8-bit one has to be dequantized whole"
+    if case.model.moe:
+        yield Hit(Severity.FAILS, names, "LLM.int8 in a mixture of experts, which vLLM refuses", reason)
+    else:
+        yield Hit(Severity.NOTE, names, "LLM.int8; bnbfix says what loads, and repairs 4-bit checkpoints alone", reason)

@@ -1,0 +1,55 @@
+"""How the two readers of `llm_int8_skip_modules` understand an entry, and which entries say a thing to both.
+
+vLLM compares with its own module names (`is_layer_skipped_bnb`), transformers with its own
+(`should_convert_module`); neither translates the other's. An entry that one does not know is harmless there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+Matches = Callable[[str, str], bool]
+
+
+def vllm_skips(entry: str, module: str) -> bool:
+    """vLLM: the entry is one dotted component of the module's name, or a dotted prefix of it."""
+    return entry in module.split(".") or module == entry or module.startswith(entry + ".")
+
+
+def transformers_skips(entry: str, module: str) -> bool:
+    """transformers: the entry is a regular expression for the start of the name, or a suffix of it."""
+    try:
+        found = re.match(entry, module) is not None
+    except re.error:  # transformers itself would stop here; as a plain prefix it says what was meant
+        found = module.startswith(entry)
+    return found or module.endswith(entry)
+
+
+def honoured(entries: Iterable[str], module: str, matches: Matches) -> list[str]:
+    """The entries that name a module."""
+    return [e for e in entries if matches(e, module)]
+
+
+def cover(plain: Iterable[str], packed: Iterable[str], matches: Matches) -> list[str]:
+    """The shortest prefixes of plain modules that name all of them and no packed one, in order.
+
+    >>> cover(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], ["x.layers.1.o"], vllm_skips)
+    ['vision_tower', 'x.layers.1.mlp']
+    """
+    packed = tuple(packed)
+    refused: set[str] = set()
+    chosen: list[str] = []
+    for module in sorted(plain):
+        if any(matches(entry, module) for entry in chosen[-1:]):
+            continue
+        parts = module.split(".")
+        for n in range(1, len(parts) + 1):
+            entry = ".".join(parts[:n])
+            if entry in refused:
+                continue
+            if not any(matches(entry, p) for p in packed):
+                chosen.append(entry)
+                break
+            refused.add(entry)
+    return chosen
