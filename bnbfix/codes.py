@@ -122,7 +122,7 @@ EXPLANATIONS = {
         "transformers 5.5.2 and newer do not save k_proj, v_proj and k_norm of layers that share K and V with an "
         "earlier one (E2B, E4B). vLLM up to 0.29 makes the parameters all the same and stops with `Following weights "
         "were not initialized`. Their values are never used.",
-        "They are added as exact copies of the tensors of the layer whose K and V are shared. Later releases drop them.",
+        "They are added as exact copies of those of the layer whose K and V are shared; later releases drop them.",
         _vllm(44788),
     ),
     Code.PACKED_PIXELS: Explanation(
@@ -189,7 +189,7 @@ EXPLANATIONS = {
         "transformers 5.19 writes text_config.per_layer_config in place of global_head_dim and "
         "num_global_key_value_heads. Older ones ignore it and take defaults, or stop with "
         "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`.",
-        "The two older keys are written and per_layer_config is removed; older and newer releases read that form alike.",
+        "The two older keys are written in place of per_layer_config; older and newer releases read that form alike.",
     ),
     Code.UNKNOWN_CLASS: Explanation(
         "model class unknown to the release",

@@ -141,7 +141,9 @@ LINEAR_ROLES = frozenset(
     {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
     | {"patch_dense", "lm_head", "expert"}
 )
-FUSED = {p: "qkv_proj" for p in ("q_proj", "k_proj", "v_proj")} | {p: "gate_up_proj" for p in ("gate_proj", "up_proj")}
+FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 
 
 @dataclass(frozen=True)

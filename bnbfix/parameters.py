@@ -57,16 +57,14 @@ def projections(checkpoint: Checkpoint) -> list[Member]:
     out = []
     for weight in checkpoint.weights.values():
         place = gemma4.place(weight.name)
-        if place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2):
-            out.append(Member(weight, place))
-        elif weight.packed:  # packed where no release packs: an embedding, or a name that is not Gemma4's
+        if (
+            place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2)
+        ) or weight.packed:
             out.append(Member(weight, place))
     return out
 
 
-def parameters(
-    members: Sequence[Member], model: Model, release: ReleaseRange, skip: Sequence[str]
-) -> list[Parameter]:
+def parameters(members: Sequence[Member], model: Model, release: ReleaseRange, skip: Sequence[str]) -> list[Parameter]:
     """The release's parameters for these weights, in the order of their first member. What it drops is left out."""
     groups: dict[str, list[Member]] = {}
     for m in members:

@@ -37,7 +37,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output shard: header bytes, then its tensors in order. `copied`: it equals its source file, header and all."""
+    """One output shard: header bytes, then its tensors in order. `copied`: equal to its source file, header and all."""
 
     name: str
     header: bytes

@@ -94,7 +94,7 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
         doc: Any = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise bad(f"not JSON ({e})") from e
-    if not isinstance(doc, dict) or not _KEYS <= set(doc):
+    if not isinstance(doc, dict) or not set(doc) >= _KEYS:
         raise bad(f"needs the keys {', '.join(sorted(_KEYS))}")
     quant_type, blocksize, dtype, shape = doc["quant_type"], doc["blocksize"], doc["dtype"], doc["shape"]
     if quant_type not in QUANT_TYPES or not suffix.endswith(f"__{quant_type}"):

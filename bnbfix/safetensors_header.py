@@ -162,10 +162,10 @@ def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
         raise HeaderError(f"tensor {name!r} has a shape that is not a list of sizes", where=where)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise HeaderError(f"tensor {name!r} has data_offsets that are not [begin, end]", where=where)
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+    bits, held = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if bits % 8 or bits // 8 != held:
         raise HeaderError(
-            f"tensor {name!r}: {dtype} {shape} takes {bits / 8:,.0f} bytes, its data_offsets hold {offsets[1] - offsets[0]:,}",
+            f"tensor {name!r}: {dtype} {shape} takes {-(-bits // 8):,} bytes, its data_offsets hold {held:,}",
             where=where,
         )
     return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])

@@ -1,0 +1,86 @@
+"""The Python API: each function is one step of the command line, without its talk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import open_checkpoint
+from .scan import ScanResult, scan_checkpoint
+from .source import LocalSource
+from .vllm_releases import Target, find_installed, resolve_target
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .verify import VerifyResult
+    from .write import Progress, RepairResult
+
+StrPath = str | os.PathLike[str]
+
+
+def _target(vllm: str | None) -> Target:
+    return resolve_target(vllm, find_installed())
+
+
+def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
+    """Says what would go wrong with a checkpoint, where, and what mends it. Reads headers, never weights.
+
+    `path` is a folder with config.json and safetensors files. `vllm` is a release ("0.22.1") or "portable"; left out,
+    the vLLM installed beside bnbfix, else "portable". `result.ok` says that nothing counts against the target;
+    damaged quant states are findings (BNB201), not errors.
+
+    Raises UsageError for a path or a release that makes no sense, InputError for files that are missing or broken,
+    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint.
+    """
+    return scan_checkpoint(open_checkpoint(LocalSource.open(Path(path))), _target(vllm))
+
+
+def plan_repair(path: StrPath, vllm: str | None = None) -> Plan:
+    """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
+    nothing to do.
+
+    Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
+    them load in the target.
+    """
+    from .plan import plan_checkpoint
+
+    return plan_checkpoint(LocalSource.open(Path(path)), _target(vllm))
+
+
+def repair(
+    path: StrPath,
+    out: StrPath,
+    vllm: str | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RepairResult:
+    """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
+
+    `device` is where weights are dequantized: "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it.
+    `progress` is called with the number of bytes just written. With nothing to repair nothing is written, and
+    `result.written` is False.
+
+    Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
+    OutputError when it cannot be written.
+    """
+    from .plan import plan_checkpoint
+    from .write import check_destination, write_plan
+
+    source = LocalSource.open(Path(path))
+    check_destination(source, Path(out), overwrite=overwrite)
+    plan = plan_checkpoint(source, _target(vllm))
+    return write_plan(plan, Path(out), device=device, overwrite=overwrite, progress=progress)
+
+
+def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | None = None) -> VerifyResult:
+    """Proves a repair: every file against the hashes in its record, a fresh scan for its target, and, with `source`,
+    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode.
+
+    Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
+    """
+    from .verify import verify_output
+
+    return verify_output(Path(out), Path(source) if source is not None else None, progress=progress)

@@ -1,0 +1,280 @@
+"""The command line: options, talk, progress and exit codes. What it prints, report.py words."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import BnbfixError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .plan import Plan
+    from .write import Progress
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="bnbfix",
+    help="Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers right.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Format(str, Enum):
+    """How results are written to stdout."""
+
+    table = "table"
+    json = "json"
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
+Vllm = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm", metavar="TARGET",
+        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
+        "Left out: the vLLM installed here, else portable.",
+    ),
+]  # fmt: skip
+AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor, and notes too.")]
+ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain.")]
+
+
+@app.command()
+def scan(
+    model: Model,
+    vllm: Vllm = None,
+    format: AsFormat = Format.table,
+    verbose: Verbose = False,
+    exit_zero: ExitZero = False,
+) -> int:
+    """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
+    from .api import scan as run
+
+    result = run(model, vllm)
+    if format is Format.json:
+        from .report_json import scan_document
+
+        _print_json(scan_document(result))
+    else:
+        from .report import scan_report, show
+
+        show(_stdout(), scan_report(result, verbose=verbose))
+    if damaged := [f for f in result.findings if f.code.value == "BNB201"]:
+        _complain(damaged[0].message, "Quantize the model again, or fetch the file again.")
+        return 2
+    return 0 if result.ok or exit_zero else 1
+
+
+@app.command()
+def repair(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
+    vllm: Vllm = None,
+    device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
+    format: AsFormat = Format.table,
+) -> int:
+    """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
+    from .plan import plan_checkpoint
+    from .source import LocalSource
+    from .vllm_releases import find_installed, resolve_target
+    from .write import check_destination
+
+    if out is None and not dry_run:
+        raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
+    source = LocalSource.open(model)
+    if out is not None:
+        check_destination(source, out, overwrite=overwrite)
+    plan = plan_checkpoint(source, resolve_target(vllm, find_installed()))
+    if dry_run:
+        _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
+        return 0
+    assert out is not None
+    return _repair(plan, out, device, overwrite, format)
+
+
+def _show_plan(plan: Plan, out: Path, format: Format) -> None:
+    from .write import RepairResult, disk_space
+
+    needed, free = disk_space(plan, out)
+    if format is Format.json:
+        from .report_json import plan_document
+
+        _print_json(plan_document(plan, needed=needed, free=free))
+        return
+    from .report import plan_report, repair_report, show
+
+    if plan.nothing_to_do:
+        show(_stdout(), repair_report(RepairResult(plan, None, {})))
+    else:
+        show(_stdout(), plan_report(plan, needed=needed, free=free))
+
+
+def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format) -> int:
+    from .kernels import resolve_device
+    from .write import check_space, write_plan
+
+    if not plan.nothing_to_do:
+        check_space(plan, out)
+    needs_kernels = any(e.action == "dequantize" for e in plan.edits)
+    chosen = resolve_device(device) if needs_kernels or device != "auto" else "cpu"
+    with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
+        result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)
+    if format is Format.json:
+        from .report_json import repair_document
+
+        _print_json(repair_document(result))
+        return 0
+    from .report import repair_report, show
+
+    show(_stdout(), repair_report(result))
+    return 0
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bnbfix repair` wrote.")],
+    source: Annotated[Path | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    format: AsFormat = Format.table,
+) -> int:
+    """Prove a repair: hashes, a fresh scan, and with --source every byte and every decoded number."""
+    from .verify import verify_output
+
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
+    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
+        result = verify_output(folder, source, progress=step)
+    if format is Format.json:
+        from .report_json import verify_document
+
+        _print_json(verify_document(result))
+    else:
+        from .report import show, verify_report
+
+        show(_stdout(), verify_report(result))
+    return 0 if result.ok else 1
+
+
+@app.command()
+def releases(format: AsFormat = Format.table) -> int:
+    """Show what each vLLM release expects of a checkpoint."""
+    from .vllm_releases import find_installed, ranges
+
+    if format is Format.json:
+        from .report_json import releases_document
+
+        _print_json(releases_document(ranges()))
+        return 0
+    from .report import releases_report, show
+
+    installed = find_installed()
+    show(_stdout(), releases_report(ranges(), installed.version if installed else None))
+    return 0
+
+
+@app.command()
+def explain(code: Annotated[str, typer.Argument(metavar="CODE", help="A finding's code, like BNB101.")]) -> int:
+    """Explain one finding, with its upstream issue."""
+    from .codes import Code
+    from .report import explain_report, show
+
+    try:
+        found = Code(code.upper())
+    except ValueError:
+        known = ", ".join(c.value for c in Code)
+        raise UsageError(f"{code!r} is not a finding's code", hint=f"Known: {known}.") from None
+    show(_stdout(), explain_report(found))
+    return 0
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"bnbfix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
+    try:
+        code: Any = app(standalone_mode=False)
+    except BnbfixError as e:
+        _complain(str(e), e.hint)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was published", None)
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as e:
+        _complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
+        code = 2
+    except Exception as e:
+        code = _usage(e)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> int:
+    """Exit code of an error that the option parser words itself; any other error is a bug and is raised."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return int(getattr(error, "exit_code", 2))
+
+
+def _complain(message: str, hint: str | None) -> None:
+    from .report import plain
+
+    print(f"error: {plain(message)}", file=sys.stderr)
+    if hint:
+        print(f"  {plain(hint)}", file=sys.stderr)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+@contextmanager
+def _progress(words: str, total: int, *, quiet: bool) -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,67 @@
+"""An independent decode of packed weights, in numpy: what `verify` holds the kernels' output against.
+
+Neither torch nor bitsandbytes is used. Value = table[4 bits] * scale of its block, in float32, rounded once to the
+dtype that the quant state names; the high half of a byte comes first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .quant_state import QuantState
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# NF4: the quantiles of a normal distribution, QLoRA (arXiv:2305.14314), appendix E; as bitsandbytes writes them in
+# csrc/kernels.cu. FP4: sign, two bits of exponent, one of mantissa, scaled to 1; same source.
+TABLES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
+        0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
+    ),
+}  # fmt: skip
+
+
+def absmax_values(
+    state: QuantState, absmax: bytes, nested_absmax: bytes | None, nested_quant_map: bytes | None
+) -> NDArray[np.float32]:
+    """The scale of every block, F32 [blocks], double quantization undone. The sizes must have been checked."""
+    if state.nested is None:
+        return np.frombuffer(absmax, "<f4")
+    assert nested_absmax is not None and nested_quant_map is not None
+    table, outer = np.frombuffer(nested_quant_map, "<f4"), np.frombuffer(nested_absmax, "<f4")
+    scales = np.repeat(outer, state.nested.blocksize)[: state.blocks]
+    inner: NDArray[np.float32] = table[np.frombuffer(absmax, np.uint8)] * scales
+    return inner + np.float32(state.nested.offset)
+
+
+def decode_chunk(state: QuantState, packed: bytes, scales: NDArray[np.float32]) -> bytes:
+    """The values of whole blocks, little-endian in `state.dtype`. `scales` has one for each block in `packed`.
+
+    Of an odd number of elements the padding half byte is decoded too; it is the last.
+    """
+    raw = np.frombuffer(packed, np.uint8)
+    codes = np.empty(2 * len(raw), np.uint8)
+    codes[0::2], codes[1::2] = raw >> 4, raw & 15
+    values = np.array(TABLES[state.quant_type], "<f4")[codes]
+    values *= np.repeat(scales, state.blocksize)[: len(values)]
+    if state.dtype == "float32":
+        return values.tobytes()
+    if state.dtype == "float16":
+        return values.astype("<f2").tobytes()
+    return _bfloat16(values).tobytes()
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32 values, rounded to nearest even. NaN keeps its upper half, with a bit set."""
+    bits = values.view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype("<u2")

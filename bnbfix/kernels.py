@@ -1,0 +1,121 @@
+"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. The only module that imports torch and bitsandbytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+from .quant_state import QuantState
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A packed weight: checked state, statistics as raw bytes, and packed bytes read by (offset, length)."""
+
+    state: QuantState
+    read: Callable[[int, int], bytes]
+    absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
+    nested_absmax: bytes | None  # F32 [ceil(blocks / nested blocksize)]
+    nested_quant_map: bytes | None  # F32 [256]
+
+
+def choose_device(request: str, cuda_count: int) -> str:
+    """The torch device that a request means on a machine with this many CUDA devices.
+
+    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that is not there.
+    """
+    if request == "auto":
+        return "cuda:0" if cuda_count else "cpu"
+    if request == "cpu":
+        return "cpu"
+    m = re.fullmatch(r"cuda(?::(\d+))?", request)
+    if m is None:
+        raise UsageError(f"--device {request!r} is none of auto, cpu, cuda, cuda:N")
+    number = int(m[1] or 0)
+    if number >= cuda_count:
+        there = f"{cuda_count} CUDA device{'s' if cuda_count != 1 else ''}" if cuda_count else "no CUDA device"
+        raise UsageError(f"--device {request}: torch sees {there}", hint="Use --device cpu; the result is the same.")
+    return f"cuda:{number}"
+
+
+def resolve_device(request: str) -> str:
+    """`choose_device` with what torch sees here. "cpu" is answered without importing torch."""
+    if request == "cpu":
+        return "cpu"
+    import torch
+
+    return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
+    """Yields the weight's values in `state.dtype`, little-endian and in order, at most about `chunk_bytes` at a time.
+
+    The kernel sees every chunk as rows of one block each. Blocks run over the flat tensor, but the CPU kernel of
+    bitsandbytes 0.50 (csrc/cpu_ops.cpp, `dequantizeBlockwise4bitCpu`, AVX-512) counts them by row, and so decodes a
+    weight whose columns are no multiple of the blocksize wrongly; 31B's vision tower has such. With rows of one
+    block both ways of counting are the same, and equal to the CUDA kernel.
+    """
+    import bitsandbytes.functional as bnb
+    import torch
+
+    state = packed.state
+    dtype: torch.dtype = getattr(torch, state.dtype)
+    absmax = _absmax(packed, device)
+    code = bnb.get_4bit_type(state.quant_type, device=device)
+
+    def kernel(raw: memoryview, first: int, shape: tuple[int, int]) -> memoryview:
+        column = torch.frombuffer(raw, dtype=torch.uint8).to(device).view(-1, 1)
+        part = bnb.QuantState(
+            absmax=absmax[first : first + -(-shape[0] * shape[1] // state.blocksize)].contiguous(),
+            shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype,
+        )  # fmt: skip
+        out = bnb.dequantize_4bit(column, part).reshape(-1)
+        if state.quant_type == "fp4" and column.is_cuda:
+            out = _positive_zeros(out, column)
+        return out.contiguous().view(torch.uint8).cpu().numpy().data
+
+    size = state.blocksize
+    step = max(1, chunk_bytes // (size * dtype.itemsize))
+    for first in range(0, state.blocks, step):
+        begin, end = first * size, min((first + step) * size, state.numel)
+        raw = memoryview(bytearray(packed.read(begin // 2, (end - begin + 1) // 2)))
+        rows, tail = divmod(end - begin, size)
+        if rows:
+            yield kernel(raw[: rows * size // 2], first, (rows, size))
+        if tail:
+            yield kernel(raw[rows * size // 2 :], first + rows, (1, tail))
+
+
+def _positive_zeros(values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """FP4 code 8 is minus zero in bitsandbytes' CUDA kernel and plus zero on the CPU; this makes it plus zero."""
+    import torch
+
+    codes = torch.cat([column >> 4, column & 15], dim=1).reshape(-1)[: values.numel()]
+    return torch.where((codes == 8) & (values == 0), torch.zeros_like(values), values)
+
+
+def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:
+    """The scale of every block in float32, F32 [blocks], double quantization undone."""
+    import bitsandbytes.functional as bnb
+    import torch
+
+    nested = packed.state.nested
+    if nested is None:
+        return torch.frombuffer(bytearray(packed.absmax), dtype=torch.float32).to(device)
+    assert packed.nested_absmax is not None and packed.nested_quant_map is not None  # quant_state.check saw to it
+    inner = bnb.QuantState(
+        absmax=torch.frombuffer(bytearray(packed.nested_absmax), dtype=torch.float32).to(device),
+        code=torch.frombuffer(bytearray(packed.nested_quant_map), dtype=torch.float32).to(device),
+        blocksize=nested.blocksize,
+        dtype=torch.float32,
+    )
+    quantized = torch.frombuffer(bytearray(packed.absmax), dtype=torch.uint8).to(device)
+    # The offset stays float32 whatever torch's default dtype is: vLLM loads under bfloat16, which rounds it.
+    offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
+    return bnb.dequantize_blockwise(quantized, inner) + offset

@@ -1,0 +1,255 @@
+"""Results for people: tables and a few sentences, good at 80 columns and in a pipe. Nothing is decided here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .codes import Code, Severity
+from .plan import Plan
+from .scan import Finding, ReleaseVerdict, ScanResult
+from .verify import VerifyResult
+from .vllm_releases import ReleaseRange
+from .write import RepairResult
+
+COLOURS = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.NOTE: "cyan"}
+SHOWN = 4  # name patterns of a finding, without --verbose
+
+
+def plain(text: str) -> str:
+    """Text from a checkpoint made harmless: control characters and terminal escapes are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(console: Console, parts: Iterable[RenderableType]) -> None:
+    """Prints renderables, one below the other."""
+    for part in parts:
+        console.print(part)
+
+
+def scan_report(result: ScanResult, *, verbose: bool) -> Iterable[RenderableType]:
+    """The matrix of releases, then every finding of the target."""
+    counts = ", ".join(f"{n} {form}" for form, n in result.counts)
+    shards = f"{result.shards} shard{'s' if result.shards != 1 else ''}"
+    yield Text(plain(result.model), style="bold")
+    yield Text(f"{result.family}, {shards}, {counts}")
+    yield ""
+    yield _matrix(result.releases)
+    for f in result.findings:
+        if f.remains or verbose:
+            yield from _finding(f, verbose)
+    notes = [f for f in result.findings if not f.remains]
+    if notes and not verbose:
+        codes = ", ".join(sorted({f.code.value for f in notes}))
+        yield Text(f"{len(notes)} note{'s' if len(notes) != 1 else ''} ({codes}), shown with --verbose", style="dim")
+    yield _conclusion(result)
+
+
+def _matrix(verdicts: Sequence[ReleaseVerdict]) -> Table:
+    table = _table()
+    table.add_column("vLLM", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("because of")
+    for group in _alike(verdicts):
+        v, codes = group[0], " ".join(c.value for c in group[0].codes)
+        name = _range_name([g.release for g in group])
+        table.add_row(name, Text(v.verdict, style=_style(v.severity)), str(v.tensors or ""), codes)
+    return table
+
+
+def _alike(verdicts: Sequence[ReleaseVerdict]) -> list[list[ReleaseVerdict]]:
+    """Neighbouring ranges that say the same, together."""
+    groups: list[list[ReleaseVerdict]] = []
+    for v in verdicts:
+        if groups and (groups[-1][-1].codes, groups[-1][-1].tensors) == (v.codes, v.tensors):
+            groups[-1].append(v)
+        else:
+            groups.append([v])
+    return groups
+
+
+def _range_name(releases: Sequence[ReleaseRange]) -> str:
+    first, last = releases[0].first, releases[-1].last
+    return first if first == last else f"{first}-{last}"
+
+
+def _finding(f: Finding, verbose: bool) -> Iterable[RenderableType]:
+    head = Text()
+    head.append(f.code.value, style="bold")
+    head.append(f" {f.severity.label}", style=_style(f.severity))
+    head.append(f": {f.code.explanation.title}")
+    yield head
+    yield _indented(f"{_runs(f.releases)}: {plain(f.message)}")
+    names = _collapse(f.tensors) if not verbose else [plain(n) for n in f.tensors]
+    shown = names if verbose else names[:SHOWN]
+    for name in shown:
+        yield _indented(name, 4)
+    if len(shown) < len(names):
+        yield _indented(f"and {len(names) - len(shown)} more patterns; --verbose shows all", 4)
+    yield _indented(f"No fix here: {plain(f.reason)}" if f.reason else f"Fix: {f.fix}")
+    yield ""
+
+
+def _runs(releases: Sequence[ReleaseRange]) -> str:
+    from .vllm_releases import ranges
+
+    table, runs = list(ranges()), list[list[ReleaseRange]]()
+    for r in releases:
+        if runs and table.index(runs[-1][-1]) + 1 == table.index(r):
+            runs[-1].append(r)
+        else:
+            runs.append([r])
+    return "vLLM " + ", ".join(_range_name(run) for run in runs)
+
+
+def _collapse(names: Sequence[str]) -> list[str]:
+    """Names with their numbers taken out, and how many stand behind each."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", plain(n)) for n in names)
+    return [f"{name} x{n}" if n > 1 else name for name, n in counts.items()]
+
+
+def _conclusion(result: ScanResult) -> Text:
+    name = "every release" if len(result.target.ranges) > 1 else f"vLLM {result.target.name}"
+    known = [v for v in result.releases if Code.UNKNOWN_CLASS not in v.codes]
+    if len(result.target.ranges) > 1 and len(known) < len(result.releases):
+        name = "every release that knows the model"
+    if result.ok:
+        return Text(f"Loads in {name}.", style="bold green")
+    fixable = [f for f in result.findings if f.remains and f.reason is None]
+    words = {
+        Severity.FAILS: "Does not load", Severity.WRONG: "Loads with wrong weights", Severity.DEGRADED: "Degraded",
+    }[result.severity]  # fmt: skip
+    text = Text(f"{words} in {name}.", style=f"bold {_style(result.severity)}")
+    blocked = [f for f in result.findings if f.remains and f.reason is not None and f.code is not Code.PLUGIN]
+    if fixable and not blocked:
+        text.append(f" Mend it: bnbfix repair MODEL --out DIR --vllm {result.target.name}", style="not bold default")
+    return text
+
+
+def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableType]:
+    """What every shard becomes, the change of config.json, and what it costs."""
+    table = _table()
+    table.add_column("shard", overflow="fold")
+    for column in ("becomes", "tensors", "dequantized", "added", "MB"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
+    have = plan.checkpoint.tensors
+    for s in plan.shards:
+        added = sum(t.info.name not in have for t in s.tensors)
+        unpacked = sum(t.weight is not None for t in s.tensors)
+        size = plan.checkpoint.source.files[s.name]
+        mb = _mb(s.size) if s.copied else f"{_mb(size)} > {_mb(s.size)}"
+        cells = ("copied" if s.copied else "rewritten", str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
+        table.add_row(Text(plain(s.name)), *cells)
+    yield table
+    yield from _edit_lines(plan)
+    if diff := plan.config_diff():
+        yield Padding(Text(plain_lines(diff)), (1, 0, 1, 2))
+    yield Text(
+        f"Reads {_mb(plan.bytes_read)} MB, writes {_mb(plan.bytes_written)} MB; "
+        f"needs {_mb(needed)} MB of disk, {_mb(free)} MB are free."
+    )
+
+
+def plain_lines(text: str) -> str:
+    """`plain`, line by line."""
+    return "\n".join(plain(line) for line in text.splitlines())
+
+
+def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
+    verbs = {
+        "dequantize": "dequantized to the precision they had before", "drop": "dropped", "insert": "added",
+        "retype": "declared as U8 columns, same bytes", "config": "of config.json changed",
+    }  # fmt: skip
+    for action, words in verbs.items():
+        edits = [e for e in plan.edits if e.action == action]
+        if not edits:
+            continue
+        codes = " ".join(sorted({e.code.value for e in edits}))
+        noun = "key" if action == "config" else "tensor" if action == "drop" else "weight"
+        yield Text(f"{len(edits)} {noun}{'s' if len(edits) != 1 else ''} {words} ({codes})")
+        for name in _collapse([e.name for e in edits])[:SHOWN]:
+            yield _indented(name, 4)
+
+
+def repair_report(result: RepairResult) -> Iterable[RenderableType]:
+    """What a repair did, in a few lines."""
+    plan = result.plan
+    if not result.written:
+        yield Text(f"Nothing to do: loads in {plan.target.name} as it is.", style="bold green")
+        return
+    yield from _edit_lines(plan)
+    yield Text(
+        f"Wrote {plain(str(result.out))}, {_mb(plan.bytes_written)} MB, for {plan.target.name}.", style="bold green"
+    )
+
+
+def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
+    """Every difference, or what was compared."""
+    for p in result.problems:
+        yield Text(plain(str(p)), style="red")
+    if not result.ok:
+        n = len(result.problems)
+        yield Text(f"{n} difference{'s' if n != 1 else ''}; do not use this output.", style="bold red")
+        return
+    compared = f"{result.files} files match their hashes"
+    if result.kept or result.decoded:
+        compared += f", {result.kept} tensors equal the source's, {result.decoded} equal an independent decode"
+    yield Text(f"{compared}; scan for {result.target}: clean.", style="bold green")
+
+
+def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iterable[RenderableType]:
+    """The release table in words."""
+    table = _table()
+    columns = ("vLLM", "12B", "MoE", "towers", "plain into packed", "K as V", "kv-shared", "plugin", "seen")
+    for column in columns:
+        table.add_column(column)
+    for r in rows:
+        table.add_row(
+            r.name,
+            "yes" if "gemma4_unified" in r.families else "no",
+            r.moe or "no",
+            "packed" if "vision_tower" in r.packed else "plain",
+            r.plain_into_packed,
+            r.k_eq_v.replace("_", " "),
+            r.kv_shared.replace("_", " "),
+            r.plugin,
+            r.evidence,
+        )
+    yield table
+    yield Text(f"Installed here: vLLM {installed}." if installed else "No vLLM is installed here.")
+
+
+def explain_report(code: Code) -> Iterable[RenderableType]:
+    """One code explained."""
+    e = code.explanation
+    yield Text(f"{code.value}: {e.title}", style="bold")
+    yield ""
+    yield Text(e.why)
+    yield ""
+    yield Text(f"Mend: {e.mend}")
+    for url in e.upstream:
+        yield Text(url, style="dim")
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+
+
+def _indented(text: str, by: int = 2) -> Padding:
+    return Padding(Text(text, overflow="fold"), (0, 0, 0, by))
+
+
+def _style(severity: Severity) -> str:
+    return COLOURS[severity] if severity else "green"
+
+
+def _mb(n: int) -> str:
+    return f"{n / 1e6:,.1f}"

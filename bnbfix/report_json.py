@@ -1,0 +1,100 @@
+"""Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
+
+Shapes are told in README.md, under "JSON".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .plan import Plan
+from .scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
+from .verify import VerifyResult
+from .vllm_releases import ReleaseRange
+from .write import RepairResult
+
+
+def scan_document(result: ScanResult) -> dict[str, Any]:
+    """{schema, model, target, verdict, releases, findings, ...}"""
+    return {
+        "schema": SCHEMA,
+        "model": result.model,
+        "family": result.family,
+        "target": result.target.name,
+        "verdict": result.verdict,
+        "weights": dict(result.counts),
+        "shards": result.shards,
+        "releases": [_release(v) for v in result.releases],
+        "findings": [_finding(f) for f in result.findings],
+    }
+
+
+def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
+    """{schema, model, target, edits, shards, config_diff, bytes_read, bytes_written, disk_needed, disk_free}"""
+    return {
+        "schema": SCHEMA,
+        "model": plan.checkpoint.source.name,
+        "target": plan.target.name,
+        "nothing_to_do": plan.nothing_to_do,
+        "edits": [{"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in plan.edits],
+        "shards": [
+            {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
+            for s in plan.shards
+        ],
+        "config_diff": plan.config_diff(),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "disk_needed": needed,
+        "disk_free": free,
+    }
+
+
+def repair_document(result: RepairResult) -> dict[str, Any]:
+    """The plan's document with {out, sha256}; out is null when there was nothing to do."""
+    out = str(result.out) if result.out else None
+    return plan_document(result.plan) | {"out": out, "sha256": dict(result.files)}
+
+
+def verify_document(result: VerifyResult) -> dict[str, Any]:
+    """{schema, out, target, ok, problems, files, kept, decoded}"""
+    return {
+        "schema": SCHEMA,
+        "out": str(result.out),
+        "target": result.target,
+        "ok": result.ok,
+        "problems": [{"file": p.file, "tensor": p.tensor, "message": p.message} for p in result.problems],
+        "files": result.files,
+        "kept": result.kept,
+        "decoded": result.decoded,
+    }
+
+
+def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
+    """{schema, ranges}: the release table."""
+    return {
+        "schema": SCHEMA,
+        "ranges": [
+            {k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows
+        ],
+    }  # fmt: skip
+
+
+def _span(r: ReleaseRange) -> dict[str, str]:
+    return {"first": r.first, "last": r.last}
+
+
+def _release(v: ReleaseVerdict) -> dict[str, Any]:
+    return _span(v.release) | {"verdict": v.verdict, "codes": [c.value for c in v.codes], "tensors": v.tensors}
+
+
+def _finding(f: Finding) -> dict[str, Any]:
+    return {
+        "code": f.code.value,
+        "severity": f.severity.label,
+        "title": f.code.explanation.title,
+        "tensors": list(f.tensors),
+        "releases": [_span(r) for r in f.releases],
+        "message": f.message,
+        "fix": f.fix,
+        "reason": f.reason,
+    }

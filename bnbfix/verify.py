@@ -1,0 +1,186 @@
+"""Proves a repair: the output against its record, against the source and the plan, and by a fresh scan.
+
+Dequantized tensors are compared with an independent decode (decode.py), not with the kernels that wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import open_checkpoint
+from .codes import Code
+from .errors import BnbfixError, InputError
+from .plan import RECORD, Plan, ShardPlan, TensorPlan, plan_checkpoint
+from .scan import scan_checkpoint
+from .source import LocalSource, Source
+from .vllm_releases import Target, resolve_target
+from .write import CHUNK, Progress, packed_tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One difference: the file, the tensor if it is one's, and what differs."""
+
+    file: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor + ': ' if self.tensor else ''}{self.message}"
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verification found. Counts say what was compared."""
+
+    out: Path
+    target: str
+    problems: tuple[Problem, ...]
+    files: int  # hashed
+    kept: int  # tensors compared byte for byte with the source
+    decoded: int  # tensors compared with an independent decode
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify_output(out: Path, source: Path | None, progress: Progress | None = None) -> VerifyResult:
+    """See `bnbfix.verify`. `progress` is called with the number of bytes just compared."""
+    step = progress or (lambda n: None)
+    output = LocalSource.open(out)
+    doc = read_record(output)
+    target = resolve_target(doc["target"])
+    problems = list(_hashes(output, doc["sha256"], step))
+    kept = decoded = 0
+    if source is not None:
+        plan = plan_checkpoint(LocalSource.open(source), target)
+        if plan.nothing_to_do:
+            problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
+        else:
+            problems += _against_plan(output, plan, step)
+            tensors = [t for s in plan.shards if not s.copied for t in s.tensors]
+            decoded = sum(t.weight is not None for t in tensors)
+            kept = sum(len(s.tensors) for s in plan.shards) - decoded
+    problems += _fresh_scan(output, target)
+    return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
+
+
+def read_record(output: Source) -> dict[str, Any]:
+    """bnbfix.json of an output; raises InputError when it is missing or not such a record."""
+    if RECORD not in output.files:
+        raise InputError("is missing; was this folder written by `bnbfix repair`?", where=f"{output.name}/{RECORD}")
+    try:
+        doc = json.loads(output.read(RECORD, [(0, output.files[RECORD])])[0])
+        hashes = doc["sha256"]
+        if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
+            raise ValueError("target and sha256 are not what they should be")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
+    return dict(doc)
+
+
+def _hashes(output: Source, expected: dict[str, str], step: Progress) -> Iterator[Problem]:
+    for name in sorted(set(output.files) - set(expected) - {RECORD}):
+        yield Problem(name, None, "is not in the record")
+    for name, want in expected.items():
+        if name not in output.files:
+            yield Problem(name, None, "is missing")
+            continue
+        digest = hashlib.sha256()
+        for chunk in _chunks(output, name, 0, output.files[name]):
+            digest.update(chunk)
+            step(len(chunk))
+        if digest.hexdigest() != want:
+            yield Problem(name, None, "differs from the hash in the record")
+
+
+def _against_plan(output: Source, plan: Plan, step: Progress) -> Iterator[Problem]:
+    source = plan.checkpoint.source
+    for name, text in plan.texts.items():
+        if name in output.files and output.read(name, [(0, output.files[name])])[0] != text.encode():
+            yield Problem(name, None, "differs from what the plan writes")
+    for name in plan.copied:
+        if name in output.files:
+            at = _difference(source, name, 0, output, name, 0, source.files[name])
+            if at is not None:
+                yield Problem(name, None, f"differs from the source at byte {at:,}")
+    for shard in plan.shards:
+        if shard.name not in output.files:
+            yield Problem(shard.name, None, "is missing")
+        elif output.files[shard.name] != shard.size:
+            yield Problem(shard.name, None, f"has {output.files[shard.name]:,} bytes, the plan {shard.size:,}")
+        else:
+            yield from _shard(output, plan, shard, step)
+
+
+def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
+    source = plan.checkpoint.source
+    if shard.copied:
+        if (at := _difference(source, shard.name, 0, output, shard.name, 0, shard.data_start)) is not None:
+            yield Problem(shard.name, None, f"its header differs from the source at byte {at:,}")
+    elif output.read(shard.name, [(0, len(shard.header))])[0] != shard.header:
+        yield Problem(shard.name, None, "its header differs from what the plan writes")
+        return
+    for t in shard.tensors:
+        at = shard.data_start + t.info.begin
+        if t.weight is not None:
+            yield from _decoded(output, source, shard, t, at)
+        else:
+            origin = t.origin
+            where = _difference(source, origin.shard, origin.offset, output, shard.name, at, t.info.nbytes)
+            if where is not None:
+                words = f"differs from {origin.info.name} of the source at byte {where:,}"
+                yield Problem(shard.name, t.info.name, words)
+        step(t.info.nbytes)
+
+
+def _decoded(output: Source, source: Source, shard: ShardPlan, t: TensorPlan, at: int) -> Iterator[Problem]:
+    from .decode import absmax_values, decode_chunk
+
+    assert t.weight is not None
+    packed = packed_tensor(source, t.weight)
+    state = packed.state
+    scales = absmax_values(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    blocks = max(1, CHUNK // state.blocksize)
+    width = t.info.nbytes // state.numel
+    for first in range(0, state.blocks, blocks):
+        begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
+        want = decode_chunk(state, packed.read(begin // 2, (end + 1) // 2 - begin // 2), scales[first : first + blocks])
+        got = output.read(shard.name, [(at + begin * width, (end - begin) * width)])[0]
+        if got != want[: len(got)]:
+            yield Problem(shard.name, t.info.name, f"is not what its packed weight decodes to, after element {begin:,}")
+            return
+
+
+def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b: int, length: int) -> int | None:
+    """The first byte, counted from the start, at which two ranges differ."""
+    if b.files[file_b] < at_b + length:
+        return b.files[file_b] - at_b
+    for done in range(0, length, CHUNK):
+        n = min(CHUNK, length - done)
+        x, y = a.read(file_a, [(at_a + done, n)])[0], b.read(file_b, [(at_b + done, n)])[0]
+        if x != y:
+            return done + next(i for i in range(n) if x[i] != y[i])
+    return None
+
+
+def _chunks(source: Source, file: str, offset: int, length: int) -> Iterator[bytes]:
+    for at in range(offset, offset + length, CHUNK):
+        yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
+
+
+def _fresh_scan(output: Source, target: Target) -> Iterator[Problem]:
+    try:
+        result = scan_checkpoint(open_checkpoint(output), target)
+    except BnbfixError as e:
+        yield Problem(e.where or output.name, None, f"cannot be scanned: {e}")
+        return
+    for f in result.findings:
+        if f.remains and f.code is not Code.PLUGIN:
+            yield Problem(output.name, f.tensors[0] if f.tensors else None, f"{f.code.value}: {f.message}")

@@ -1,0 +1,249 @@
+"""Carries out a plan: staging beside the destination, one sequential pass for each file, fsync, rename last.
+
+The source is only read. The destination appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .checkpoint import Tensor, Weight, open_checkpoint
+from .codes import Code
+from .errors import OutputError, UsageError, VerifyError
+from .kernels import PackedTensor, dequantize
+from .plan import RECORD, Plan, ShardPlan
+from .scan import scan_checkpoint
+from .source import LocalSource, Source
+
+CHUNK = 4 << 20  # bytes read, hashed and written at a time
+SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
+Progress = Callable[[int], None]  # called with the number of bytes just written
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What a repair did. `files` has the SHA-256 of every file of the output; empty when there was nothing to do."""
+
+    plan: Plan
+    out: Path | None
+    files: Mapping[str, str]
+
+    @property
+    def written(self) -> bool:
+        return self.out is not None
+
+
+def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
+    target = Path(os.path.abspath(out))
+    if isinstance(source, LocalSource):
+        here, there = source.path.resolve(), target.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise UsageError(
+                "the output must lie outside the source, and the source outside the output", where=str(out)
+            )
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UsageError("exists and is not a folder", where=str(out))
+    if not overwrite and next(os.scandir(target), None) is not None:
+        raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+
+
+def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
+    """(bytes needed, bytes free) where `out` will lie."""
+    return plan.bytes_written + SLACK, shutil.disk_usage(_existing_parent(out)).free
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Raises OutputError when the disk cannot hold the output."""
+    needed, free = disk_space(plan, out)
+    if needed > free:
+        raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
+
+
+def write_plan(
+    plan: Plan, out: Path, *, device: str, overwrite: bool = False, progress: Progress | None = None
+) -> RepairResult:
+    """Writes the output of a plan to the directory `out`. `device` is a torch device that exists.
+
+    Raises UsageError or OutputError when that is not possible, InputError when the source changes meanwhile,
+    VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before.
+    """
+    check_destination(plan.checkpoint.source, out, overwrite=overwrite)
+    if plan.nothing_to_do:
+        return RepairResult(plan, None, {})
+    check_space(plan, out)
+    out = Path(os.path.abspath(out))
+    staging = out.with_name(f".{out.name}.bnbfix-partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clear(staging)
+        staging.mkdir()
+        files = _write_files(plan, staging, device, progress or (lambda n: None))
+        _check_written(plan, staging)
+        _publish(staging, out)
+    except OSError as e:
+        raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or out)) from e
+    finally:
+        with contextlib.suppress(OSError):
+            _clear(staging)
+    return RepairResult(plan, out, files)
+
+
+def _existing_parent(path: Path) -> Path:
+    path = Path(os.path.abspath(path)).parent
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _clear(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> dict[str, str]:
+    source, files = plan.checkpoint.source, {}
+    size = source.files
+    for name in plan.copied:
+        files[name] = _write(staging / name, _copy(source, name, 0, size[name]), progress)
+    for shard in plan.shards:
+        files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
+    for name, text in plan.texts.items():
+        files[name] = _write(staging / name, iter([text.encode()]), progress)
+    _write(staging / RECORD, iter([record(plan, files).encode()]), progress)
+    for folder, _, _ in os.walk(staging):
+        _fsync_dir(folder)
+    return files
+
+
+def record(plan: Plan, files: Mapping[str, str]) -> str:
+    """The text of bnbfix.json: what was changed, for which target, and the SHA-256 of every other file."""
+    doc = {
+        "schema": 1,
+        "bnbfix": __version__,
+        "target": plan.target.name,
+        "releases": [r.name for r in plan.target.ranges],
+        "edits": [{"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in plan.edits],
+        "sha256": dict(sorted(files.items())),
+    }
+    return json.dumps(doc, indent=2, ensure_ascii=False) + "\n"
+
+
+def shard_chunks(source: Source, shard: ShardPlan, device: str) -> Iterator[bytes | memoryview]:
+    """The bytes of an output shard, in order, a few MB at a time."""
+    if shard.copied:
+        yield from _copy(source, shard.name, 0, shard.size)
+        return
+    yield shard.header
+    for step in copies_and_weights(shard):
+        if isinstance(step, Weight):
+            yield from dequantize(packed_tensor(source, step), device, CHUNK)
+        else:
+            yield from _copy(source, *step)
+
+
+def copies_and_weights(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Weight]:
+    """A shard's tensors as (file, offset, length) to copy, neighbours merged, and weights to dequantize."""
+    pending: tuple[str, int, int] | None = None
+    for t in shard.tensors:
+        if t.weight is None and pending and (pending[0], pending[1] + pending[2]) == (t.origin.shard, t.origin.offset):
+            pending = (pending[0], pending[1], pending[2] + t.info.nbytes)
+            continue
+        if pending:
+            yield pending
+        pending = None if t.weight else (t.origin.shard, t.origin.offset, t.info.nbytes)
+        if t.weight:
+            yield t.weight
+    if pending:
+        yield pending
+
+
+def packed_tensor(source: Source, weight: Weight) -> PackedTensor:
+    """A packed weight of a source, as the kernels take it: statistics in memory, packed bytes by ranges."""
+    assert weight.state is not None
+
+    def whole(t: Tensor | None) -> bytes | None:
+        return source.read(t.shard, [(t.offset, t.info.nbytes)])[0] if t else None
+
+    def read(offset: int, length: int) -> bytes:
+        return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
+
+    return PackedTensor(
+        state=weight.state,
+        read=read,
+        absmax=whole(weight.siblings[".absmax"]) or b"",
+        nested_absmax=whole(weight.siblings.get(".nested_absmax")),
+        nested_quant_map=whole(weight.siblings.get(".nested_quant_map")),
+    )
+
+
+def _copy(source: Source, file: str, offset: int, length: int) -> Iterator[bytes]:
+    for at in range(offset, offset + length, CHUNK):
+        yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
+
+
+def _write(path: Path, chunks: Iterator[bytes | memoryview], progress: Progress) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for chunk in chunks:
+            digest.update(chunk)
+            write_all(fd, chunk)
+            progress(len(chunk))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Writes all of it, however short the writes of the system are."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _fsync_dir(path: str | Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _check_written(plan: Plan, staging: Path) -> None:
+    after = scan_checkpoint(open_checkpoint(LocalSource.open(staging)), plan.target)
+    left = [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]
+    if left:
+        raise VerifyError(f"the output would not be clean: {left[0].code.value} {left[0].message}")
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Renames the staging directory to `out`; what was there is removed only once the new one is in its place."""
+    old = out.with_name(f".{out.name}.bnbfix-old")
+    replaced = out.exists() and next(os.scandir(out), None) is not None
+    if replaced:
+        _clear(old)
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if replaced:
+            old.rename(out)
+        raise
+    _fsync_dir(out.parent)
+    if replaced:
+        _clear(old)
