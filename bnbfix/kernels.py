@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .quant_state import QuantState
@@ -61,9 +65,9 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     weight whose columns are no multiple of the blocksize wrongly; 31B's vision tower has such. With rows of one
     block both ways of counting are the same, and equal to the CUDA kernel.
     """
-    import bitsandbytes.functional as bnb
     import torch
 
+    bnb = _bitsandbytes()
     state = packed.state
     dtype: torch.dtype = getattr(torch, state.dtype)
     absmax = _absmax(packed, device)
@@ -92,6 +96,26 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
             yield kernel(raw[rows * size // 2 :], first + rows, (1, tail))
 
 
+@cache
+def _bitsandbytes() -> Any:
+    """bitsandbytes.functional, imported without the detour that fetches native code from the Hub.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 asks the `kernels` package for a gemm as it is imported
+    (backends/cpu/ops.py), which downloads and loads it, or warns. Nothing here multiplies matrices.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, absent = log.level, "kernels" not in sys.modules
+    log.setLevel(logging.ERROR)
+    if absent:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # the import system's mark for "not to be had"
+    try:
+        return import_module("bitsandbytes.functional")
+    finally:
+        log.setLevel(level)
+        if absent:
+            del sys.modules["kernels"]
+
+
 def _positive_zeros(values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """FP4 code 8 is minus zero in bitsandbytes' CUDA kernel and plus zero on the CPU; this makes it plus zero."""
     import torch
@@ -102,9 +126,9 @@ def _positive_zeros(values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
 
 def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:
     """The scale of every block in float32, F32 [blocks], double quantization undone."""
-    import bitsandbytes.functional as bnb
     import torch
 
+    bnb = _bitsandbytes()
     nested = packed.state.nested
     if nested is None:
         return torch.frombuffer(bytearray(packed.absmax), dtype=torch.float32).to(device)
