@@ -79,10 +79,12 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
             absmax=absmax[first : first + -(-shape[0] * shape[1] // state.blocksize)].contiguous(),
             shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype,
         )  # fmt: skip
-        out = bnb.dequantize_4bit(column, part).reshape(-1)
+        # bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here.
+        with torch.compiler.set_stance("force_eager"):
+            out: torch.Tensor = bnb.dequantize_4bit(column, part).reshape(-1)
         if state.quant_type == "fp4" and column.is_cuda:
             out = _positive_zeros(out, column)
-        return out.contiguous().view(torch.uint8).cpu().numpy().data
+        return memoryview(out.contiguous().view(torch.uint8).cpu().numpy().data)
 
     size = state.blocksize
     step = max(1, chunk_bytes // (size * dtype.itemsize))
@@ -142,4 +144,5 @@ def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:
     quantized = torch.frombuffer(bytearray(packed.absmax), dtype=torch.uint8).to(device)
     # The offset stays float32 whatever torch's default dtype is: vLLM loads under bfloat16, which rounds it.
     offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
-    return bnb.dequantize_blockwise(quantized, inner) + offset
+    values: torch.Tensor = bnb.dequantize_blockwise(quantized, inner)
+    return values + offset

@@ -29,9 +29,14 @@ def plain(text: str) -> str:
 
 
 def show(console: Console, parts: Iterable[RenderableType]) -> None:
-    """Prints renderables, one below the other."""
-    for part in parts:
-        console.print(part)
+    """Prints renderables, one below the other; in a pipe without the blanks that fill a terminal's lines."""
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    text = captured.get()
+    if not console.is_terminal:
+        text = "".join(line.rstrip() + "\n" for line in text.splitlines())
+    console.file.write(text)
 
 
 def scan_report(result: ScanResult, *, verbose: bool) -> Iterable[RenderableType]:
@@ -42,9 +47,11 @@ def scan_report(result: ScanResult, *, verbose: bool) -> Iterable[RenderableType
     yield Text(f"{result.family}, {shards}, {counts}")
     yield ""
     yield _matrix(result.releases)
-    for f in result.findings:
-        if f.remains or verbose:
-            yield from _finding(f, verbose)
+    yield ""
+    for code in dict.fromkeys(f.code for f in result.findings):
+        same = [f for f in result.findings if f.code is code and (f.remains or verbose)]
+        if same:
+            yield from _code(same, verbose)
     notes = [f for f in result.findings if not f.remains]
     if notes and not verbose:
         codes = ", ".join(sorted({f.code.value for f in notes}))
@@ -69,11 +76,15 @@ def _alike(verdicts: Sequence[ReleaseVerdict]) -> list[list[ReleaseVerdict]]:
     """Neighbouring ranges that say the same, together."""
     groups: list[list[ReleaseVerdict]] = []
     for v in verdicts:
-        if groups and (groups[-1][-1].codes, groups[-1][-1].tensors) == (v.codes, v.tensors):
+        if groups and _same(groups[-1][-1], v):
             groups[-1].append(v)
         else:
             groups.append([v])
     return groups
+
+
+def _same(a: ReleaseVerdict, b: ReleaseVerdict) -> bool:
+    return (a.severity, a.codes, a.tensors) == (b.severity, b.codes, b.tensors)
 
 
 def _range_name(releases: Sequence[ReleaseRange]) -> str:
@@ -81,21 +92,32 @@ def _range_name(releases: Sequence[ReleaseRange]) -> str:
     return first if first == last else f"{first}-{last}"
 
 
-def _finding(f: Finding, verbose: bool) -> Iterable[RenderableType]:
+def _code(findings: Sequence[Finding], verbose: bool) -> Iterable[RenderableType]:
+    """All findings of one code: what each range of releases makes of which tensors, and the fix once."""
+    worst = max(f.severity for f in findings)
     head = Text()
-    head.append(f.code.value, style="bold")
-    head.append(f" {f.severity.label}", style=_style(f.severity))
-    head.append(f": {f.code.explanation.title}")
+    head.append(findings[0].code.value, style="bold")
+    head.append(f" {worst.label}", style=_style(worst))
+    head.append(f": {findings[0].code.explanation.title}")
     yield head
-    yield _indented(f"{_runs(f.releases)}: {plain(f.message)}")
-    names = _collapse(f.tensors) if not verbose else [plain(n) for n in f.tensors]
+    shown: tuple[str, ...] | None = None
+    for f in findings:
+        yield _indented(f"{_runs(f.releases)} {f.severity.label}: {plain(f.message)}")
+        if f.tensors != shown:
+            yield from _names(f.tensors, verbose)
+        shown = f.tensors
+    for words in dict.fromkeys(f"No fix here: {plain(f.reason)}" if f.reason else f"Fix: {f.fix}" for f in findings):
+        yield _indented(words)
+    yield ""
+
+
+def _names(tensors: Sequence[str], verbose: bool) -> Iterable[RenderableType]:
+    names = [plain(n) for n in tensors] if verbose else _collapse(tensors)
     shown = names if verbose else names[:SHOWN]
     for name in shown:
         yield _indented(name, 4)
-    if len(shown) < len(names):
-        yield _indented(f"and {len(names) - len(shown)} more patterns; --verbose shows all", 4)
-    yield _indented(f"No fix here: {plain(f.reason)}" if f.reason else f"Fix: {f.fix}")
-    yield ""
+    if more := len(names) - len(shown):
+        yield _indented(f"and {more} more pattern{'s' if more != 1 else ''}; --verbose shows all", 4)
 
 
 def _runs(releases: Sequence[ReleaseRange]) -> str:
@@ -138,7 +160,7 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     """What every shard becomes, the change of config.json, and what it costs."""
     table = _table()
     table.add_column("shard", overflow="fold")
-    for column in ("becomes", "tensors", "dequantized", "added", "MB"):
+    for column in ("becomes", "tensors", "unpacked", "added", "MB"):
         table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     have = plan.checkpoint.tensors
     for s in plan.shards:
@@ -151,7 +173,9 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     yield table
     yield from _edit_lines(plan)
     if diff := plan.config_diff():
-        yield Padding(Text(plain_lines(diff)), (1, 0, 1, 2))
+        yield ""
+        yield Padding(Text(plain_lines(diff)), (0, 0, 0, 2), expand=False)
+        yield ""
     yield Text(
         f"Reads {_mb(plan.bytes_read)} MB, writes {_mb(plan.bytes_written)} MB; "
         f"needs {_mb(needed)} MB of disk, {_mb(free)} MB are free."
@@ -206,24 +230,30 @@ def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
 
 
 def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iterable[RenderableType]:
-    """The release table in words."""
+    """The release table in words, with a legend."""
     table = _table()
-    columns = ("vLLM", "12B", "MoE", "towers", "plain into packed", "K as V", "kv-shared", "plugin", "seen")
-    for column in columns:
-        table.add_column(column)
+    for column in ("vLLM", "12B", "experts", "towers", "plain", "K as V", "shared", "plugin", "seen"):
+        table.add_column(column, no_wrap=True)
     for r in rows:
         table.add_row(
             r.name,
             "yes" if "gemma4_unified" in r.families else "no",
-            r.moe or "no",
+            r.moe or "refused",
             "packed" if "vision_tower" in r.packed else "plain",
-            r.plain_into_packed,
-            r.k_eq_v.replace("_", " "),
-            r.kv_shared.replace("_", " "),
+            {"fails": "fails", "requantized": "wrong"}[r.plain_into_packed],
+            {"needs_v": "needs V", "copies_k": "copies K", "refuses_v": "no V"}[r.k_eq_v],
+            {"needs_kv": "k v", "q_alone": "q"}[r.kv_shared],
             r.plugin,
             r.evidence,
         )
     yield table
+    yield ""
+    yield Text(
+        "experts: prefix of 4-bit experts stored one by one. towers: vision and audio linears without skip entry. "
+        "plain: an ordinary weight in a packed parameter; wrong is silent re-quantization. K as V: layers of "
+        "attention_k_eq_v models; no V: an explicit v_proj is refused. shared: what kv-shared layers need in the "
+        "file. plugin: vllm-bnb-plugin. seen: in the running engine, or read in its source."
+    )
     yield Text(f"Installed here: vLLM {installed}." if installed else "No vLLM is installed here.")
 
 
@@ -240,11 +270,11 @@ def explain_report(code: Code) -> Iterable[RenderableType]:
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
 
 
 def _indented(text: str, by: int = 2) -> Padding:
-    return Padding(Text(text, overflow="fold"), (0, 0, 0, by))
+    return Padding(Text(text, overflow="fold"), (0, 0, 0, by), expand=False)
 
 
 def _style(severity: Severity) -> str:

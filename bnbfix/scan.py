@@ -133,7 +133,9 @@ def target_ranges(target: Target, model: Model) -> tuple[ReleaseRange, ...]:
 
 
 def find(case: Case) -> list[tuple[Code, Hit]]:
-    """Every hit of every rule."""
+    """Every hit of every rule; of a release that does not know the model's class, that one alone."""
+    if unknown := list(RULES[Code.UNKNOWN_CLASS](case)):
+        return [(Code.UNKNOWN_CLASS, hit) for hit in unknown]
     return [(code, hit) for code, function in RULES.items() for hit in function(case)]
 
 

@@ -25,7 +25,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(family: str = "dense31b", quant: str = "skip", **options: Any) -> Path:
         key = (family, quant, *sorted(options.items()))
         if key not in made:
-            made[key] = tiny_gemma4.make(tmp_path_factory.mktemp("pristine") / f"{family}-{quant}", family, quant, **options)
+            folder = tmp_path_factory.mktemp("pristine") / f"{family}-{quant}"
+            made[key] = tiny_gemma4.make(folder, family, quant, **options)
         return made[key]
 
     return make
