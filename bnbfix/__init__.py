@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from .plan import Edit, Plan
-    from .scan import Finding, ReleaseVerdict, ScanResult
-    from .verify import Problem, VerifyResult
+    from .scanner import Finding, ReleaseVerdict, ScanResult
+    from .verifier import Problem, VerifyResult
     from .vllm_releases import ReleaseRange, Target
     from .write import RepairResult
 
@@ -51,8 +51,8 @@ _HOME = {
         "errors": ("BnbfixError", "HeaderError", "InputError", "NotApplicable", "OutputError", "QuantStateError",
                    "Unrepairable", "UsageError", "VerifyError"),
         "plan": ("Edit", "Plan"),
-        "scan": ("Finding", "ReleaseVerdict", "ScanResult"),
-        "verify": ("Problem", "VerifyResult"),
+        "scanner": ("Finding", "ReleaseVerdict", "ScanResult"),
+        "verifier": ("Problem", "VerifyResult"),
         "vllm_releases": ("ReleaseRange", "Target"),
         "write": ("RepairResult",),
     }.items()

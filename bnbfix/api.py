@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import open_checkpoint
-from .scan import ScanResult, scan_checkpoint
+from .scanner import ScanResult, scan_checkpoint
 from .source import LocalSource
 from .vllm_releases import Target, find_installed, resolve_target
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .verify import VerifyResult
+    from .verifier import VerifyResult
     from .write import Progress, RepairResult
 
 StrPath = str | os.PathLike[str]
@@ -81,6 +81,6 @@ def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | 
 
     Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
     """
-    from .verify import verify_output
+    from .verifier import verify_output
 
     return verify_output(Path(out), Path(source) if source is not None else None, progress=progress)

@@ -154,7 +154,7 @@ def verify(
     format: AsFormat = Format.table,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, and with --source every byte and every decoded number."""
-    from .verify import verify_output
+    from .verifier import verify_output
 
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:

@@ -19,7 +19,7 @@ from .checkpoint import CONFIG, INDEX, Checkpoint, Tensor, Weight, open_checkpoi
 from .codes import Code, Severity
 from .errors import Unrepairable
 from .mend import Insert, Mend, decide
-from .scan import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
+from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from .source import Source
 from .vllm_releases import Target
 

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from .codes import Code, Severity
 from .plan import Plan
-from .scan import Finding, ReleaseVerdict, ScanResult
-from .verify import VerifyResult
+from .scanner import Finding, ReleaseVerdict, ScanResult
+from .verifier import VerifyResult
 from .vllm_releases import ReleaseRange
 from .write import RepairResult
 

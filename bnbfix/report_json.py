@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from .plan import Plan
-from .scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
-from .verify import VerifyResult
+from .scanner import SCHEMA, Finding, ReleaseVerdict, ScanResult
+from .verifier import VerifyResult
 from .vllm_releases import ReleaseRange
 from .write import RepairResult
 

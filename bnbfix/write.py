@@ -20,7 +20,7 @@ from .codes import Code
 from .errors import OutputError, UsageError, VerifyError
 from .kernels import PackedTensor, dequantize
 from .plan import RECORD, Plan, ShardPlan
-from .scan import scan_checkpoint
+from .scanner import scan_checkpoint
 from .source import LocalSource, Source
 
 CHUNK = 4 << 20  # bytes read, hashed and written at a time

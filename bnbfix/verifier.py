@@ -16,7 +16,7 @@ from .checkpoint import open_checkpoint
 from .codes import Code
 from .errors import BnbfixError, InputError
 from .plan import RECORD, Plan, ShardPlan, TensorPlan, plan_checkpoint
-from .scan import scan_checkpoint
+from .scanner import scan_checkpoint
 from .source import LocalSource, Source
 from .vllm_releases import Target, resolve_target
 from .write import CHUNK, Progress, packed_tensor
