@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .quant_state import QuantState
+from .quant_state import DTYPES, QuantState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +28,7 @@ TABLES = {
         0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
     ),
 }  # fmt: skip
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes for each element
 
 
 def absmax_values(
@@ -54,11 +55,42 @@ def decode_chunk(state: QuantState, packed: bytes, scales: NDArray[np.float32]) 
     values = np.array(TABLES[state.quant_type], "<f4")[codes]
     with np.errstate(all="ignore"):  # infinities are values like others here, and the API is silent
         values *= np.repeat(scales, state.blocksize)[: len(values)]
-        if state.dtype == "float32":
-            return values.tobytes()
-        if state.dtype == "float16":
-            return values.astype("<f2").tobytes()
+        return _cast(values, DTYPES[state.dtype])
+
+
+def _cast(values: NDArray[np.float32], dtype: str) -> bytes:
+    """float32 values rounded once to a dtype (safetensors name)."""
+    if dtype == "F32":
+        return values.tobytes()
+    if dtype == "F16":
+        return values.astype("<f2").tobytes()
     return _bfloat16(values).tobytes()
+
+
+def decode_int8(raw: bytes, scales: bytes, dtype: str) -> bytes:
+    """Rows of an LLM.int8 weight in `dtype` (safetensors name): I8 [rows, columns] * F32 [rows] / 127."""
+    rows = np.frombuffer(scales, "<f4")
+    values = np.frombuffer(raw, np.int8).reshape(len(rows), -1).astype("<f4") * rows[:, None]
+    return _cast(values * np.float32(1 / 127), dtype)
+
+
+def within_rounding(state: QuantState, packed: bytes, scales: NDArray[np.float32], values: bytes) -> bool:
+    """Is each value a packed one decodes to within 4-bit rounding of the value it came from (both `state.dtype`)?
+
+    Half of NF4's widest gap, 0.152 of its block's true scale, and what double quantization moved the scale by.
+    """
+    got, want = _float32(decode_chunk(state, packed, scales), state.dtype), _float32(values, state.dtype)
+    got = got[: len(want)]
+    edges = np.arange(0, len(want), state.blocksize)
+    true = np.maximum.reduceat(np.abs(want), edges)
+    allowed = 0.155 * true + np.abs(scales[: len(true)] - true) + 0.01 * true
+    return bool(np.all(np.abs(got - want) <= np.repeat(allowed, state.blocksize)[: len(want)]))
+
+
+def _float32(raw: bytes, dtype: str) -> NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, "<f2" if dtype == "float16" else "<f4").astype("<f4")
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -101,6 +101,74 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
             yield kernel(raw[: rows * size // 2], first, (rows, size))
         if tail:
             yield kernel(raw[rows * size // 2 :], first + rows, (1, tail))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight quantized to NF4, as raw bytes: U8 [ceil(n / 2)], and its statistics as bitsandbytes lays them out."""
+
+    weight: bytes
+    absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
+    quant_map: bytes  # F32 [16]
+    nested_absmax: bytes | None
+    nested_quant_map: bytes | None
+    offset: float | None
+
+
+def quantize(
+    values: Iterable[bytes | memoryview], dtype: str, device: str, *, blocksize: int, nested_blocksize: int | None
+) -> Quantized:
+    """Quantizes raw little-endian values in `dtype` to NF4; all chunks but the last hold whole blocks.
+
+    Equal to `bitsandbytes.functional.quantize_4bit` on the whole tensor. Memory: a chunk, and the result.
+    """
+    import torch
+
+    bnb = _bitsandbytes()
+    kind: torch.dtype = getattr(torch, dtype)
+    packed, scales = bytearray(), []
+    with torch.compiler.set_stance("force_eager"):
+        for chunk in values:
+            part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)
+            q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
+            packed += _raw(q)
+            scales.append(state.absmax.float())
+        absmax = torch.cat(scales)
+        quant_map = _raw(bnb.get_4bit_type("nf4", device="cpu"))
+        if nested_blocksize is None:
+            return Quantized(bytes(packed), _raw(absmax), quant_map, None, None, None)
+        offset = absmax.mean()
+        inner, nested = bnb.quantize_blockwise(absmax - offset, blocksize=nested_blocksize)
+        return Quantized(
+            bytes(packed), _raw(inner), quant_map, _raw(nested.absmax.float()), _raw(nested.code.float()), offset.item()
+        )
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+
+
+def dequantize_int8(
+    read: Callable[[int, int], bytes], shape: tuple[int, int], scales: bytes, dtype: str, chunk_bytes: int = 4 << 20
+) -> Iterator[memoryview]:
+    """Yields an LLM.int8 weight's values in `dtype`, row chunks in order: I8 [out, in] by its scales F32 [out] / 127.
+
+    The arithmetic is `bitsandbytes.functional.int8_vectorwise_dequant`'s.
+    """
+    import torch
+
+    bnb = _bitsandbytes()
+    kind: torch.dtype = getattr(torch, dtype)
+    rows, columns = shape
+    stats = torch.frombuffer(bytearray(scales), dtype=torch.float32)
+    step = max(1, chunk_bytes // (columns * 4))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        raw = torch.frombuffer(bytearray(read(first * columns, count * columns)), dtype=torch.int8)
+        values: torch.Tensor = bnb.int8_vectorwise_dequant(raw.view(count, columns), stats[first : first + count])
+        yield memoryview(values.to(kind).reshape(-1).view(torch.uint8).numpy().data)
 
 
 @cache

@@ -1,18 +1,19 @@
 """Decides what a repair changes: a checkpoint and the releases it shall load in, in; edits, out. Pure.
 
 One rule of thumb stands behind every decision: precision is never lost. Where a packed and an ordinary tensor meet in
-one parameter the packed one is dequantized; nothing is quantized.
+one parameter the packed one is dequantized. Experts alone, which no release leaves plain, are quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from . import gemma4
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
+from .experts import ExpertMend, decide_experts
 from .gemma4 import Model
 from .parameters import Member, by_layer, is_packable, module_of, parameters, projections
 from .rules import hf_linears, is_explicit_v, missing_shared, older_form
@@ -48,6 +49,7 @@ class Mend:
     drop: Mapping[str, Code]  # tensor names, beside the siblings of dequantized weights
     insert: tuple[Insert, ...]
     retype: Mapping[str, Code]  # packed weights whose header entry becomes U8 [N, 1]
+    experts: Mapping[str, ExpertMend]  # tensors of experts
     config: tuple[ConfigEdit, ...]
 
 
@@ -76,9 +78,10 @@ def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange
         insert += _insert_v(members, model, dequantize)
     if any(r.kv_shared == "needs_kv" for r in releases):
         insert += _insert_shared(checkpoint, members, model, dequantize)
-    retype = _retype(checkpoint, dequantize)
+    experts = decide_experts(checkpoint, model, releases)
+    retype = _retype(checkpoint, {*dequantize, *experts})
     config = _config(checkpoint, model, releases, members, dequantize, insert)
-    return Mend(dequantize, drop, tuple(insert), retype, tuple(config))
+    return Mend(dequantize, drop, tuple(insert), retype, experts, tuple(config))
 
 
 def _never_packed(members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange]) -> Iterable[Member]:
@@ -157,10 +160,10 @@ def _same_in(checkpoint: Checkpoint, name: str, layer: int, other: int) -> Weigh
     return checkpoint.weights.get(name.replace(f"layers.{layer}.", f"layers.{other}."))
 
 
-def _retype(checkpoint: Checkpoint, dequantize: Mapping[str, Code]) -> dict[str, Code]:
+def _retype(checkpoint: Checkpoint, rewritten: Set[str]) -> dict[str, Code]:
     out = {}
     for w in checkpoint.weights.values():
-        if w.state is not None and w.name not in dequantize:
+        if w.state is not None and w.name not in rewritten:
             if w.tensor.info.dtype != "U8":
                 out[w.name] = Code.PACKED_STORAGE
             elif w.tensor.info.shape != (w.tensor.info.nbytes, 1):

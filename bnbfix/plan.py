@@ -14,10 +14,11 @@ from typing import Any
 
 from . import json_edit
 from . import quant_state as qs
-from . import safetensors_header as st
 from .checkpoint import CONFIG, INDEX, Checkpoint, Tensor, Weight, open_checkpoint
 from .codes import Code, Severity
-from .errors import Unrepairable
+from .errors import InputError, Unrepairable
+from .experts import expert_tensors
+from .layout import Copy, Dequantize, Quantize, ShardPlan, Slice, TensorPlan, copy, dequantize, lay_out
 from .mend import Insert, Mend, decide
 from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from .source import Source
@@ -27,34 +28,10 @@ RECORD = "bnbfix.json"
 
 
 @dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of an output shard. `origin` is copied byte for byte, or, when `weight` is set, dequantized."""
-
-    info: st.TensorInfo  # name, dtype, shape and offsets in the output
-    origin: Tensor
-    weight: Weight | None = None
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output shard: header bytes, then its tensors in order. `copied`: equal to its source file, header and all."""
-
-    name: str
-    header: bytes
-    tensors: tuple[TensorPlan, ...]
-    copied: bool
-    size: int  # bytes of the file
-
-    @property
-    def data_start(self) -> int:
-        return self.size - sum(t.info.nbytes for t in self.tensors)
-
-
-@dataclass(frozen=True)
 class Edit:
     """One change in words: what is done to which tensor or config key, and the code that asked for it."""
 
-    action: str  # dequantize, drop, insert, retype, config
+    action: str  # dequantize, drop, insert, retype, quantize, rename, config
     name: str
     code: Code
     detail: str
@@ -89,7 +66,7 @@ class Plan:
         """Bytes of the source that writing reads."""
         files = self.checkpoint.source.files
         whole = sum(files[s.name] for s in self.shards if s.copied) + sum(files[f] for f in self.copied)
-        return whole + sum(_bytes_in(t) for s in self.shards if not s.copied for t in s.tensors)
+        return whole + sum(_bytes_in(run) for s in self.shards if not s.copied for run in s.runs())
 
     def config_diff(self) -> str:
         """The change of config.json as a unified diff; empty when there is none."""
@@ -175,77 +152,68 @@ class PlannedSource:
                 out.append(shard.header[offset : offset + length])
                 continue
             t = shard.tensors[bisect.bisect_right(starts, offset - len(shard.header)) - 1]
-            at = t.origin.offset + offset - len(shard.header) - t.info.begin
-            out += source.read(t.origin.shard, [(at, length)])
+            inside = offset - len(shard.header) - t.info.begin
+            if isinstance(t.op, Copy):
+                out += source.read(t.op.origin.shard, [(t.op.origin.offset + inside, length)])
+            elif isinstance(t.op, Quantize) and ".quant_state." in t.info.name:
+                out.append(t.op.state_json(0.0)[inside : inside + length])
+            else:
+                raise InputError(f"tensor {t.info.name!r} is not made yet", where=file)
         return out
 
 
-def _bytes_in(t: TensorPlan) -> int:
-    if t.weight is None:
-        return t.info.nbytes
-    return t.weight.tensor.info.nbytes + sum(s.info.nbytes for s in t.weight.siblings.values())
+def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
+    op = run[0].op
+    if isinstance(op, Copy):
+        return op.origin.info.nbytes
+    if isinstance(op, Quantize) and isinstance(op.values, Slice):
+        return op.values.nbytes
+    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
+    parts = [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
+    return sum(t.info.nbytes for t in parts)
 
 
 def _shards(checkpoint: Checkpoint, mend: Mend) -> Iterable[ShardPlan]:
-    gone = set(mend.drop)
-    for name in mend.dequantize:
+    gone = set(mend.drop) | set(mend.experts)
+    for name in (*mend.dequantize, *mend.experts):
         gone |= set(checkpoint.weights[name].sibling_names().values())
     chosen = checkpoint.tensors
     added: dict[str, list[TensorPlan]] = {}
     for insert in mend.insert:
         added.setdefault(insert.donor.tensor.shard, []).extend(_inserted(insert))
+    for name, expert in mend.experts.items():
+        added.setdefault(chosen[name].shard, []).extend(expert_tensors(checkpoint, name, expert))
     for shard, header in checkpoint.shards.items():
         tensors = []
         for info in header.tensors.values():
             if info.name not in gone and chosen[info.name].shard == shard:
-                tensors.append(_kept(checkpoint, mend, info, chosen[info.name]))
+                tensors.append(_kept(checkpoint, mend, chosen[info.name]))
         tensors += added.get(shard, [])
         if tensors:
-            yield _lay_out(shard, header, tensors)
+            yield lay_out(shard, tensors, header.metadata, header)
 
 
-def _kept(checkpoint: Checkpoint, mend: Mend, info: st.TensorInfo, origin: Tensor) -> TensorPlan:
-    if info.name in mend.dequantize:
-        return _dequantized(info.name, checkpoint.weights[info.name])
-    if info.name in mend.retype:
-        info = st.TensorInfo(info.name, "U8", (info.nbytes, 1), 0, info.nbytes)
-    return TensorPlan(info, origin)
+def _kept(checkpoint: Checkpoint, mend: Mend, origin: Tensor) -> TensorPlan:
+    name = origin.info.name
+    if name in mend.dequantize:
+        return dequantized(name, checkpoint.weights[name])
+    return copy(origin, column=name in mend.retype)
 
 
-def _dequantized(name: str, weight: Weight) -> TensorPlan:
+def dequantized(name: str, weight: Weight) -> TensorPlan:
+    """A 4-bit weight in full precision, under a name."""
     assert weight.state is not None  # `decide` dequantizes 4-bit weights, and the plan refuses 8-bit ones
-    state = weight.state
-    nbytes = st.tensor_nbytes(state.plain_dtype, state.shape)
-    return TensorPlan(st.TensorInfo(name, state.plain_dtype, state.shape, 0, nbytes), weight.tensor, weight)
+    return dequantize(name, (weight,), weight.state.plain_dtype, weight.state.shape)
 
 
 def _inserted(insert: Insert) -> Iterable[TensorPlan]:
     donor = insert.donor
     if insert.dequantize:
-        yield _dequantized(insert.name, donor)
+        yield dequantized(insert.name, donor)
         return
-    info = donor.tensor.info
-    column = donor.state is not None
-    dtype, shape = ("U8", (info.nbytes, 1)) if column else (info.dtype, info.shape)
-    yield TensorPlan(st.TensorInfo(insert.name, dtype, shape, 0, info.nbytes), donor.tensor)
+    yield copy(donor.tensor, insert.name, column=donor.state is not None)
     for suffix, t in donor.siblings.items():
-        name = qs.sibling_name(insert.name, suffix)
-        yield TensorPlan(st.TensorInfo(name, t.info.dtype, t.info.shape, 0, t.info.nbytes), t)
-
-
-def _lay_out(shard: str, header: st.Header, tensors: list[TensorPlan]) -> ShardPlan:
-    # Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its
-    # offset has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent.
-    tensors.sort(key=lambda t: -st.DTYPE_BITS[t.info.dtype])
-    placed, at = [], 0
-    for t in tensors:
-        info = st.TensorInfo(t.info.name, t.info.dtype, t.info.shape, at, at + t.info.nbytes)
-        placed.append(TensorPlan(info, t.origin, t.weight))
-        at = info.end
-    if all(t.weight is None for t in placed) and [t.info for t in placed] == list(header.tensors.values()):
-        return ShardPlan(shard, b"", tuple(placed), True, header.file_size)
-    built = st.build_header([t.info for t in placed], header.metadata)
-    return ShardPlan(shard, built, tuple(placed), False, len(built) + at)
+        yield copy(t, qs.sibling_name(insert.name, suffix))
 
 
 def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
@@ -283,6 +251,8 @@ def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
     for insert in mend.insert:
         how = "values of" if insert.dequantize else "exact copy of"
         yield Edit("insert", insert.name, insert.code, f"{how} {insert.donor.name}")
+    for name, expert in mend.experts.items():
+        yield Edit(expert.action, name, expert.code, expert.detail)
     for name, code in mend.retype.items():
         yield Edit("retype", name, code, "same bytes, declared U8 [N, 1]")
     for edit in mend.config:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .codes import Code, Severity
 from .installed import LoadResult, ProbeResult
+from .layout import Dequantize
 from .plan import Plan
 from .scanner import Finding, ReleaseVerdict, ScanResult
 from .verifier import VerifyResult
@@ -166,7 +167,7 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     have = plan.checkpoint.tensors
     for s in plan.shards:
         added = sum(t.info.name not in have for t in s.tensors)
-        unpacked = sum(t.weight is not None for t in s.tensors)
+        unpacked = sum(isinstance(t.op, Dequantize) for t in s.tensors)
         size = plan.checkpoint.source.files[s.name]
         mb = _mb(s.size) if s.copied else f"{_mb(size)} > {_mb(s.size)}"
         cells = ("copied" if s.copied else "rewritten", str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
@@ -191,6 +192,7 @@ def plain_lines(text: str) -> str:
 def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
     verbs = {
         "dequantize": "dequantized to the precision they had before", "drop": "dropped", "insert": "added",
+        "quantize": "quantized to NF4, which loses precision", "rename": "renamed",
         "retype": "declared as U8 columns, same bytes", "config": "of config.json changed",
     }  # fmt: skip
     for action, words in verbs.items():

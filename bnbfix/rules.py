@@ -325,7 +325,7 @@ def moe_refused(case: Case) -> Iterator[Hit]:
     if case.model.moe and case.release.moe is None:
         yield Hit(
             Severity.FAILS, (), "a mixture of experts, which the release refuses under bitsandbytes",
-            "no 4-bit form exists for this release; vLLM 0.25.0 and newer can load one",
+            "no 4-bit form exists for this release; vLLM 0.25.0 and newer can load one, and --bf16 works everywhere",
         )  # fmt: skip
 
 
@@ -333,7 +333,8 @@ def moe_refused(case: Case) -> Iterator[Hit]:
 def fused_experts(case: Case) -> Iterator[Hit]:
     names = tuple(n for n in case.checkpoint.weights if gemma4.place(n).role == "fused_experts")
     if names and case.release.moe is not None:
-        reason = "the experts have to be split and quantized, which this version of bnbfix does not do"
+        packed = any(case.checkpoint.weights[n].packed for n in names)
+        reason = "they are packed, and cannot be split without unpacking; --bf16 unpacks them" if packed else None
         yield Hit(Severity.FAILS, names, "experts in one tensor; the release takes them packed, one by one", reason)
 
 
@@ -341,16 +342,14 @@ def fused_experts(case: Case) -> Iterator[Hit]:
 def expert_prefix(case: Case) -> Iterator[Hit]:
     hits = [m for m in case.members if m.place.role == "expert" and m.place.prefix != case.release.moe]
     if hits and case.release.moe is not None:
-        reason = "no prefix serves all releases; name one with --vllm"
-        yield Hit(Severity.FAILS, _names(hits), f"the release looks for {case.release.moe}.N", reason)
+        yield Hit(Severity.FAILS, _names(hits), f"the release looks for {case.release.moe}.N")
 
 
 @rule(Code.FP4_EXPERTS)
 def fp4_experts(case: Case) -> Iterator[Hit]:
     hits = [m for m in case.members if m.place.role == "expert" and m.weight.form == "fp4"]
     if hits and case.release.moe is not None:
-        reason = "the experts have to be quantized again to NF4, which this version of bnbfix does not do"
-        yield Hit(Severity.WRONG, _names(hits), "FP4, decoded by vLLM with the NF4 table", reason)
+        yield Hit(Severity.WRONG, _names(hits), "FP4, decoded by vLLM with the NF4 table")
 
 
 @rule(Code.INT8)

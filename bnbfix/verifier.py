@@ -15,11 +15,14 @@ from typing import Any
 from .checkpoint import open_checkpoint
 from .codes import Code
 from .errors import BnbfixError, InputError
-from .plan import RECORD, Plan, ShardPlan, TensorPlan, plan_checkpoint
+from .layout import Copy, Dequantize, Quantize, ShardPlan
+from .plan import RECORD, Plan, plan_checkpoint
+from .recompute import check_decoded, check_quantized
 from .scanner import scan_checkpoint
 from .source import LocalSource, Source
+from .values import CHUNK, copy_range
 from .vllm_releases import Target, resolve_target
-from .write import CHUNK, Progress, packed_tensor
+from .write import Progress
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class VerifyResult:
     problems: tuple[Problem, ...]
     files: int  # hashed
     kept: int  # tensors compared byte for byte with the source
-    decoded: int  # tensors compared with an independent decode
+    decoded: int  # weights compared with an independent decode
 
     @property
     def ok(self) -> bool:
@@ -64,9 +67,8 @@ def verify_output(out: Path, source: Path | None, progress: Progress | None = No
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
             problems += _against_plan(output, plan, set(doc["sha256"]), step)
-            tensors = [t for s in plan.shards if not s.copied for t in s.tensors]
-            decoded = sum(t.weight is not None for t in tensors)
-            kept = sum(len(s.tensors) for s in plan.shards) - decoded
+            decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
+            kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target)
     return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
 
@@ -93,7 +95,7 @@ def _hashes(output: Source, expected: dict[str, str], step: Progress) -> Iterato
             yield Problem(name, None, "is missing")
             continue
         digest = hashlib.sha256()
-        for chunk in _chunks(output, name, 0, output.files[name]):
+        for chunk in copy_range(output, name, 0, output.files[name]):
             digest.update(chunk)
             step(len(chunk))
         if digest.hexdigest() != want:
@@ -134,35 +136,20 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
     elif output.read(shard.name, [(0, len(shard.header))])[0] != shard.header:
         yield Problem(shard.name, None, "its header differs from what the plan writes")
         return
-    for t in shard.tensors:
-        at = shard.data_start + t.info.begin
-        if t.weight is not None:
-            yield from _decoded(output, source, shard, t, at)
+    for run in shard.runs():
+        op, first = run[0].op, run[0].info
+        at = shard.data_start + first.begin
+        if isinstance(op, Copy):
+            origin = op.origin
+            where = _difference(source, origin.shard, origin.offset, output, shard.name, at, first.nbytes)
+            problem = f"differs from {origin.info.name} of the source at byte {where:,}" if where is not None else None
+        elif isinstance(op, Dequantize):
+            problem = check_decoded(source, op, output, shard.name, at)
         else:
-            origin = t.origin
-            where = _difference(source, origin.shard, origin.offset, output, shard.name, at, t.info.nbytes)
-            if where is not None:
-                words = f"differs from {origin.info.name} of the source at byte {where:,}"
-                yield Problem(shard.name, t.info.name, words)
-        step(t.info.nbytes)
-
-
-def _decoded(output: Source, source: Source, shard: ShardPlan, t: TensorPlan, at: int) -> Iterator[Problem]:
-    from .decode import absmax_values, decode_chunk
-
-    assert t.weight is not None
-    packed = packed_tensor(source, t.weight)
-    state = packed.state
-    scales = absmax_values(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
-    blocks = max(1, CHUNK // state.blocksize)
-    width = t.info.nbytes // state.numel
-    for first in range(0, state.blocks, blocks):
-        begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
-        want = decode_chunk(state, packed.read(begin // 2, (end + 1) // 2 - begin // 2), scales[first : first + blocks])
-        got = output.read(shard.name, [(at + begin * width, (end - begin) * width)])[0]
-        if got != want[: len(got)]:
-            yield Problem(shard.name, t.info.name, f"is not what its packed weight decodes to, after element {begin:,}")
-            return
+            problem = check_quantized(source, op, output, shard.name, at)
+        if problem is not None:
+            yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)
+        step(sum(t.info.nbytes for t in run))
 
 
 def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b: int, length: int) -> int | None:
@@ -175,11 +162,6 @@ def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b:
         if x != y:
             return done + next(i for i in range(n) if x[i] != y[i])
     return None
-
-
-def _chunks(source: Source, file: str, offset: int, length: int) -> Iterator[bytes]:
-    for at in range(offset, offset + length, CHUNK):
-        yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
 
 
 def _fresh_scan(output: Source, target: Target) -> Iterator[Problem]:

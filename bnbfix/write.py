@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
-from .checkpoint import Tensor, Weight, open_checkpoint
+from .checkpoint import open_checkpoint
 from .codes import Code
 from .errors import OutputError, UsageError, VerifyError
-from .kernels import PackedTensor, dequantize
-from .plan import RECORD, Plan, ShardPlan
+from .layout import Copy, Dequantize, Quantize, ShardPlan
+from .plan import RECORD, Plan
 from .scanner import scan_checkpoint
 from .source import LocalSource, Source
+from .values import copy_range, plain_values, quantized_parts
 
-CHUNK = 4 << 20  # bytes read, hashed and written at a time
 SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
 Progress = Callable[[int], None]  # called with the number of bytes just written
 
@@ -117,7 +117,7 @@ def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> 
     source, files = plan.checkpoint.source, {}
     size = source.files
     for name in plan.copied:
-        files[name] = _write(staging / name, _copy(source, name, 0, size[name]), progress)
+        files[name] = _write(staging / name, copy_range(source, name, 0, size[name]), progress)
     for shard in plan.shards:
         files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
     for name, text in plan.texts.items():
@@ -144,54 +144,38 @@ def record(plan: Plan, files: Mapping[str, str]) -> str:
 def shard_chunks(source: Source, shard: ShardPlan, device: str) -> Iterator[bytes | memoryview]:
     """The bytes of an output shard, in order, a few MB at a time."""
     if shard.copied:
-        yield from _copy(source, shard.name, 0, shard.size)
+        yield from copy_range(source, shard.name, 0, shard.size)
         return
     yield shard.header
-    for step in copies_and_weights(shard):
-        if isinstance(step, Weight):
-            yield from dequantize(packed_tensor(source, step), device, CHUNK)
+    for step in steps(shard):
+        if isinstance(step, Dequantize):
+            yield from plain_values(source, step.weights, step.dtype, device)
+        elif isinstance(step, Quantize):
+            yield from quantized_parts(source, step, device)
         else:
-            yield from _copy(source, *step)
+            yield from copy_range(source, *step)
 
 
-def copies_and_weights(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Weight]:
-    """A shard's tensors as (file, offset, length) to copy, neighbours merged, and weights to dequantize."""
+def steps(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Dequantize | Quantize]:
+    """What makes a shard's bytes, in order: (file, offset, length) to copy, neighbours merged, or an operation."""
     pending: tuple[str, int, int] | None = None
-    for t in shard.tensors:
-        if t.weight is None and pending and (pending[0], pending[1] + pending[2]) == (t.origin.shard, t.origin.offset):
-            pending = (pending[0], pending[1], pending[2] + t.info.nbytes)
+    for run in shard.runs():
+        op = run[0].op
+        if isinstance(op, Copy):
+            at, nbytes = op.origin, run[0].info.nbytes
+            if pending and (pending[0], pending[1] + pending[2]) == (at.shard, at.offset):
+                pending = (pending[0], pending[1], pending[2] + nbytes)
+                continue
+            if pending:
+                yield pending
+            pending = (at.shard, at.offset, nbytes)
             continue
         if pending:
             yield pending
-        pending = None if t.weight else (t.origin.shard, t.origin.offset, t.info.nbytes)
-        if t.weight:
-            yield t.weight
+        pending = None
+        yield op
     if pending:
         yield pending
-
-
-def packed_tensor(source: Source, weight: Weight) -> PackedTensor:
-    """A packed weight of a source, as the kernels take it: statistics in memory, packed bytes by ranges."""
-    assert weight.state is not None
-
-    def whole(t: Tensor | None) -> bytes | None:
-        return source.read(t.shard, [(t.offset, t.info.nbytes)])[0] if t else None
-
-    def read(offset: int, length: int) -> bytes:
-        return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
-
-    return PackedTensor(
-        state=weight.state,
-        read=read,
-        absmax=whole(weight.siblings[".absmax"]) or b"",
-        nested_absmax=whole(weight.siblings.get(".nested_absmax")),
-        nested_quant_map=whole(weight.siblings.get(".nested_quant_map")),
-    )
-
-
-def _copy(source: Source, file: str, offset: int, length: int) -> Iterator[bytes]:
-    for at in range(offset, offset + length, CHUNK):
-        yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
 
 
 def _write(path: Path, chunks: Iterator[bytes | memoryview], progress: Progress) -> str:
