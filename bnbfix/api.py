@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import open_checkpoint
+from .errors import UsageError
 from .scanner import ScanResult, scan_checkpoint
 from .source import LocalSource
 from .vllm_releases import Target, find_installed, resolve_target
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Options, Plan
     from .verifier import VerifyResult
     from .write import Progress, RepairResult
 
 StrPath = str | os.PathLike[str]
+MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 
 
 def _target(vllm: str | None) -> Target:
@@ -36,16 +38,37 @@ def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
     return scan_checkpoint(open_checkpoint(LocalSource.open(Path(path))), _target(vllm))
 
 
-def plan_repair(path: StrPath, vllm: str | None = None) -> Plan:
+def plan_repair(
+    path: StrPath,
+    vllm: str | None = None,
+    *,
+    bf16: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    ragged: str = "dequantize",
+) -> Plan:
     """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
     nothing to do.
+
+    `bf16` dequantizes everything and drops quantization_config, in shards of at most `max_shard_size` bytes.
+    `ragged` says what becomes of fused groups that are partly packed: "dequantize" their packed members, or
+    "quantize" their plain ones, which loses precision.
 
     Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
     them load in the target.
     """
     from .plan import plan_checkpoint
 
-    return plan_checkpoint(LocalSource.open(Path(path)), _target(vllm))
+    return plan_checkpoint(LocalSource.open(Path(path)), _target(vllm), _options(bf16, max_shard_size, ragged))
+
+
+def _options(bf16: bool, max_shard_size: int, ragged: str) -> Options:
+    from .plan import Options
+
+    if ragged not in ("dequantize", "quantize"):
+        raise UsageError(f"ragged is {ragged!r}, neither dequantize nor quantize")
+    if max_shard_size < 1:
+        raise UsageError(f"max_shard_size is {max_shard_size}, not a number of bytes")
+    return Options(bf16, max_shard_size, ragged)
 
 
 def repair(
@@ -55,13 +78,16 @@ def repair(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    bf16: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    ragged: str = "dequantize",
     progress: Progress | None = None,
 ) -> RepairResult:
     """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
-    `device` is where weights are dequantized: "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it.
-    `progress` is called with the number of bytes just written. With nothing to repair nothing is written, and
-    `result.written` is False.
+    `bf16`, `max_shard_size` and `ragged` are those of `plan_repair`. `device` is where weights are dequantized:
+    "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `progress` is called with the number of bytes
+    just written. With nothing to repair nothing is written, and `result.written` is False.
 
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
@@ -71,7 +97,7 @@ def repair(
 
     source = LocalSource.open(Path(path))
     check_destination(source, Path(out), overwrite=overwrite)
-    plan = plan_checkpoint(source, _target(vllm))
+    plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
     return write_plan(plan, Path(out), device=device, overwrite=overwrite, progress=progress)
 
 

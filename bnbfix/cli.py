@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,13 @@ class Format(str, Enum):
 
     table = "table"
     json = "json"
+
+
+class Ragged(str, Enum):
+    """What becomes of a fused group that is partly packed."""
+
+    dequantize = "dequantize"
+    quantize = "quantize"
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
@@ -88,10 +96,15 @@ def repair(
     device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of --bf16's shards: 5GB, 500MB.")] = "5GB",
+    ragged: Annotated[
+        Ragged, typer.Option(help="Fused groups partly packed: keep their precision, or their size.")
+    ] = Ragged.dequantize,
     format: AsFormat = Format.table,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
-    from .plan import plan_checkpoint
+    from .plan import Options, plan_checkpoint
     from .source import LocalSource
     from .vllm_releases import find_installed, resolve_target
     from .write import check_destination
@@ -101,12 +114,23 @@ def repair(
     source = LocalSource.open(model)
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
-    plan = plan_checkpoint(source, resolve_target(vllm, find_installed()))
+    options = Options(bf16, _size(max_shard_size), ragged.value)
+    plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
         _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
         return 0
     assert out is not None
     return _repair(plan, out, device, overwrite, format)
+
+
+def _size(text: str) -> int:
+    """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    size = int(float(m[1]) * units[m[2].upper()]) if m and m[2].upper() in units else 0
+    if size < 1:
+        raise UsageError(f"--max-shard-size {text!r} is not a size like 5GB or 500MB")
+    return size
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
@@ -132,7 +156,7 @@ def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format)
 
     if not plan.nothing_to_do:
         check_space(plan, out)
-    needs_kernels = any(e.action == "dequantize" for e in plan.edits)
+    needs_kernels = any(e.action in ("dequantize", "quantize", "stack") for e in plan.edits)
     chosen = resolve_device(device) if needs_kernels or device != "auto" else "cpu"
     with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
         result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)

@@ -74,17 +74,38 @@ def decode_int8(raw: bytes, scales: bytes, dtype: str) -> bytes:
     return _cast(values * np.float32(1 / 127), dtype)
 
 
-def within_rounding(state: QuantState, packed: bytes, scales: NDArray[np.float32], values: bytes) -> bool:
+def table(quant_type: str) -> NDArray[np.float32]:
+    """The sixteen values of a 4-bit type, F32 [16], as its `quant_map` holds them."""
+    return np.array(TABLES[quant_type], "<f4")
+
+
+def scale_rounding(state: QuantState, nested_absmax: bytes | None) -> NDArray[np.float32]:
+    """By how much double quantization may have moved the scale of each block, F32 [blocks]; 0 without it.
+
+    bitsandbytes' 8-bit map is widest spaced between 0.1 and 1, with 64 steps of 0.0141 of the nested block's scale.
+    """
+    if state.nested is None or nested_absmax is None:
+        return np.zeros(state.blocks, np.float32)
+    outer = np.frombuffer(nested_absmax, "<f4")
+    return np.repeat(np.float32(0.0075) * outer, state.nested.blocksize)[: state.blocks]
+
+
+def within_rounding(
+    state: QuantState, packed: bytes, scales: NDArray[np.float32], slack: NDArray[np.float32], values: bytes
+) -> bool:
     """Is each value a packed one decodes to within 4-bit rounding of the value it came from (both `state.dtype`)?
 
-    Half of NF4's widest gap, 0.152 of its block's true scale, and what double quantization moved the scale by.
+    `scales` and `slack` are those of the blocks in `packed`. A value may be off by half of NF4's widest gap, 0.152 of
+    its block's true scale, and by what double quantization moved the scale; one hundredth more is the dtype's.
     """
     got, want = _float32(decode_chunk(state, packed, scales), state.dtype), _float32(values, state.dtype)
     got = got[: len(want)]
-    edges = np.arange(0, len(want), state.blocksize)
-    true = np.maximum.reduceat(np.abs(want), edges)
-    allowed = 0.155 * true + np.abs(scales[: len(true)] - true) + 0.01 * true
-    return bool(np.all(np.abs(got - want) <= np.repeat(allowed, state.blocksize)[: len(want)]))
+    true = np.maximum.reduceat(np.abs(want), np.arange(0, len(want), state.blocksize))
+    moved = np.abs(scales - true)
+    if bool(np.any(moved > slack + np.float32(1e-5) * true)):
+        return False
+    allowed = np.repeat(np.float32(0.162) * true + moved, state.blocksize)[: len(want)]
+    return bool(np.all(np.abs(got - want) <= allowed))
 
 
 def _float32(raw: bytes, dtype: str) -> NDArray[np.float32]:

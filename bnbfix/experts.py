@@ -59,6 +59,15 @@ def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[Rele
     return out
 
 
+def quantized_whole(checkpoint: Checkpoint, name: str) -> Iterable[TensorPlan]:
+    """The tensors that take the place of a plain matrix: the same weight in NF4."""
+    weight = checkpoint.weights[name]
+    rows, columns = weight.shape
+    double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
+    whole = Slice(weight.tensor, 0, weight.tensor.info.nbytes)
+    yield from quantize(Quantize(name, (rows, columns), _TORCH_DTYPES[weight.tensor.info.dtype], whole, double))
+
+
 def renamed(name: str, prefix: str) -> str:
     """An expert's tensor name under another prefix."""
     return _EXPERTS.sub(f".{prefix}.", name, count=1)

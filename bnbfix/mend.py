@@ -37,7 +37,7 @@ class ConfigEdit:
 
     path: tuple[str, ...]
     value: Any
-    code: Code
+    code: Code | None  # None: the user asked
     remove: bool = False
 
 
@@ -45,18 +45,24 @@ class ConfigEdit:
 class Mend:
     """All decisions. The code with each says which finding asked for it."""
 
-    dequantize: Mapping[str, Code]  # weight names
+    dequantize: Mapping[str, Code | None]  # weight names; None: the user asked
     drop: Mapping[str, Code]  # tensor names, beside the siblings of dequantized weights
     insert: tuple[Insert, ...]
     retype: Mapping[str, Code]  # packed weights whose header entry becomes U8 [N, 1]
     experts: Mapping[str, ExpertMend]  # tensors of experts
+    quantize: Mapping[str, Code]  # plain weights that become NF4 (ragged groups, where the user asked)
+    stack: Mapping[str, tuple[Weight, ...]]  # experts stored one by one that become one plain tensor
     config: tuple[ConfigEdit, ...]
 
 
-def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Mend:
-    """The edits after which no release of the target finds anything that an edit can mend."""
+def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange], ragged: str = "dequantize") -> Mend:
+    """The edits after which no release of the target finds anything that an edit can mend.
+
+    `ragged` says what becomes of a fused group that is partly packed: its packed members are dequantized, or its
+    plain ones quantized.
+    """
     members = projections(checkpoint)
-    dequantize: dict[str, Code] = {}
+    dequantize: dict[str, Code | None] = {}
     drop: dict[str, Code] = dict.fromkeys(checkpoint.orphans, Code.ORPHANS)
     if any(r.k_eq_v == "refuses_v" for r in releases):
         explicit = [m for m in members if is_explicit_v(m, model)]
@@ -72,16 +78,21 @@ def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange
         for m in _k_eq_v(members, model):
             if m.packed:
                 dequantize.setdefault(m.weight.name, Code.K_EQ_V_WITHOUT_V)
-    _make_groups_agree(members, model, releases, dequantize)
+    quantize: dict[str, Code] = {}
+    if ragged == "quantize":
+        quantize = dict.fromkeys(_plain_among_packed(members, model, releases, dequantize), Code.RAGGED_GROUP)
+    _make_groups_agree(members, model, releases, dequantize, set(quantize))
     insert: list[Insert] = []
     if needs_v:
         insert += _insert_v(members, model, dequantize)
     if any(r.kv_shared == "needs_kv" for r in releases):
-        insert += _insert_shared(checkpoint, members, model, dequantize)
+        insert += insert_shared(checkpoint, members, model, dequantize)
     experts = decide_experts(checkpoint, model, releases)
     retype = _retype(checkpoint, {*dequantize, *experts})
-    config = _config(checkpoint, model, releases, members, dequantize, insert)
-    return Mend(dequantize, drop, tuple(insert), retype, experts, tuple(config))
+    after = [(m, m.weight.name in quantize or _stays_packed(m, dequantize)) for m in members]
+    after += [(Member(i.donor, gemma4.place(i.name)), not i.dequantize and i.donor.packed) for i in insert]
+    config = tuple(_config(checkpoint, model, releases, after))
+    return Mend(dequantize, drop, tuple(insert), retype, experts, quantize, {}, config)
 
 
 def _never_packed(members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange]) -> Iterable[Member]:
@@ -105,7 +116,11 @@ def _k_eq_v(members: Sequence[Member], model: Model) -> Iterable[Member]:
 
 
 def _make_groups_agree(
-    members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange], dequantize: dict[str, Code]
+    members: Sequence[Member],
+    model: Model,
+    releases: Sequence[ReleaseRange],
+    dequantize: dict[str, Code | None],
+    quantized: Set[str],
 ) -> None:
     """Dequantizes the packed members of every fused group that holds a plain one, until none is left."""
     changed = True
@@ -114,17 +129,28 @@ def _make_groups_agree(
         for release in releases:
             for p in parameters(members, model, release, ()):
                 packed = [m for m in p.members if m.packed and m.weight.name not in dequantize]
-                if packed and len(packed) < len(p.members) and p.role != "expert":
+                plain = [m for m in p.members if m not in packed and m.weight.name not in quantized]
+                if packed and plain and p.role != "expert":
                     own = next((dequantize[m.weight.name] for m in p.members if m.weight.name in dequantize), None)
                     dequantize |= dict.fromkeys((m.weight.name for m in packed), own or Code.RAGGED_GROUP)
                     changed = True
 
 
-def _stays_packed(m: Member, dequantize: Mapping[str, Code]) -> bool:
+def _plain_among_packed(
+    members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange], dequantize: Mapping[str, Code | None]
+) -> Iterable[str]:
+    """The plain members of groups that are partly packed, and stay packed as far as is decided."""
+    for release in releases:
+        for p in parameters(members, model, release, ()):
+            if p.ragged and p.packable and not any(m.weight.name in dequantize or m.weight.int8 for m in p.members):
+                yield from (m.weight.name for m in p.members if not m.packed)
+
+
+def _stays_packed(m: Member, dequantize: Mapping[str, Code | None]) -> bool:
     return m.packed and m.weight.name not in dequantize
 
 
-def _insert_v(members: Sequence[Member], model: Model, dequantize: Mapping[str, Code]) -> Iterable[Insert]:
+def _insert_v(members: Sequence[Member], model: Model, dequantize: Mapping[str, Code | None]) -> Iterable[Insert]:
     at = by_layer(members)
     for (layer, part), k in sorted(at.items()):
         if part == "k_proj" and model.k_serves_as_v(layer) and (layer, "v_proj") not in at:
@@ -133,8 +159,8 @@ def _insert_v(members: Sequence[Member], model: Model, dequantize: Mapping[str, 
                 yield Insert(name, k.weight, False, Code.K_EQ_V_WITHOUT_V)
 
 
-def _insert_shared(
-    checkpoint: Checkpoint, members: Sequence[Member], model: Model, dequantize: dict[str, Code]
+def insert_shared(
+    checkpoint: Checkpoint, members: Sequence[Member], model: Model, dequantize: dict[str, Code | None]
 ) -> Iterable[Insert]:
     """k, v and k_norm of kv-shared layers, in the form of the layer's q. Their values are never used."""
     at = by_layer(members)
@@ -175,24 +201,26 @@ def _config(
     checkpoint: Checkpoint,
     model: Model,
     releases: Sequence[ReleaseRange],
-    members: Sequence[Member],
-    dequantize: Mapping[str, Code],
-    insert: Sequence[Insert],
+    after: Sequence[tuple[Member, bool]],
 ) -> Iterable[ConfigEdit]:
     quantization = checkpoint.quantization
-    after = [(m, _stays_packed(m, dequantize)) for m in members]
-    after += [(Member(i.donor, gemma4.place(i.name)), not i.dequantize and i.donor.packed) for i in insert]
     skip = skip_list(checkpoint.skip_modules, model, releases, after)
     if skip != checkpoint.skip_modules:
         yield ConfigEdit(("quantization_config", "llm_int8_skip_modules"), list(skip), Code.SKIP_ENTRY)
     if (quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8" and not quantization.get("load_in_8bit"):
         yield ConfigEdit(("quantization_config", "bnb_4bit_quant_storage"), "uint8", Code.PACKED_STORAGE)
-    if model.text_config.get("per_layer_config") and any(r.per_layer_config != "read" for r in releases):
-        if (old := older_form(model)) is not None:
-            at = () if model.text_only else ("text_config",)
-            for key, value in old.items():
-                yield ConfigEdit((*at, key), value, Code.PER_LAYER_CONFIG)
-            yield ConfigEdit((*at, "per_layer_config"), None, Code.PER_LAYER_CONFIG, remove=True)
+    yield from per_layer_edits(model, releases)
+
+
+def per_layer_edits(model: Model, releases: Sequence[ReleaseRange]) -> Iterable[ConfigEdit]:
+    """The older form of a per-layer config, where a release of the target does not read the newer."""
+    if not model.text_config.get("per_layer_config") or all(r.per_layer_config == "read" for r in releases):
+        return
+    if (old := older_form(model)) is not None:
+        at = () if model.text_only else ("text_config",)
+        for key, value in old.items():
+            yield ConfigEdit((*at, key), value, Code.PER_LAYER_CONFIG)
+        yield ConfigEdit((*at, "per_layer_config"), None, Code.PER_LAYER_CONFIG, remove=True)
 
 
 def skip_list(

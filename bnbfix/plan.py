@@ -13,28 +13,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import json_edit
-from . import quant_state as qs
-from .checkpoint import CONFIG, INDEX, Checkpoint, Tensor, Weight, open_checkpoint
+from .assemble import repaired_shards, unpacked_shards
+from .checkpoint import CONFIG, INDEX, Checkpoint, Weight, open_checkpoint
 from .codes import Code, Severity
 from .errors import InputError, Unrepairable
-from .experts import expert_tensors
-from .layout import Copy, Dequantize, Quantize, ShardPlan, Slice, TensorPlan, copy, dequantize, lay_out
-from .mend import Insert, Mend, decide
+from .layout import Copy, Dequantize, Quantize, ShardPlan, Slice, TensorPlan
+from .mend import Mend, decide
 from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from .source import Source
+from .unpack import decide_unpacked
 from .vllm_releases import Target
 
 RECORD = "bnbfix.json"
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the user chose beyond the target."""
+
+    bf16: bool = False  # dequantize everything and drop quantization_config
+    max_shard_size: int = 5_000_000_000  # bytes of tensors in a shard, where `bf16` cuts shards anew
+    ragged: str = "dequantize"  # what becomes of a fused group that is partly packed: dequantize, or quantize
+
+
+@dataclass(frozen=True)
 class Edit:
-    """One change in words: what is done to which tensor or config key, and the code that asked for it."""
+    """One change in words: what is done to which tensor or config key, and the code that asked for it.
+
+    The code is None where the user asked.
+    """
 
     action: str  # dequantize, drop, insert, retype, quantize, rename, config
     name: str
-    code: Code
+    code: Code | None
     detail: str
+
+    def document(self) -> dict[str, str | None]:
+        """As JSON has it."""
+        return {"action": self.action, "name": self.name, "code": self.code and self.code.value, "detail": self.detail}
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Plan:
     texts: Mapping[str, str]  # files written from text: config.json and the index, where they change
     copied: tuple[str, ...]  # other files, copied as they are
     remaining: tuple[Finding, ...]  # what counts against the checkpoint and no file can mend
+    options: Options
 
     @property
     def nothing_to_do(self) -> bool:
@@ -77,12 +94,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_checkpoint(source: Source, target: Target) -> Plan:
+def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
     """Scans a checkpoint and plans its repair for a target.
 
     Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
     damaged, and Unrepairable when a finding of the target cannot be mended.
     """
+    options = options or Options()
     checkpoint = open_checkpoint(source)
     model = check_applicable(checkpoint)
     if checkpoint.damaged:
@@ -90,34 +108,40 @@ def plan_checkpoint(source: Source, target: Target) -> Plan:
     scan = scan_checkpoint(checkpoint, target)
     remaining = tuple(f for f in scan.findings if f.remains and f.reason is not None)
     blocking = [f for f in remaining if f.code is not Code.PLUGIN]
-    mend = decide(checkpoint, model, target_ranges(target, model))
+    if options.bf16:
+        if unknown := [f for f in blocking if f.code is Code.UNKNOWN_CLASS]:
+            _refuse(target, unknown, [])
+        mend = decide_unpacked(checkpoint, model, target_ranges(target, model))
+        shards = tuple(unpacked_shards(checkpoint, mend, options.max_shard_size))
+        return _plan(checkpoint, target, scan, mend, shards, remaining, options)
+    mend = decide(checkpoint, model, target_ranges(target, model), options.ragged)
     int8 = [n for n in mend.dequantize if checkpoint.weights[n].int8]
     if blocking or int8:
         _refuse(target, blocking, int8)
     if not any(f.remains and f.reason is None for f in scan.findings):
-        return Plan(checkpoint, target, scan, (), (), {}, (), remaining)
-    shards = tuple(_shards(checkpoint, mend))
-    texts = _texts(checkpoint, mend, shards)
-    written = set(checkpoint.shards) | set(texts) | {RECORD}
-    copied = tuple(f for f in source.files if f not in written)
-    plan = Plan(checkpoint, target, scan, tuple(_edits(checkpoint, mend)), shards, texts, copied, remaining)
+        return Plan(checkpoint, target, scan, (), (), {}, (), remaining, options)
+    plan = _plan(checkpoint, target, scan, mend, tuple(repaired_shards(checkpoint, mend)), remaining, options)
     after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
     if left := [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]:
         _refuse(target, left, [])
     return plan
 
 
-def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
-    if blocking:
-        worst = max(blocking, key=lambda f: f.severity)
-        name = f"{worst.tensors[0]}: " if worst.tensors else ""
-        raise Unrepairable(
-            f"cannot be made to load in {target.name}: {name}{worst.message} ({worst.code.value})", hint=worst.reason
-        )
-    raise Unrepairable(
-        f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8.value})",
-        hint=f"Name the releases you need with --vllm; {Severity.NOTE.verdict} is what `bnbfix scan` says of those.",
-    )
+def _plan(
+    checkpoint: Checkpoint,
+    target: Target,
+    scan: ScanResult,
+    mend: Mend,
+    shards: tuple[ShardPlan, ...],
+    remaining: tuple[Finding, ...],
+    options: Options,
+) -> Plan:
+    texts = _texts(checkpoint, mend, shards)
+    written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
+    if INDEX not in texts and options.bf16:
+        written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
+    copied = tuple(f for f in checkpoint.source.files if f not in written)
+    return Plan(checkpoint, target, scan, tuple(_edits(checkpoint, mend)), shards, texts, copied, remaining, options)
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,19 @@ class PlannedSource:
         return out
 
 
+def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
+    if blocking:
+        worst = max(blocking, key=lambda f: f.severity)
+        name = f"{worst.tensors[0]}: " if worst.tensors else ""
+        raise Unrepairable(
+            f"cannot be made to load in {target.name}: {name}{worst.message} ({worst.code.value})", hint=worst.reason
+        )
+    raise Unrepairable(
+        f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8.value})",
+        hint=f"Name the releases you need with --vllm; {Severity.NOTE.verdict} is what `bnbfix scan` says of those.",
+    )
+
+
 def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
     op = run[0].op
     if isinstance(op, Copy):
@@ -171,49 +208,6 @@ def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
     weights = op.weights if isinstance(op, Dequantize) else (op.values,)
     parts = [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
     return sum(t.info.nbytes for t in parts)
-
-
-def _shards(checkpoint: Checkpoint, mend: Mend) -> Iterable[ShardPlan]:
-    gone = set(mend.drop) | set(mend.experts)
-    for name in (*mend.dequantize, *mend.experts):
-        gone |= set(checkpoint.weights[name].sibling_names().values())
-    chosen = checkpoint.tensors
-    added: dict[str, list[TensorPlan]] = {}
-    for insert in mend.insert:
-        added.setdefault(insert.donor.tensor.shard, []).extend(_inserted(insert))
-    for name, expert in mend.experts.items():
-        added.setdefault(chosen[name].shard, []).extend(expert_tensors(checkpoint, name, expert))
-    for shard, header in checkpoint.shards.items():
-        tensors = []
-        for info in header.tensors.values():
-            if info.name not in gone and chosen[info.name].shard == shard:
-                tensors.append(_kept(checkpoint, mend, chosen[info.name]))
-        tensors += added.get(shard, [])
-        if tensors:
-            yield lay_out(shard, tensors, header.metadata, header)
-
-
-def _kept(checkpoint: Checkpoint, mend: Mend, origin: Tensor) -> TensorPlan:
-    name = origin.info.name
-    if name in mend.dequantize:
-        return dequantized(name, checkpoint.weights[name])
-    return copy(origin, column=name in mend.retype)
-
-
-def dequantized(name: str, weight: Weight) -> TensorPlan:
-    """A 4-bit weight in full precision, under a name."""
-    assert weight.state is not None  # `decide` dequantizes 4-bit weights, and the plan refuses 8-bit ones
-    return dequantize(name, (weight,), weight.state.plain_dtype, weight.state.shape)
-
-
-def _inserted(insert: Insert) -> Iterable[TensorPlan]:
-    donor = insert.donor
-    if insert.dequantize:
-        yield dequantized(insert.name, donor)
-        return
-    yield copy(donor.tensor, insert.name, column=donor.state is not None)
-    for suffix, t in donor.siblings.items():
-        yield copy(t, qs.sibling_name(insert.name, suffix))
 
 
 def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
@@ -226,9 +220,9 @@ def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) ->
             else:
                 text = json_edit.set_value(text, edit.path, edit.value)
         out[CONFIG] = text
-    if checkpoint.index is not None:
-        index = _index(checkpoint.index, shards)
-        if index != checkpoint.index:
+    if checkpoint.index is not None or len(shards) > 1:
+        index = _index(checkpoint.index or {}, shards)
+        if index != checkpoint.index and (len(shards) > 1 or {s.name for s in shards} == set(checkpoint.shards)):
             out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return out
 
@@ -251,6 +245,10 @@ def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
     for insert in mend.insert:
         how = "values of" if insert.dequantize else "exact copy of"
         yield Edit("insert", insert.name, insert.code, f"{how} {insert.donor.name}")
+    for name, code in mend.quantize.items():
+        yield Edit("quantize", name, code, "to NF4, which loses precision")
+    for name, parts in mend.stack.items():
+        yield Edit("stack", name, None, f"one tensor of {len(parts)} matrices")
     for name, expert in mend.experts.items():
         yield Edit(expert.action, name, expert.code, expert.detail)
     for name, code in mend.retype.items():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from . import decode
 from . import quant_state as qs
 from .checkpoint import Tensor, Weight
-from .layout import Dequantize, Quantize, Slice
+from .layout import QUANT_TYPE, Dequantize, Quantize, Slice
 from .source import Source
 from .values import CHUNK, copy_range, packed_tensor
 
@@ -28,30 +28,41 @@ def check_quantized(source: Source, op: Quantize, output: Source, file: str, at:
     """What is wrong with a weight that was quantized: its values must be within 4-bit rounding of those it came from.
 
     NF4's widest gap is 0.304 of a block's scale, so no value moves by more than half of that, and by what double
-    quantization changed the scale, which is read from the output.
+    quantization changed the scale; the scale itself must be that of the values, within 8-bit rounding.
     """
     parts, cursor = {}, at
     for info in op.infos():
         parts[info.name[len(op.name) :]] = output.read(file, [(cursor, info.nbytes)])[0]
         cursor += info.nbytes
-    try:
-        offset = json.loads(parts[f".quant_state.bitsandbytes__{qs.QUANT_TYPES[0]}"]).get("nested_offset", 0.0)
-    except ValueError:
-        return "its quant state is not JSON"
-    if not isinstance(offset, float) or not math.isfinite(offset):
-        return "its quant state has no finite offset"
+    raw = parts[f".quant_state.bitsandbytes__{QUANT_TYPE}"]
+    offset = _offset(raw)
+    if offset is None or raw != op.state_json(offset):
+        return "its quant state is not the one that the plan writes"
+    if parts[".quant_map"] != decode.table(QUANT_TYPE).tobytes():
+        return "its quant_map is not NF4's"
     state = op.state(offset)
     scales = decode.absmax_values(state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map"))
+    slack = decode.scale_rounding(state, parts.get(".nested_absmax"))
     first = 0
     for chunk in _inputs(source, op):
         count = len(chunk) // decode.WIDTH[op.dtype]
         blocks = -(-count // state.blocksize)
         packed = parts[""][first // 2 : (first + count + 1) // 2]
-        part = scales[first // state.blocksize : first // state.blocksize + blocks]
-        if not decode.within_rounding(state, packed, part, chunk):
+        part = slice(first // state.blocksize, first // state.blocksize + blocks)
+        if not decode.within_rounding(state, packed, scales[part], slack[part], chunk):
             return f"is not a 4-bit rounding of what it was made from, near element {first:,}"
         first += count
     return None
+
+
+def _offset(raw: bytes) -> float | None:
+    """The offset in the JSON of a quant state, 0 where it has none; None when it is no such JSON."""
+    try:
+        doc = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    value = doc.get("nested_offset", 0.0) if isinstance(doc, dict) else None
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _inputs(source: Source, op: Quantize) -> Iterator[bytes]:

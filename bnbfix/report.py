@@ -193,15 +193,17 @@ def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
     verbs = {
         "dequantize": "dequantized to the precision they had before", "drop": "dropped", "insert": "added",
         "quantize": "quantized to NF4, which loses precision", "rename": "renamed",
+        "stack": "joined from experts stored one by one",
         "retype": "declared as U8 columns, same bytes", "config": "of config.json changed",
     }  # fmt: skip
     for action, words in verbs.items():
         edits = [e for e in plan.edits if e.action == action]
         if not edits:
             continue
-        codes = " ".join(sorted({e.code.value for e in edits}))
+        codes = " ".join(sorted({e.code.value for e in edits if e.code}))
         noun = "key" if action == "config" else "tensor" if action == "drop" else "weight"
-        yield Text(f"{len(edits)} {noun}{'s' if len(edits) != 1 else ''} {words} ({codes})")
+        reason = f" ({codes})" if codes else ""
+        yield Text(f"{len(edits)} {noun}{'s' if len(edits) != 1 else ''} {words}{reason}")
         for name in _collapse([e.name for e in edits])[:SHOWN]:
             yield _indented(name, 4)
 

@@ -38,7 +38,7 @@ def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = N
         "model": plan.checkpoint.source.name,
         "target": plan.target.name,
         "nothing_to_do": plan.nothing_to_do,
-        "edits": [{"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in plan.edits],
+        "edits": [e.document() for e in plan.edits],
         "shards": [
             {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
             for s in plan.shards

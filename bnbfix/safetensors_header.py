@@ -84,6 +84,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     data_start = LENGTH_BYTES + len(raw)
     doc = _load_json(raw, where)
     metadata = _metadata(doc.pop("__metadata__", {}), where)
+    _check_text((*doc, *metadata, *metadata.values()), where)
     infos = sorted((_tensor(name, entry, where) for name, entry in doc.items()), key=lambda t: (t.begin, t.end))
     at = 0
     for t in infos:
@@ -136,12 +137,25 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
     if not text.startswith("{"):
         raise HeaderError("header is not a JSON object (it must start with '{')", where=where)
     try:
-        doc = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        doc = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer)
     except (ValueError, RecursionError) as e:
         raise HeaderError(f"header is not valid JSON ({e})", where=where) from e
     if not isinstance(doc, dict):
         raise HeaderError("header is not a JSON object", where=where)
     return doc
+
+
+def _integer(text: str) -> int | float:
+    # "-0" is a float to the library, and so no size.
+    return -0.0 if text == "-0" else int(text)
+
+
+def _check_text(strings: Iterable[str], where: str) -> None:
+    # JSON can spell half a surrogate pair, "\\ud800", which no text can hold.
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError as e:
+        raise HeaderError("header has a name or metadata with half a surrogate pair in it", where=where) from e
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:

@@ -35,9 +35,7 @@ def packed_tensor(source: Source, weight: Weight) -> PackedTensor:
     )
 
 
-def plain_values(
-    source: Source, weights: tuple[Weight, ...], dtype: str, device: str
-) -> Iterator[bytes | memoryview]:
+def plain_values(source: Source, weights: tuple[Weight, ...], dtype: str, device: str) -> Iterator[bytes | memoryview]:
     """The values of weights, one after the other, little-endian in `dtype` (safetensors name).
 
     4-bit weights are decoded in the dtype their quant state names and must be of `dtype`, as plain ones must.

@@ -16,8 +16,7 @@ from .checkpoint import open_checkpoint
 from .codes import Code
 from .errors import BnbfixError, InputError
 from .layout import Copy, Dequantize, Quantize, ShardPlan
-from .plan import RECORD, Plan, plan_checkpoint
-from .recompute import check_decoded, check_quantized
+from .plan import RECORD, Options, Plan, plan_checkpoint
 from .scanner import scan_checkpoint
 from .source import LocalSource, Source
 from .values import CHUNK, copy_range
@@ -58,18 +57,18 @@ def verify_output(out: Path, source: Path | None, progress: Progress | None = No
     step = progress or (lambda n: None)
     output = LocalSource.open(out)
     doc = read_record(output)
-    target = resolve_target(doc["target"])
+    target, options = resolve_target(doc["target"]), Options(**doc["options"])
     problems = list(_hashes(output, doc["sha256"], step))
     kept = decoded = 0
     if source is not None:
-        plan = plan_checkpoint(LocalSource.open(source), target)
+        plan = plan_checkpoint(LocalSource.open(source), target, options)
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
             problems += _against_plan(output, plan, set(doc["sha256"]), step)
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
-    problems += _fresh_scan(output, target)
+    problems += _fresh_scan(output, target, options)
     return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
 
 
@@ -82,6 +81,7 @@ def read_record(output: Source) -> dict[str, Any]:
         hashes = doc["sha256"]
         if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
             raise ValueError("target and sha256 are not what they should be")
+        Options(**doc["options"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
     return dict(doc)
@@ -129,6 +129,8 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
 
 
 def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
+    from .recompute import check_decoded, check_quantized  # here, since it imports numpy
+
     source = plan.checkpoint.source
     if shard.copied:
         if (at := _difference(source, shard.name, 0, output, shard.name, 0, shard.data_start)) is not None:
@@ -164,9 +166,13 @@ def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b:
     return None
 
 
-def _fresh_scan(output: Source, target: Target) -> Iterator[Problem]:
+def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Problem]:
     try:
-        result = scan_checkpoint(open_checkpoint(output), target)
+        checkpoint = open_checkpoint(output)
+        if options.bf16:
+            yield from (Problem(w.tensor.shard, w.name, "is packed") for w in checkpoint.weights.values() if w.packed)
+            return
+        result = scan_checkpoint(checkpoint, target)
     except BnbfixError as e:
         yield Problem(e.where or output.name, None, f"cannot be scanned: {e}")
         return

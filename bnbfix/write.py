@@ -135,7 +135,8 @@ def record(plan: Plan, files: Mapping[str, str]) -> str:
         "bnbfix": __version__,
         "target": plan.target.name,
         "releases": [r.name for r in plan.target.ranges],
-        "edits": [{"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in plan.edits],
+        "options": vars(plan.options),
+        "edits": [e.document() for e in plan.edits],
         "sha256": dict(sorted(files.items())),
     }
     return json.dumps(doc, indent=2, ensure_ascii=False) + "\n"
@@ -209,7 +210,12 @@ def _fsync_dir(path: str | Path) -> None:
 
 
 def _check_written(plan: Plan, staging: Path) -> None:
-    after = scan_checkpoint(open_checkpoint(LocalSource.open(staging)), plan.target)
+    checkpoint = open_checkpoint(LocalSource.open(staging))
+    if plan.options.bf16:
+        if checkpoint.damaged or checkpoint.orphans or any(w.packed for w in checkpoint.weights.values()):
+            raise VerifyError("the output would not be in full precision")
+        return
+    after = scan_checkpoint(checkpoint, plan.target)
     left = [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]
     if left:
         raise VerifyError(f"the output would not be clean: {left[0].code.value} {left[0].message}")

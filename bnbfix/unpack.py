@@ -1,0 +1,48 @@
+"""Decides what `repair --bf16` does: every weight in full precision, and no quantization_config. Pure.
+
+The way out where no 4-bit form loads: tensor parallelism, a mixture of experts before 0.25, other engines, LLM.int8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .checkpoint import Checkpoint, Weight
+from .codes import Code
+from .gemma4 import Model, place
+from .mend import ConfigEdit, Mend, insert_shared, per_layer_edits
+from .parameters import projections
+from .rules import is_explicit_v
+from .vllm_releases import ReleaseRange
+
+
+def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Mend:
+    """The edits that leave nothing packed, and that the target needs of an unquantized checkpoint."""
+    members = projections(checkpoint)
+    drop: dict[str, Code] = dict.fromkeys(checkpoint.orphans, Code.ORPHANS)
+    if any(r.k_eq_v == "refuses_v" for r in releases):
+        for m in members:
+            if is_explicit_v(m, model):
+                drop |= dict.fromkeys((m.weight.name, *m.weight.sibling_names().values()), Code.EXPLICIT_V)
+    stack = stacks(checkpoint)
+    parts = {w.name for ws in stack.values() for w in ws}
+    packed = [w.name for w in checkpoint.weights.values() if w.packed and w.name not in drop and w.name not in parts]
+    dequantize: dict[str, Code | None] = dict.fromkeys(packed)
+    insert = []
+    if any(r.kv_shared == "needs_kv" for r in releases):
+        insert = list(insert_shared(checkpoint, members, model, dequantize))
+    config = [*per_layer_edits(model, releases), ConfigEdit(("quantization_config",), None, None, remove=True)]
+    return Mend(dequantize, drop, tuple(insert), {}, {}, {}, stack, tuple(config))
+
+
+def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
+    """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes."""
+    found: dict[str, dict[tuple[int, int], Weight]] = {}
+    for name, weight in checkpoint.weights.items():
+        if place(name).role != "expert":
+            continue
+        stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]
+        whole = f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
+        found.setdefault(whole, {})[int(number), int(part == "up_proj")] = weight
+    return {whole: tuple(ws[k] for k in sorted(ws)) for whole, ws in found.items()}

@@ -1,0 +1,221 @@
+"""The Python API: its names, its types, its silence, and the errors that it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+from conftest import Make
+
+import bnbfix
+from bnbfix.errors import BnbfixError
+
+RESULTS = [
+    "Edit", "Finding", "Plan", "Problem", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Target",
+    "VerifyResult",
+]  # fmt: skip
+ERRORS = sorted(n for n in bnbfix.__all__ if isinstance(getattr(bnbfix, n), type) and n.endswith("Error"))
+FUNCTIONS = ["plan_repair", "repair", "scan", "verify"]
+
+
+@pytest.mark.parametrize("name", bnbfix.__all__)
+def test_a_public_name_is_there(name: str) -> None:
+    found = getattr(bnbfix, name)
+    assert found.__name__ == name
+    assert found.__module__.startswith("bnbfix.")
+    assert inspect.getdoc(found), "and says what it is"
+    assert name in dir(bnbfix)
+
+
+def test_public_names_are_sorted_and_all_are_told_to_the_type_checker() -> None:
+    assert list(bnbfix.__all__) == sorted(bnbfix.__all__)
+    source = inspect.getsource(bnbfix)
+    block = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
+    assert all(name in block for name in bnbfix.__all__)
+    assert set(RESULTS) | set(FUNCTIONS) <= set(bnbfix.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'bnbfix' has no attribute 'nonsense'"):
+        bnbfix.nonsense  # noqa: B018
+    with pytest.raises(ImportError):
+        from bnbfix import nonsense  # noqa: F401
+
+
+def test_modules_do_not_hide_the_functions() -> None:
+    for path in Path(bnbfix.__file__).parent.glob("[a-z]*.py"):
+        if path.stem != "vllm_worker":
+            importlib.import_module(f"bnbfix.{path.stem}")
+    assert all(inspect.isfunction(getattr(bnbfix, name)) for name in FUNCTIONS)
+
+
+def test_star_import_brings_every_name() -> None:
+    code = "from bnbfix import *\nprint(sorted(n for n in dir() if not n.startswith('__')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{sorted(bnbfix.__all__)}\n"
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert bnbfix.__version__ == metadata.version("bnbfix")
+
+
+def test_the_package_is_typed() -> None:
+    assert resources.files("bnbfix").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_annotated_and_say_what_they_raise(name: str) -> None:
+    function = getattr(bnbfix, name)
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+    assert "Raises" in (inspect.getdoc(function) or "")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_are_frozen_dataclasses(name: str) -> None:
+    kind = getattr(bnbfix, name)
+    assert dataclasses.is_dataclass(kind)
+    assert kind.__dataclass_params__.frozen
+    mutable = ("list[", "dict[", "set[")
+    assert not any(str(f.type).startswith(mutable) for f in dataclasses.fields(kind))
+
+
+def test_a_result_cannot_be_changed(pristine: Make) -> None:
+    result = bnbfix.scan(pristine("dense31b", "ragged", shards=2), "portable")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.model = "another"  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.findings[0].message = "another"  # type: ignore[misc]
+
+
+def test_the_same_scan_twice_gives_equal_results(pristine: Make) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    assert bnbfix.scan(source, "portable") == bnbfix.scan(str(source), vllm="portable")
+    assert bnbfix.scan(source, "portable") != bnbfix.scan(source, "0.32.0")
+
+
+def test_all_four_functions_are_silent(
+    pristine: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    source, out = pristine("dense31b", "ragged", shards=2), tmp_path / "out"
+    capfd.readouterr()
+    scan = bnbfix.scan(source, vllm="portable")
+    plan = bnbfix.plan_repair(source, vllm="portable")
+    result = bnbfix.repair(source, out, vllm="portable", device="cpu")
+    verified = bnbfix.verify(out, source)
+    assert capfd.readouterr() == ("", "")
+    assert [str(w.message) for w in recwarn] == []
+    kinds = (bnbfix.ScanResult, bnbfix.Plan, bnbfix.RepairResult, bnbfix.VerifyResult)
+    assert all(isinstance(r, kind) for r, kind in zip((scan, plan, result, verified), kinds, strict=True))
+    assert (scan.ok, plan.nothing_to_do, result.written, verified.ok) == (False, False, True, True)
+
+
+def test_errors_are_silent_too(pristine: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = pristine("dense31b", "skip")
+    capfd.readouterr()
+    for call in (
+        lambda: bnbfix.scan(tmp_path / "nowhere"),
+        lambda: bnbfix.scan(source, "0.1.0"),
+        lambda: bnbfix.plan_repair(pristine("moe26b", "all"), "0.22.1"),
+        lambda: bnbfix.repair(source, source / "inside", "portable"),
+        lambda: bnbfix.verify(source),
+    ):
+        with pytest.raises(BnbfixError):
+            call()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_repair_chooses_its_device_itself(pristine: Make, tmp_path: Path, device: str) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    assert bnbfix.repair(source, tmp_path / "out", "portable", device=device).written
+    assert bnbfix.verify(tmp_path / "out", source).ok
+
+
+def test_a_repair_needs_no_device_to_be_named(pristine: Make, tmp_path: Path) -> None:
+    assert bnbfix.repair(pristine("dense31b", "ragged", shards=2), tmp_path / "out", vllm="portable").written
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_usage_error(pristine: Make, tmp_path: Path, device: str) -> None:
+    with pytest.raises(bnbfix.UsageError, match="--device"):
+        bnbfix.repair(pristine("dense31b", "ragged", shards=2), tmp_path / "out", "portable", device=device)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_may_be_strings_and_relative(pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pristine("dense31b", "skip")
+    monkeypatch.chdir(source.parent)
+    assert bnbfix.scan(source.name, "portable").model == source.name
+    monkeypatch.chdir(tmp_path)
+    bnbfix.repair(str(source), "out", "portable", device="cpu")
+    assert bnbfix.verify("out", str(source)).ok
+
+
+EXIT_CODES = {
+    "BnbfixError": 2, "UsageError": 2, "InputError": 2, "HeaderError": 2, "QuantStateError": 2, "NotApplicable": 3,
+    "Unrepairable": 1, "VerifyError": 1, "OutputError": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "code"), EXIT_CODES.items())
+def test_every_error_has_its_exit_code_and_is_a_bnbfix_error(name: str, code: int) -> None:
+    kind = getattr(bnbfix, name)
+    assert kind.exit_code == code and issubclass(kind, BnbfixError)
+    error = kind("went wrong", where="a file", hint="do this")
+    assert (str(error), error.where, error.hint) == ("a file: went wrong", "a file", "do this")
+    assert str(kind("went wrong")) == "went wrong"
+
+
+def test_every_public_error_is_in_the_table_above() -> None:
+    assert set(ERRORS) <= set(EXIT_CODES) | {"EngineError"}
+
+
+def test_a_damaged_header_and_a_damaged_quant_state_are_input_errors() -> None:
+    assert issubclass(bnbfix.HeaderError, bnbfix.InputError)
+    assert issubclass(bnbfix.QuantStateError, bnbfix.InputError)
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "target", "kind"),
+    [
+        ("dense31b", "bf16", "portable", "NotApplicable"),
+        ("dense31b", "skip", "0.1", "UsageError"),
+        ("moe26b", "all", "0.22.1", "Unrepairable"),
+        ("unified12b", "all", "0.22.1", "Unrepairable"),
+    ],
+)
+def test_plan_repair_raises_what_it_promises(pristine: Make, family: str, quant: str, target: str, kind: str) -> None:
+    with pytest.raises(getattr(bnbfix, kind)) as caught:
+        bnbfix.plan_repair(pristine(family, quant), target)
+    assert type(caught.value).__name__ == kind
+
+
+def test_a_damaged_quant_state_is_a_finding_of_a_scan_and_an_error_of_a_plan(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "single")
+    data = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(data.replace(b'"blocksize": 64', b'"blocksize": 32', 1))
+    result = bnbfix.scan(source, "0.32.0")
+    assert not result.ok and result.verdict == "fails"
+    assert next(f.code.value for f in result.findings if f.remains) == "BNB201"
+    with pytest.raises(bnbfix.QuantStateError, match="absmax is F32"):
+        bnbfix.plan_repair(source, "0.32.0")
+
+
+def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
+    result = bnbfix.scan(pristine("dense31b", "ragged", shards=2), "portable")
+    finding = result.findings[0]
+    assert isinstance(finding.code, bnbfix.Code) and isinstance(finding.severity, bnbfix.Severity)
+    assert json.dumps([finding.code.value, finding.severity.label, result.verdict])
+    assert [r.release for r in result.releases] == list(result.target.ranges)
+    assert pickle.loads(pickle.dumps(finding)) == finding

@@ -1,0 +1,744 @@
+"""The command line as its users see it: what goes where, in which width, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Make
+
+import bnbfix
+from bnbfix import cli, vllm_releases, write
+from bnbfix.codes import Code
+from bnbfix.vllm_releases import Installed
+
+EVIL = "\x1b[31m\x07\r\x7f\x9b2J\u202e"  # colours, a bell, an overwritten line, C1 controls, text turned round
+
+
+@dataclass
+class Run:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        """stdout in one line, as if it had not been wrapped."""
+        return " ".join(self.out.split())
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Run]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command line in this process, on a machine without vLLM."""
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for module in ("api", "vllm_releases"):
+        monkeypatch.setattr(f"bnbfix.{module}.find_installed", lambda: None)
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert isinstance(caught.value.code, int)
+        return Run(caught.value.code, *capsys.readouterr())
+
+    return run
+
+
+def process(*arguments: object, runner: tuple[str, ...] = ("-m", "bnbfix")) -> Run:
+    """The same in a process of its own, with pipes for stdout and stderr."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "FORCE_COLOR")}
+    command = [sys.executable, *runner, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    return Run(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def harmless(text: str) -> bool:
+    return all(c.isprintable() for c in text.replace("\n", ""))
+
+
+# Scan
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["short", "verbose"])
+@pytest.mark.parametrize(("family", "quant"), [("dense31b", "ragged"), ("e4b", "all"), ("moe26b", "all")])
+def test_a_scan_fits_80_columns(run: Cli, pristine: Make, family: str, quant: str, verbose: list[str]) -> None:
+    done = run("scan", pristine(family, quant, shards=2), "--vllm", "portable", *verbose)
+    assert done.err == "" and done.code == 1
+    assert len(done.out.splitlines()) > 10
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert not any(line.endswith(" ") for line in done.out.splitlines())
+    assert harmless(done.out)
+
+
+def test_a_piped_scan_fits_80_columns_too(pristine: Make) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    done = process("scan", source, "--vllm", "portable")
+    assert (done.code, done.err) == (1, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert harmless(done.out)
+
+
+def test_the_scan_table_says_what_each_range_of_releases_does(run: Cli, pristine: Make) -> None:
+    lines = run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "portable").out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line[:2] == "0."}
+    assert rows == {
+        "0.19.0-0.22.1": ["fails", "7", "BNB103", "BNB104"],
+        "0.23.0-0.27.1": ["fails", "21", "BNB102", "BNB103"],
+        "0.28.0-0.33.0": ["wrong", "21", "BNB102", "BNB103"],
+    }
+
+
+def test_a_scan_names_tensors_the_fix_and_the_command_that_mends(run: Cli, pristine: Make) -> None:
+    done = run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "0.22.1")
+    assert "BNB104 fails: K serves as V, but V has no quant state" in done.words
+    assert "model.language_model.layers.N.self_attn.k_proj.weight x2" in done.words
+    assert "Fix: " in done.words
+    assert "Does not load in vLLM 0.22.1." in done.words
+    assert "Mend it: bnbfix repair MODEL --out DIR --vllm 0.22.1" in done.words
+
+
+def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> None:
+    source = pristine("e4b", "all", shards=2)
+    short, long = (run("scan", source, "--vllm", "portable", *v) for v in ([], ["--verbose"]))
+    hidden = "model.vision_tower.encoder.layers.1.self_attn.q_proj.linear.weight"
+    assert hidden not in short.words and "shown with --verbose" in short.words
+    flat = "".join(long.out.split())
+    assert hidden in flat and "shownwith--verbose" not in flat
+    names = {t for f in bnbfix.scan(source, "portable").findings for t in f.tensors}
+    assert all(name in flat for name in names)
+
+
+def test_a_clean_scan_says_so(run: Cli, pristine: Make) -> None:
+    done = run("scan", pristine("e4b", "all", shards=2), "--vllm", "0.32.0")
+    assert (done.code, done.err) == (0, "")
+    assert done.words.endswith("Loads in vLLM 0.32.0.")
+
+
+SCAN_KEYS = {"schema", "model", "target", "verdict", "releases", "findings"}
+FINDING_KEYS = {"code", "severity", "tensors", "releases", "message", "fix", "reason"}
+
+
+@pytest.mark.parametrize(("family", "quant", "target"), [
+    ("dense31b", "ragged", "portable"), ("dense31b", "skip", "0.32.0"), ("e4b", "all", "0.32.0"),
+    ("moe26b", "all", "portable"), ("unified12b", "all", "0.22.1"), ("dense31b", "int8", "portable"),
+])  # fmt: skip
+def test_the_json_of_a_scan_has_its_shape(run: Cli, pristine: Make, family: str, quant: str, target: str) -> None:
+    source = pristine(family, quant, shards=2)
+    done = run("scan", source, "--vllm", target, "--format", "json")
+    doc, result = done.json, bnbfix.scan(source, target)
+    assert done.err == "" and done.out.startswith("{\n") and done.out.endswith("}\n")
+    assert set(doc) >= SCAN_KEYS
+    assert (doc["schema"], doc["model"], doc["target"]) == (1, str(source), target)
+    assert doc["verdict"] == result.verdict
+    assert done.code == (doc["verdict"] != "loads")
+    table = [{"first": r.first, "last": r.last} for r in vllm_releases.ranges()]
+    assert [{k: r[k] for k in ("first", "last")} for r in doc["releases"]] == table
+    for r in doc["releases"]:
+        assert set(r) >= {"first", "last", "verdict", "codes"}
+        assert r["verdict"] in ("loads", "degraded", "wrong", "fails")
+        assert {Code(c) for c in r["codes"]} <= set(Code)
+        assert (r["verdict"] == "loads") == (r["codes"] == [])
+    assert len(doc["findings"]) == len(result.findings)
+    for f, found in zip(doc["findings"], result.findings, strict=True):
+        assert set(f) >= FINDING_KEYS
+        assert f["severity"] in ("fails", "wrong output", "degraded", "note")
+        assert (f["code"], f["severity"]) == (found.code.value, found.severity.label)
+        assert (f["tensors"], f["message"]) == (list(found.tensors), found.message)
+        assert f["releases"] and all(r in table for r in f["releases"])
+        assert (f["fix"] is None) == (f["reason"] is not None)
+
+
+def test_the_installed_vllm_is_the_target_where_none_is_named(
+    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pristine("dense31b", "skip")
+    assert run("scan", source, "--format", "json").json["target"] == "portable"
+    monkeypatch.setattr("bnbfix.api.find_installed", lambda: Installed("0.22.1", None))
+    assert run("scan", source, "--format", "json").json["target"] == "0.22.1"
+    assert run("scan", source, "--format", "json", "--vllm", "0.32.0").json["target"] == "0.32.0"
+    monkeypatch.setattr("bnbfix.api.find_installed", lambda: Installed("0.32.0", None))
+    done = run("scan", pristine("e4b", "all"))
+    assert done.code == 1 and "BNB304" in done.words
+
+
+# Exit codes
+
+
+def test_exit_code_0_clean(run: Cli, pristine: Make) -> None:
+    assert run("scan", pristine("e4b", "all"), "--vllm", "0.32.0").code == 0
+
+
+def test_exit_code_1_findings_remain_and_exit_zero(run: Cli, pristine: Make) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    plain, zero = (run("scan", source, "--vllm", "portable", *o) for o in ([], ["--exit-zero"]))
+    assert (plain.code, zero.code) == (1, 0)
+    assert plain.out == zero.out
+    assert run("scan", source, "--vllm", "portable", "--exit-zero", "--format", "json").code == 0
+
+
+def test_exit_code_1_for_what_no_repair_can_mend(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    done = run("repair", pristine("moe26b", "all"), "--vllm", "0.22.1", "--out", tmp_path / "out")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: cannot be made to load in 0.22.1: ") and "BNB401" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["scan"], ["repair", "--dry-run"]], ids=["scan", "repair"])
+@pytest.mark.parametrize(
+    ("quant", "words"), [("bf16", "is an unquantized Gemma4ForConditionalGeneration"), ("adapter", "is a PEFT adapter"),
+                         ("empty", "has no safetensors files"), ("llama", "is 'LlamaForCausalLM', not a Gemma4 model")],
+)  # fmt: skip
+def test_exit_code_3_nothing_here_to_check(
+    run: Cli, checkpoint: Make, tmp_path: Path, command: list[str], quant: str, words: str
+) -> None:
+    source = tmp_path / "source"
+    if quant == "bf16":
+        source = checkpoint("dense31b", "bf16")
+    else:
+        source.mkdir()
+        config = "{}" if quant == "empty" else '{"architectures": ["LlamaForCausalLM"]}'
+        (source / ("adapter_config.json" if quant == "adapter" else "config.json")).write_text(config)
+    if quant == "llama":
+        (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    done = run(*command, source)
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith("error: ") and words in done.err
+    assert run("scan", source, "--exit-zero").code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["scan", "nowhere"], "error: nowhere: no such folder"),
+        (["scan", "pyproject.toml"], "is a file; name the folder it lies in"),
+        (["scan", ".", "--vllm", "0.1.0"], "config.json: is missing"),
+        (["scan"], "Missing argument 'MODEL'"),
+        (["scan", ".", "--format", "yaml"], "yaml"),
+        (["scan", ".", "--nonsense"], "--nonsense"),
+        (["frobnicate"], "frobnicate"),
+        (["repair", "nowhere"], "repair needs --out DIR, or --dry-run to see the plan alone"),
+        (["repair", "nowhere", "--out", "x"], "error: nowhere: no such folder"),
+        (["verify", "nowhere"], "error: nowhere: no such folder"),
+        (["explain"], "Missing argument 'CODE'"),
+        (["explain", "BNB999"], "'BNB999' is not a finding's code"),
+    ],
+)
+def test_exit_code_2_bad_usage(run: Cli, arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.code == 2
+    assert words in done.err and "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
+    done = run("scan", pristine("dense31b", "skip"), "--vllm", "0.1.0")
+    assert (done.code, done.out) == (2, "")
+    assert "error: --vllm '0.1.0' is not a vLLM release that bnbfix knows" in done.err
+    assert "Name a release from 0.19.0 to " in done.err
+
+
+def test_exit_code_2_a_truncated_shard(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("dense31b", "skip")
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for command in (["scan"], ["repair", "--out", tmp_path / "out"]):
+        done = run(*command, source)
+        assert (done.code, done.out) == (2, "")
+        assert "error: model.safetensors: truncated" in done.err
+        assert "  Download or copy the file again." in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["table", "json"])
+def test_exit_code_2_a_damaged_quant_state_even_with_exit_zero(run: Cli, checkpoint: Make, format: str) -> None:
+    source = checkpoint("dense31b", "single")
+    shard = source / "model.safetensors"
+    data = shard.read_bytes()
+    assert b'"blocksize": 64' in data
+    shard.write_bytes(data.replace(b'"blocksize": 64', b'"blocksize": 32', 1))
+    done = run("scan", source, "--vllm", "0.32.0", "--exit-zero", "--format", format)
+    assert done.code == 2 and "BNB201" in done.out
+    assert "absmax is F32" in done.err and "Quantize the model again" in done.err
+    if format == "json":
+        assert done.json["verdict"] == "fails"
+
+
+def test_an_error_of_the_system_ends_with_exit_code_2(
+    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "/models/x")
+
+    monkeypatch.setattr("bnbfix.api.scan", refuse)
+    done = run("scan", pristine("dense31b", "skip"))
+    assert (done.code, done.out, done.err) == (2, "", "error: /models/x: Permission denied\n")
+
+
+def test_a_bug_is_not_dressed_up_as_an_error_of_the_user(
+    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("bnbfix.api.scan", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("scan", pristine("dense31b", "skip"))
+
+
+def test_a_reader_that_goes_away_is_no_traceback(pristine: Make) -> None:
+    runner = (
+        "import os, sys\nfrom bnbfix.cli import main\nr, w = os.pipe(); os.close(r); os.dup2(w, 1)\n"
+        "sys.argv[0] = 'bnbfix'\nmain()"
+    )
+    done = process("scan", pristine("dense31b", "skip"), "--vllm", "portable", runner=("-c", runner))
+    assert done.code == 1 and done.err == ""
+
+
+# Repair
+
+
+@pytest.mark.parametrize("out", [True, False], ids=["with --out", "without"])
+def test_a_dry_run_shows_shards_config_and_costs_and_writes_nothing(
+    run: Cli, checkpoint: Make, tmp_path: Path, out: bool
+) -> None:
+    source = checkpoint("dense31b", "ragged", shards=2)
+    before = {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.rglob("*")]}
+    options = ["--out", tmp_path / "out"] if out else []
+    done = run("repair", source, "--vllm", "portable", "--dry-run", *options)
+    assert before == {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.rglob("*")]}
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    plan = bnbfix.plan_repair(source, "portable")
+    for shard in plan.shards:
+        size = source.joinpath(shard.name).stat().st_size
+        row = next(line for line in done.out.splitlines() if line.startswith(shard.name))
+        assert row.split()[1] == "rewritten" and f"{size / 1e6:.1f} > {shard.size / 1e6:.1f}" in row
+    for line in plan.config_diff().splitlines():
+        assert f"  {line}".rstrip() in done.out.splitlines()
+    assert '  +      "language_model.model.layers.1.self_attn.qkv_proj",' in done.out.splitlines()
+    costs = f"Reads {plan.bytes_read / 1e6:.1f} MB, writes {plan.bytes_written / 1e6:.1f} MB; needs "
+    assert costs in done.words and "MB of disk" in done.words and "MB are free." in done.words
+    assert "7 weights dequantized" in done.words and "1 key of config.json changed" in done.words
+
+
+def test_a_dry_run_tells_copied_shards_from_rewritten_ones(run: Cli, pristine: Make) -> None:
+    lines = run("repair", pristine("text", "single", shards=2), "--vllm", "0.22.1", "--dry-run").out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("model-0")] == ["copied", "rewritten"]
+
+
+def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    done = run("repair", source, "--vllm", "portable", "--dry-run", "--format", "json")
+    plan = bnbfix.plan_repair(source, "portable")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["edits"] == [
+        {"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in plan.edits
+    ]
+    assert [s["size"] for s in done.json["shards"]] == [s.size for s in plan.shards]
+    assert done.json["config_diff"] == plan.config_diff() != ""
+    assert (done.json["bytes_read"], done.json["bytes_written"]) == (plan.bytes_read, plan.bytes_written)
+    assert done.json["disk_needed"] >= plan.bytes_written and done.json["disk_free"] > 0
+
+
+def test_a_dry_run_with_nothing_to_do_says_so(run: Cli, pristine: Make) -> None:
+    done = run("repair", pristine("e4b", "all"), "--vllm", "0.32.0", "--dry-run")
+    assert (done.code, done.err, done.words) == (0, "", "Nothing to do: loads in 0.32.0 as it is.")
+
+
+def test_repair_verify_scan_and_repair_again(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    source, out = pristine("dense31b", "ragged", shards=2), tmp_path / "out"
+    done = run("repair", source, "--vllm", "portable", "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert f"Wrote{out}," in "".join(done.out.split()) and "for portable." in done.words
+    assert max(map(len, done.out.splitlines())) <= 80
+    done = run("verify", out, "--source", source)
+    assert (done.code, done.err) == (0, "")
+    words = r"10 files match their hashes, 263 tensors equal the source's, 7 equal an independent decode"
+    assert words in done.words and done.words.endswith("scan for portable: clean.")
+    done = run("verify", out)
+    assert done.code == 0 and "10 files match their hashes; scan for portable: clean." in done.words
+    done = run("scan", out, "--vllm", "portable")
+    assert done.code == 0 and done.words.endswith("Loads in every release.")
+    done = run("repair", out, "--vllm", "portable", "--out", tmp_path / "again")
+    assert (done.code, done.words) == (0, "Nothing to do: loads in portable as it is.")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_repair_in_json_is_pure_json(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "-o", tmp_path / "out", "--format", "json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["out"] == str(tmp_path / "out")
+    assert set(done.json["sha256"]) | {"bnbfix.json"} == {p.name for p in (tmp_path / "out").iterdir()}
+    assert done.json["edits"] != [] and done.json["nothing_to_do"] is False
+    done = run("verify", tmp_path / "out", "--format", "json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["ok"] is True and done.json["problems"] == []
+    done = run("repair", tmp_path / "out", "--vllm", "portable", "-o", tmp_path / "again", "--format", "json")
+    assert done.json["out"] is None and done.json["nothing_to_do"] is True
+
+
+def test_repair_refuses_a_folder_that_is_not_empty_unless_told(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    arguments = ["repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", out]
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert f"error: {out}: exists and is not empty" in done.err and "--overwrite" in done.err
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    assert run(*arguments, "--overwrite").code == 0
+    assert (out / "bnbfix.json").exists() and not (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "tpu"])
+def test_repair_refuses_a_device_that_is_not_there(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out"]
+    done = run(*arguments, "--device", device)
+    assert (done.code, done.out) == (2, "") and "--device" in done.err
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments, "--device", "auto").code == 0
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "SLACK", 1 << 60)
+    done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out")
+    assert (done.code, done.out) == (2, "") and "not enough disk" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_progress_where_stderr_is_no_terminal(pristine: Make, tmp_path: Path) -> None:
+    done = process("repair", pristine("text", "single", shards=2), "--vllm", "0.22.1", "--out", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    assert harmless(done.out) and f"Wrote{tmp_path / 'out'}," in "".join(done.out.split())
+
+
+def test_progress_goes_to_a_terminal_on_stderr_and_never_to_stdout(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    source = pristine("dense31b", "skip")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    done = run("repair", source, "--vllm", "portable", "--out", tmp_path / "a")
+    assert done.code == 0 and "writing" in done.err and harmless(done.out)
+    done = run("verify", tmp_path / "a")
+    assert done.code == 0 and "comparing" in done.err and harmless(done.out)
+    done = run("repair", source, "--vllm", "portable", "--out", tmp_path / "b", "--format", "json")
+    assert (done.code, done.err) == (0, "") and done.json["out"] == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_an_interrupted_repair_ends_with_130_in_clear_words_and_without_output(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    if overwrite:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old.txt").write_text("old")
+
+    calls, real_write = 0, os.write
+
+    def interrupted(fd: int, data: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyboardInterrupt
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "write", interrupted)
+    options = ["--overwrite"] if overwrite else []
+    done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out", *options)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == (["out", "out/old.txt"] if overwrite else [])
+    assert calls == 12
+    assert (done.code, done.out) == (130, "")
+    assert done.err == "error: interrupted; nothing was published\n"
+
+
+def test_an_interrupted_scan_ends_with_130(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnbfix.api.scan", interrupted)
+    done = run("scan", pristine("dense31b", "skip"))
+    assert (done.code, done.out) == (130, "")
+    assert "interrupted" in done.err and "Traceback" not in done.err
+
+
+# The other commands
+
+
+def test_releases_has_a_row_for_each_range_and_fits_80_columns(run: Cli) -> None:
+    done = run("releases")
+    assert (done.code, done.err) == (0, "")
+    rows = [line.split()[0] for line in done.out.splitlines() if line.startswith("0.")]
+    assert rows == [r.name for r in vllm_releases.ranges()]
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "No vLLM is installed here." in done.words
+
+
+def test_releases_names_the_installed_vllm(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnbfix.vllm_releases.find_installed", lambda: Installed("0.27.1", None))
+    assert "Installed here: vLLM 0.27.1." in run("releases").words
+
+
+def test_releases_in_json_is_the_table(run: Cli) -> None:
+    done = run("releases", "--format", "json")
+    assert (done.code, done.err, done.json["schema"]) == (0, "", 1)
+    path = Path(vllm_releases.__file__).with_name("vllm_releases.json")
+    want = [row | {"packed": sorted(row["packed"])} for row in json.loads(path.read_text())["ranges"]]
+    assert done.json["ranges"] == want
+
+
+@pytest.mark.parametrize("code", list(Code), ids=lambda c: c.value)
+def test_every_code_is_explained(run: Cli, code: Code) -> None:
+    done = run("explain", code.value)
+    assert (done.code, done.err) == (0, "")
+    assert done.words.startswith(f"{code.value}: {code.explanation.title}")
+    assert code.explanation.why in done.words and f"Mend: {code.explanation.mend}" in done.words
+    assert all(url in done.words for url in code.explanation.upstream)
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert run("explain", code.value.lower()).out == done.out
+
+
+def test_explaining_an_unknown_code_lists_the_known_ones(run: Cli) -> None:
+    done = run("explain", "bnb1")
+    assert (done.code, done.out) == (2, "")
+    assert all(c.value in done.err for c in Code)
+
+
+def test_version(run: Cli) -> None:
+    assert run("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
+    assert process("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+def test_without_arguments_there_is_help(run: Cli, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.code in ((0,) if arguments else (0, 2))  # what no arguments are is up to the option parser
+    text = done.out + done.err
+    assert "Usage: " in text
+    assert all(command in text for command in ("scan", "repair", "verify", "releases", "explain"))
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("scan", ["MODEL", "--vllm", "--format", "--verbose", "--exit-zero"]),
+        ("repair", ["MODEL", "--out", "--vllm", "--device", "--dry-run", "--overwrite", "--format"]),
+        ("verify", ["DIR", "--source", "--format"]),
+        ("releases", ["--format"]),
+        ("explain", ["CODE"]),
+    ],
+)
+def test_every_command_has_help(run: Cli, command: str, options: list[str]) -> None:
+    done = run(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert all(option in done.out for option in options)
+
+
+# Hostile names
+
+
+def rename(shard: Path, names: dict[str, str]) -> None:
+    """Gives tensors of a shard other names."""
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    doc = {names.get(k, k): v for k, v in json.loads(data[8 : 8 + length]).items()}
+    header = json.dumps(doc).encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def hostile(source: Path) -> Path:
+    """Puts terminal escapes wherever a scan or a plan shows text of a checkpoint."""
+    layer = "model.vision_tower.encoder.layers.0."
+    renamed = {
+        f"{layer}mlp.up_proj.linear.weight": f"model.vision_tower.{EVIL}.weight",
+        "model.language_model.layers.0.mlp.up_proj.weight.absmax": f"{EVIL}lost.absmax",
+    }
+    rename(source / "model.safetensors", {k: v for k, v in renamed.items() if "absmax" not in k})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] += [f"model.vision_tower.{EVIL}", f"q_proj{EVIL}"]
+    (source / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    return source
+
+
+def test_control_characters_of_a_checkpoint_never_reach_the_terminal(
+    run: Cli, checkpoint: Make, tmp_path: Path
+) -> None:
+    source = hostile(checkpoint("dense31b", "skip"))
+    shown = []
+    for arguments in (
+        ["scan", source, "--vllm", "portable"],
+        ["scan", source, "--vllm", "portable", "--verbose"],
+        ["scan", source, "--vllm", "portable", "--format", "json"],
+        ["repair", source, "--vllm", "portable", "--dry-run"],
+        ["repair", source, "--vllm", "portable", "--dry-run", "--format", "json"],
+        ["repair", source, "--vllm", "portable", "--out", tmp_path / "out"],
+    ):
+        done = run(*arguments)
+        assert done.code in (0, 1) and done.err == ""
+        assert harmless(done.out), arguments
+        shown.append("".join(done.out.split()))
+    assert r"model.vision_tower.\x1b[31m\x07\r\x7f\x9b2J\u202e.weight" in shown[1]
+    assert bnbfix.scan(source, "portable").findings  # and the API hands names out as they are
+    name = f"model.vision_tower.{EVIL}.weight"
+    assert any(name in f.tensors for f in bnbfix.scan(source, "portable").findings)
+
+
+@pytest.mark.parametrize("place", ["architecture", "method", "shard", "tensor", "folder", "state"])
+def test_control_characters_in_errors_never_reach_the_terminal(
+    run: Cli, checkpoint: Make, tmp_path: Path, place: str
+) -> None:
+    source = checkpoint("dense31b", "single", shards=2)
+    config, index = source / "config.json", source / "model.safetensors.index.json"
+    doc = json.loads((index if place == "shard" else config).read_text())
+    if place == "architecture":
+        doc["architectures"] = [EVIL]
+    elif place == "method":
+        doc["quantization_config"]["quant_method"] = EVIL
+    elif place == "shard":
+        doc["weight_map"]["x"] = f"{EVIL}.safetensors"
+    elif place == "tensor":
+        rename(source / "model-00001-of-00002.safetensors", {"model.language_model.norm.weight": "x"})
+        shard = source / "model-00001-of-00002.safetensors"
+        rename(shard, {"model.language_model.embed_tokens.weight": f"{EVIL}.quant_state.bitsandbytes__nf4"})
+        shard.write_bytes(shard.read_bytes().replace(b'"BF16"', b'"EVIL"', 1))
+    elif place == "folder":
+        source = tmp_path / EVIL
+    else:
+        shard = source / "model-00001-of-00002.safetensors"
+        data = shard.read_bytes()
+        at = data.index(b'"quant_type": "nf4"')
+        spoilt = '"quant_type": "\x9b1"'.encode()
+        assert len(spoilt) == len(b'"quant_type": "nf4"')
+        shard.write_bytes(data[:at] + spoilt + data[at + len(spoilt) :])
+    if place in ("architecture", "method", "shard"):
+        (index if place == "shard" else config).write_text(json.dumps(doc))
+    done = run("scan", source, "--vllm", "portable")
+    assert done.code in (2, 3) and done.err.startswith("error: ")
+    assert harmless(done.err) and harmless(done.out)
+
+
+def test_control_characters_in_file_names_of_an_output_never_reach_the_terminal(
+    run: Cli, pristine: Make, tmp_path: Path
+) -> None:
+    assert run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out").code == 0
+    (tmp_path / "out" / f"{EVIL}.txt").touch()
+    done = run("verify", tmp_path / "out")
+    assert done.code == 1 and harmless(done.out)
+    assert r"\x1b[31m\x07\r\x7f\x9b2J\u202e.txt: is not in the record" in done.words
+
+
+# A large checkpoint, and what is imported for it
+
+LAYERS = 45
+
+
+def large_checkpoint(folder: Path) -> int:
+    """A text model of more than 2,000 tensors: true headers and quant states, and holes in place of the weights."""
+    folder.mkdir()
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64], "nested_blocksize": 256,
+             "nested_dtype": "float32", "nested_offset": 0.5}  # fmt: skip
+    raw = json.dumps(state).encode()
+    siblings = {
+        "": ("U8", [2048, 1], 2048), ".absmax": ("U8", [64], 64), ".quant_map": ("F32", [16], 64),
+        ".nested_absmax": ("F32", [1], 4), ".nested_quant_map": ("F32", [256], 1024),
+        ".quant_state.bitsandbytes__nf4": ("U8", [len(raw)], len(raw)),
+    }  # fmt: skip
+    projections = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    header: dict[str, Any] = {}
+    states, at = [], 0
+    for layer in range(LAYERS):
+        for projection in projections:
+            for suffix, (dtype, shape, size) in siblings.items():
+                name = f"model.layers.{layer}.{projection}.weight{suffix}"
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+                if "quant_state" in suffix:
+                    states.append(at)
+                at += size
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            name = f"model.layers.{layer}.{norm}_layernorm.weight"
+            header[name] = {"dtype": "F32", "shape": [64], "data_offsets": [at, at + 256]}
+            at += 256
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        start = f.tell()
+        for offset in states:
+            f.seek(start + offset)
+            f.write(raw)
+        f.truncate(start + at)
+    config = {
+        "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": 64,
+        "layer_types": ["sliding_attention"] * LAYERS, "quantization_config": {"quant_method": "bitsandbytes"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return len(header)
+
+
+IMPORTED = """
+import sys
+from bnbfix.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "bitsandbytes", "numpy", "safetensors", "transformers"} & set(sys.modules)
+    print(*sorted(heavy), file=sys.stderr)
+"""
+
+
+def test_a_scan_of_2000_tensors_imports_neither_torch_nor_bitsandbytes_nor_numpy(tmp_path: Path) -> None:
+    assert large_checkpoint(tmp_path / "large") > 2000
+    for format in ("table", "json"):
+        arguments = ("scan", tmp_path / "large", "--vllm", "portable", "--format", format)
+        done = process(*arguments, runner=("-c", IMPORTED))
+        assert (done.code, done.err) == (0, "\n")
+    assert done.json["weights"] == {"nf4": 7 * LAYERS, "F32": 4 * LAYERS}
+
+
+def test_a_dry_run_imports_neither_torch_nor_bitsandbytes_nor_numpy(pristine: Make) -> None:
+    arguments = ("repair", pristine("dense31b", "ragged", shards=2), "--vllm", "portable", "--dry-run")
+    done = process(*arguments, runner=("-c", IMPORTED))
+    assert (done.code, done.err) == (0, "\n") and "dequantized" in done.out
+
+
+def test_a_scan_reads_headers_and_quant_states_alone(
+    pristine: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    large_checkpoint(tmp_path / "large")
+    shard = tmp_path / "large" / "model.safetensors"
+    read, pread = 0, os.pread
+
+    def count(fd: int, n: int, offset: int) -> bytes:
+        nonlocal read
+        data = pread(fd, n, offset)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(os, "pread", count)
+    bnbfix.scan(tmp_path / "large", "portable")
+    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+    texts = (tmp_path / "large" / "config.json").stat().st_size
+    assert 0 < read - header - texts < 200 * 7 * LAYERS
