@@ -93,12 +93,13 @@ def repair(
     OutputError when it cannot be written.
     """
     from .plan import plan_checkpoint
-    from .write import check_destination, write_plan
+    from .write import check_destination, pick_device, write_plan
 
     source = LocalSource.open(Path(path))
     check_destination(source, Path(out), overwrite=overwrite)
     plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
-    return write_plan(plan, Path(out), device=device, overwrite=overwrite, progress=progress)
+    chosen = pick_device(plan, device)
+    return write_plan(plan, Path(out), device=chosen, overwrite=overwrite, progress=progress)
 
 
 def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | None = None) -> VerifyResult:

@@ -151,13 +151,11 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
 
 
 def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format) -> int:
-    from .kernels import resolve_device
-    from .write import check_space, write_plan
+    from .write import check_space, pick_device, write_plan
 
     if not plan.nothing_to_do:
         check_space(plan, out)
-    needs_kernels = any(e.action in ("dequantize", "quantize", "stack") for e in plan.edits)
-    chosen = resolve_device(device) if needs_kernels or device != "auto" else "cpu"
+    chosen = pick_device(plan, device)
     with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
         result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)
     if format is Format.json:
@@ -278,6 +276,8 @@ def main() -> None:
     """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
     try:
         code: Any = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer catches the interrupt itself
+            raise KeyboardInterrupt
     except BnbfixError as e:
         _complain(str(e), e.hint)
         code = e.exit_code

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -84,8 +85,7 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
             absmax=absmax[first : first + -(-shape[0] * shape[1] // state.blocksize)].contiguous(),
             shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=inner,
         )  # fmt: skip
-        # bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here.
-        with torch.compiler.set_stance("force_eager"):
+        with _exact():
             out: torch.Tensor = bnb.dequantize_4bit(column, part).reshape(-1).to(dtype)
         if state.quant_type == "fp4":
             out = _fp4_zeros(out, column, part.absmax, shape[1])
@@ -127,7 +127,7 @@ def quantize(
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     packed, scales = bytearray(), []
-    with torch.compiler.set_stance("force_eager"):
+    with _exact():
         for chunk in values:
             part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)
             q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
@@ -142,6 +142,24 @@ def quantize(
         return Quantized(
             bytes(packed), _raw(inner), quant_map, _raw(nested.absmax.float()), _raw(nested.code.float()), offset.item()
         )
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """What surrounds every kernel: no compiler, and tables in float32.
+
+    bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here; and it
+    makes its code tables in torch's default dtype, which vLLM for one sets to bfloat16.
+    """
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

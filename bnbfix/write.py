@@ -18,6 +18,7 @@ from . import __version__
 from .checkpoint import open_checkpoint
 from .codes import Code
 from .errors import OutputError, UsageError, VerifyError
+from .kernels import resolve_device
 from .layout import Copy, Dequantize, Quantize, ShardPlan
 from .plan import RECORD, Plan
 from .scanner import scan_checkpoint
@@ -68,6 +69,15 @@ def check_space(plan: Plan, out: Path) -> None:
     needed, free = disk_space(plan, out)
     if needed > free:
         raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
+
+
+def pick_device(plan: Plan, request: str) -> str:
+    """The torch device a request means, where the plan needs kernels; "auto" imports torch for no plan that does not.
+
+    Raises UsageError for a device that is not there.
+    """
+    kernels = any(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
+    return resolve_device(request) if kernels or request != "auto" else "cpu"
 
 
 def write_plan(

@@ -1,4 +1,4 @@
-"""Makes a tiny Gemma4 checkpoint with the real structure and the real faults, then scans, repairs, verifies and rescans it.
+"""Makes a tiny Gemma4 checkpoint with the real structure and faults, then scans, repairs, verifies and rescans it.
 
     python examples/quickstart.py [FOLDER]
 

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "decode", "layout", "installed"),
     ("experts", "values"),
     ("mend", "recompute"),
+    ("assemble", "unpack"),
     ("plan",),
     ("write",),
     ("verifier",),

@@ -328,6 +328,7 @@ def test_the_record_tells_the_target_every_edit_and_true_hashes(mended: Mended) 
         "schema": 1,
         "bnbfix": bnbfix.__version__,
         "target": result.plan.target.name,
+        "options": {"bf16": False, "max_shard_size": 5_000_000_000, "ragged": "dequantize"},
         "releases": [r.name for r in result.plan.target.ranges],
         "edits": [
             {"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in result.plan.edits
