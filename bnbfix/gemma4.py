@@ -59,7 +59,7 @@ class Model:
 
     def kv_shared(self, layer: int) -> bool:
         """Does this layer take K and V from an earlier one?"""
-        return layer >= self.first_shared
+        return self.first_shared <= layer < len(self.layer_types)
 
     def kv_donors(self, layer: int) -> list[int]:
         """Layers whose k and v have the shapes of this shared layer's, the one it really takes them from first."""
@@ -80,10 +80,11 @@ def read_model(config: Mapping[str, Any]) -> Model:
     layers = _integer(text, "num_hidden_layers", None)
     shared = _integer(text, "num_kv_shared_layers", 0)
     types = text.get("layer_types")
-    if types is None:  # transformers' default: every sixth layer attends to everything, and so does the last
-        types = [FULL if (i + 1) % 6 == 0 or i == layers - 1 else SLIDING for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+    if types is None:  # transformers' default: every sixth layer attends to everything
+        types = [SLIDING if (i + 1) % 6 else FULL for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not all(t in (FULL, SLIDING) for t in types):
         raise InputError(f"layer_types must name {FULL} or {SLIDING} for each of {layers} layers", where=CONFIG)
+    types = [*types[:-1], FULL] if types else []  # transformers forces the last one, whatever the config says
     if shared > layers:
         raise InputError(f"num_kv_shared_layers is {shared}, of {layers} layers", where=CONFIG)
     return Model(
@@ -117,7 +118,8 @@ def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
 
 
 # Roles: what decides which kind of parameter a tensor lands in. The first pattern that matches wins.
-_LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>\d+)\."
+_NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
+_LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
 ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
@@ -127,7 +129,7 @@ ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("per_layer", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
         ("router", rf"{_LAYER}router\.proj\.weight"),
         ("fused_experts", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.\d+\.(?P<part>(?:gate|up|down)_proj)\.weight"),
+        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_NUMBER}\.(?P<part>(?:gate|up|down)_proj)\.weight"),
         ("other", rf"{_LAYER}"),
         ("pixel_projection", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
         ("vision_tower", r"model\.vision_tower\..*\.weight"),

@@ -164,22 +164,24 @@ def insert_shared(
 ) -> Iterable[Insert]:
     """k, v and k_norm of kv-shared layers, in the form of the layer's q. Their values are never used."""
     at = by_layer(members)
-    for name, (layer, part) in missing_shared(checkpoint, model, members).items():
-        q = at[layer, "q_proj"]
-        donors = [_same_in(checkpoint, name, layer, other) for other in model.kv_donors(layer)]
-        found = [w for w in donors if w is not None]
-        if not found:
+    missing = missing_shared(checkpoint, model, members)
+    donors: dict[str, list[Weight]] = {}
+    for name, (layer, part) in missing.items():
+        found = [_same_in(checkpoint, name, layer, other) for other in model.kv_donors(layer)]
+        donors[name] = [w for w in found if w is not None]
+        if part != "k_norm" and donors[name] and not any(w.packed for w in donors[name]):
+            # No packed donor anywhere: what the group has becomes plain.
+            for m in (at.get((layer, other)) for other in ("q_proj", "k_proj", "v_proj")):
+                if m is not None and m.packed:
+                    dequantize.setdefault(m.weight.name, Code.SHARED_WITHOUT_KV)
+    for name, (layer, part) in missing.items():
+        if not (found := donors[name]):
             continue  # nothing to copy; the fresh scan after the repair says what is still missing
-        if part == "k_norm":
-            yield Insert(name, found[0], False, Code.SHARED_WITHOUT_KV)
-            continue
-        packed = [w for w in found if w.packed]
-        if _stays_packed(q, dequantize) and packed:
-            yield Insert(name, packed[0], False, Code.SHARED_WITHOUT_KV)
-            continue
-        if _stays_packed(q, dequantize):  # no packed donor anywhere: the group becomes plain
-            dequantize[q.weight.name] = Code.SHARED_WITHOUT_KV
-        yield Insert(name, found[0], found[0].packed, Code.SHARED_WITHOUT_KV)
+        packed = next((w for w in found if w.packed), None)
+        if part != "k_norm" and packed is not None and _stays_packed(at[layer, "q_proj"], dequantize):
+            yield Insert(name, packed, False, Code.SHARED_WITHOUT_KV)
+        else:
+            yield Insert(name, found[0], part != "k_norm" and found[0].packed, Code.SHARED_WITHOUT_KV)
 
 
 def _same_in(checkpoint: Checkpoint, name: str, layer: int, other: int) -> Weight | None:
@@ -214,7 +216,7 @@ def _config(
 
 def per_layer_edits(model: Model, releases: Sequence[ReleaseRange]) -> Iterable[ConfigEdit]:
     """The older form of a per-layer config, where a release of the target does not read the newer."""
-    if not model.text_config.get("per_layer_config") or all(r.per_layer_config == "read" for r in releases):
+    if model.text_config.get("per_layer_config") is None or all(r.per_layer_config == "read" for r in releases):
         return
     if (old := older_form(model)) is not None:
         at = () if model.text_only else ("text_config",)

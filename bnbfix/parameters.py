@@ -53,15 +53,23 @@ class Parameter:
 
 
 def projections(checkpoint: Checkpoint) -> list[Member]:
-    """Every weight of a linear module: packed, or plain with two dimensions. Sorted by name."""
-    out = []
+    """Every weight of a linear module: packed, or plain with two dimensions; damaged ones are neither. By name."""
+    out, damaged = [], damaged_weights(checkpoint)
     for weight in checkpoint.weights.values():
+        if weight.name in damaged:
+            continue
         place = gemma4.place(weight.name)
         if (
             place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2)
         ) or weight.packed:
             out.append(Member(weight, place))
     return out
+
+
+def damaged_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the weights whose quant state lies."""
+    where = {e.where for e in checkpoint.damaged}
+    return frozenset(w.name for w in checkpoint.weights.values() if where and f"{w.tensor.shard}: {w.name}" in where)
 
 
 def parameters(members: Sequence[Member], model: Model, release: ReleaseRange, skip: Sequence[str]) -> list[Parameter]:

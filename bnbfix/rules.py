@@ -9,7 +9,8 @@ from . import gemma4
 from .checkpoint import INDEX, Checkpoint, weight_map
 from .codes import Code, Severity
 from .gemma4 import Model
-from .parameters import Member, Parameter, by_layer, parameters
+from .parameters import Member, Parameter, by_layer, damaged_weights, parameters
+from .quant_state import split_sibling
 from .skip_modules import honoured, transformers_skips, vllm_skips
 from .vllm_releases import Installed, ReleaseRange
 
@@ -183,9 +184,11 @@ def packed_shape(case: Case) -> Iterator[Hit]:
 @rule(Code.PACKED_STORAGE)
 def packed_storage(case: Case) -> Iterator[Hit]:
     said = case.checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
-    names = tuple(w.name for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype != "U8")
-    if names or (said != "uint8" and any(w.state for w in case.checkpoint.weights.values())):
-        yield Hit(Severity.FAILS, names, f"packed bytes stored as {said}; vLLM takes uint8 alone")
+    packed = [w for w in case.checkpoint.weights.values() if w.state]
+    stored = {w.name: w.tensor.info.dtype for w in packed if w.tensor.info.dtype != "U8"}
+    if stored or (said != "uint8" and packed):
+        what = ", ".join(sorted(set(stored.values()))) if stored else f"{said}, says config.json"
+        yield Hit(Severity.FAILS, tuple(stored), f"packed bytes stored as {what}; vLLM takes uint8 alone")
 
 
 @rule(Code.QUANT_STATE)
@@ -199,7 +202,10 @@ def quant_state(case: Case) -> Iterator[Hit]:
 def orphans(case: Case) -> Iterator[Hit]:
     bound: list[str] = []
     lost: list[str] = []
+    damaged = damaged_weights(case.checkpoint)
     for name in case.checkpoint.orphans:
+        if (split := split_sibling(name)) is not None and split[0] in damaged:
+            continue  # the weight is there, and BNB201 tells of it
         weight = name.split(".quant_state.")[0]
         (bound if ".quant_state." in name and weight in case.checkpoint.weights else lost).append(name)
     if bound:
@@ -235,7 +241,7 @@ def duplicate(case: Case) -> Iterator[Hit]:
 
 @rule(Code.SKIP_ENTRY)
 def skip_entry(case: Case) -> Iterator[Hit]:
-    plain = [m for p in case.params if p.packable for m in p.members if not m.packed]
+    plain = [m for p in case.params if p.packed for m in p.members if not m.packed]
     modules = {p.module for p in case.params}
     unknown = tuple(
         entry
@@ -252,12 +258,13 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
     text = case.model.text_config
     if text.get("per_layer_config") is None or case.release.per_layer_config == "read":
         return
+    old = older_form(case.model)
     if case.release.per_layer_config == "ignored":
-        old = older_form(case.model)
         defaults = {"global_head_dim": gemma4.DEFAULT_GLOBAL_HEAD_DIM, "num_global_key_value_heads": None}
         if old is not None and all(old.get(k, d) == d for k, d in defaults.items()):
             return
-    yield Hit(Severity.FAILS, (), "config.json: text_config.per_layer_config is not read by the release's transformers")
+    message = "config.json: text_config.per_layer_config is not read by the release's transformers"
+    yield Hit(Severity.FAILS, (), message, None if old is not None else "it says more than the older keys can")
 
 
 def older_form(model: Model) -> dict[str, int] | None:
@@ -266,15 +273,18 @@ def older_form(model: Model) -> dict[str, int] | None:
     None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
     """
     per_layer = model.text_config.get("per_layer_config")
-    if not isinstance(per_layer, dict):
+    full = {str(i) for i, kind in enumerate(model.layer_types) if kind == gemma4.FULL}
+    if not isinstance(per_layer, dict) or set(per_layer) not in (full, set()):
         return None
-    full = {i for i, kind in enumerate(model.layer_types) if kind == gemma4.FULL}
-    values = list(per_layer.values())
-    same = {str(i) for i in full} == set(per_layer) and all(v == values[0] for v in values)
-    if not same or not isinstance(values[0], dict) or not set(values[0]) <= {"head_dim", "num_key_value_heads"}:
+    first, *others = per_layer.values() or ({},)
+    if not isinstance(first, dict) or any(v != first for v in others):
         return None
+    # A layer without a head_dim of its own has that of the others; the older keys have another default.
+    old = {"head_dim": model.text_config.get("head_dim")} | first
     keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    return {keys[k]: v for k, v in values[0].items() if type(v) is int}
+    if not set(old) <= set(keys) or any(type(v) is not int for v in old.values()):
+        return None
+    return {keys[k]: v for k, v in old.items()}
 
 
 @rule(Code.UNKNOWN_CLASS)

