@@ -185,11 +185,13 @@ EXPLANATIONS = {
         "The same modules are named in vLLM's spelling as well. The entry itself stays, transformers needs it.",
     ),
     Code.PER_LAYER_CONFIG: Explanation(
-        "config.json in the per-layer form",
+        "config.json in a newer form",
         "transformers 5.19 writes text_config.per_layer_config in place of global_head_dim and "
         "num_global_key_value_heads. Older ones ignore it and take defaults, or stop with "
-        "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`.",
-        "The two older keys are written in place of per_layer_config; older and newer releases read that form alike.",
+        "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`. It also calls the vision tower's "
+        "rope_type axial, not default, which older ones answer with `KeyError: 'axial'`.",
+        "The two older keys are written in place of per_layer_config, and rope_type is called default; older and newer "
+        "releases read that form alike.",
     ),
     Code.UNKNOWN_CLASS: Explanation(
         "model class unknown to the release",

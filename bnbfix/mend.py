@@ -16,7 +16,7 @@ from .codes import Code
 from .experts import ExpertMend, decide_experts
 from .gemma4 import Model
 from .parameters import Member, by_layer, is_packable, module_of, parameters, projections
-from .rules import hf_linears, is_explicit_v, missing_shared, older_form
+from .rules import axial_rope, hf_linears, is_explicit_v, missing_shared, older_form
 from .skip_modules import cover, honoured, transformers_skips, vllm_skips
 from .vllm_releases import ReleaseRange
 
@@ -80,7 +80,8 @@ def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange
                 dequantize.setdefault(m.weight.name, Code.K_EQ_V_WITHOUT_V)
     quantize: dict[str, Code] = {}
     if ragged == "quantize":
-        quantize = dict.fromkeys(_plain_among_packed(members, model, releases, dequantize), Code.RAGGED_GROUP)
+        plain = _plain_among_packed(members, model, releases, dequantize, _grown(checkpoint, members, model, releases))
+        quantize = dict.fromkeys(plain, Code.RAGGED_GROUP)
     _make_groups_agree(members, model, releases, dequantize, set(quantize))
     insert: list[Insert] = []
     if needs_v:
@@ -136,12 +137,33 @@ def _make_groups_agree(
                     changed = True
 
 
+def _grown(
+    checkpoint: Checkpoint, members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange]
+) -> set[int]:
+    """Layers whose attention gets a k or v that is a copy: of what is quantized first there is nothing to copy yet."""
+    out: set[int] = set()
+    if any(r.kv_shared == "needs_kv" for r in releases):
+        out |= {layer for layer, part in missing_shared(checkpoint, model, members).values() if part != "k_norm"}
+    if any(r.k_eq_v == "needs_v" for r in releases):
+        at = by_layer(members)
+        for (layer, part), k in at.items():
+            if part == "k_proj" and not k.packed and model.k_serves_as_v(layer) and (layer, "v_proj") not in at:
+                out.add(layer)
+    return out
+
+
 def _plain_among_packed(
-    members: Sequence[Member], model: Model, releases: Sequence[ReleaseRange], dequantize: Mapping[str, Code | None]
+    members: Sequence[Member],
+    model: Model,
+    releases: Sequence[ReleaseRange],
+    dequantize: Mapping[str, Code | None],
+    grown: Set[int],
 ) -> Iterable[str]:
     """The plain members of groups that are partly packed, and stay packed as far as is decided."""
     for release in releases:
         for p in parameters(members, model, release, ()):
+            if p.role == "attention" and p.layer in grown:
+                continue
             if p.ragged and p.packable and not any(m.weight.name in dequantize or m.weight.int8 for m in p.members):
                 yield from (m.weight.name for m in p.members if not m.packed)
 
@@ -167,8 +189,8 @@ def insert_shared(
     missing = missing_shared(checkpoint, model, members)
     donors: dict[str, list[Weight]] = {}
     for name, (layer, part) in missing.items():
-        found = [_same_in(checkpoint, name, layer, other) for other in model.kv_donors(layer)]
-        donors[name] = [w for w in found if w is not None]
+        others = (_same_in(checkpoint, name, layer, other) for other in model.kv_donors(layer))
+        donors[name] = [w for w in others if w is not None]
         if part != "k_norm" and donors[name] and not any(w.packed for w in donors[name]):
             # No packed donor anywhere: what the group has becomes plain.
             for m in (at.get((layer, other)) for other in ("q_proj", "k_proj", "v_proj")):
@@ -211,14 +233,16 @@ def _config(
         yield ConfigEdit(("quantization_config", "llm_int8_skip_modules"), list(skip), Code.SKIP_ENTRY)
     if (quantization.get("bnb_4bit_quant_storage") or "uint8") != "uint8" and not quantization.get("load_in_8bit"):
         yield ConfigEdit(("quantization_config", "bnb_4bit_quant_storage"), "uint8", Code.PACKED_STORAGE)
-    yield from per_layer_edits(model, releases)
+    yield from older_config(checkpoint, model, releases)
 
 
-def per_layer_edits(model: Model, releases: Sequence[ReleaseRange]) -> Iterable[ConfigEdit]:
-    """The older form of a per-layer config, where a release of the target does not read the newer."""
-    if model.text_config.get("per_layer_config") is None or all(r.per_layer_config == "read" for r in releases):
+def older_config(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Iterable[ConfigEdit]:
+    """The older form of what transformers 5.19 writes in a newer, where a release of the target does not read that."""
+    if all(r.per_layer_config == "read" for r in releases):
         return
-    if (old := older_form(model)) is not None:
+    if axial_rope(checkpoint):
+        yield ConfigEdit(("vision_config", "rope_parameters", "rope_type"), "default", Code.PER_LAYER_CONFIG)
+    if model.text_config.get("per_layer_config") and (old := older_form(model)) is not None:
         at = () if model.text_only else ("text_config",)
         for key, value in old.items():
             yield ConfigEdit((*at, key), value, Code.PER_LAYER_CONFIG)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
 from .gemma4 import Model, place
-from .mend import ConfigEdit, Mend, insert_shared, per_layer_edits
+from .mend import ConfigEdit, Mend, insert_shared, older_config
 from .parameters import projections
 from .rules import is_explicit_v
 from .vllm_releases import ReleaseRange
@@ -32,7 +32,7 @@ def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[Rel
     insert = []
     if any(r.kv_shared == "needs_kv" for r in releases):
         insert = list(insert_shared(checkpoint, members, model, dequantize))
-    config = [*per_layer_edits(model, releases), ConfigEdit(("quantization_config",), None, None, remove=True)]
+    config = [*older_config(checkpoint, model, releases), ConfigEdit(("quantization_config",), None, None, remove=True)]
     return Mend(dequantize, drop, tuple(insert), {}, {}, {}, stack, tuple(config))
 
 

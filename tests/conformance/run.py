@@ -93,9 +93,7 @@ def reference(work: Path, folder: Path, python: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         full = work / "bf16" / f"{folder.parent.name}-{folder.name}"
         if not full.exists() and "quantization_config" in json.loads((folder / "config.json").read_text()):
-            bnbfix.repair(
-                folder, full, vllm=SMOKE_RELEASES[0] if "unified" not in folder.name else REFERENCE, bf16=True
-            )
+            bnbfix.repair(folder, full, vllm=REFERENCE, bf16=True)
         source = full if full.exists() else folder
         run_in(python, HERE / "reference.py", str(source), str(out))
     return out
@@ -103,11 +101,8 @@ def reference(work: Path, folder: Path, python: Path) -> Path:
 
 def run_in(python: Path, *command: object) -> subprocess.CompletedProcess[str]:
     """A script in a release's environment, with this checkout's bnbfix in reach."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "2",
-    }
+    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | ours
     done = subprocess.run(
         [str(python), "-W", "ignore", *map(str, command)],
         env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
