@@ -188,7 +188,7 @@ EXPLANATIONS = {
         "config.json in a newer form",
         "transformers 5.19 writes text_config.per_layer_config in place of global_head_dim and "
         "num_global_key_value_heads. Older ones ignore it and take defaults, or stop with "
-        "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`. It also calls the vision tower's "
+        "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`. It calls the vision tower's "
         "rope_type axial, not default, which older ones answer with `KeyError: 'axial'`.",
         "The two older keys are written in place of per_layer_config, and rope_type is called default; older and newer "
         "releases read that form alike.",

@@ -270,16 +270,15 @@ def skip_list(
             if module is not None and is_packable(m.place, model, release) and m.place.role != "expert":
                 ours[module] = packed
         spellings.insert(0, (ours, vllm_skips))
-    kept = [
-        e
-        for e in entries
-        if not any(matches(e, m) for modules, matches in spellings for m, packed in modules.items() if packed)
-    ]
-    out = list(kept)
+
+    def names_packed(entry: str) -> bool:
+        return any(matches(entry, m) for modules, matches in spellings for m, packed in modules.items() if packed)
+
+    out = [e for e in entries if not names_packed(e)]
     for modules, matches in spellings:
         plain = [m for m, packed in modules.items() if not packed and not honoured(out, m, matches)]
         plain = [m for m in plain if m != "lm_head" or out]
-        out += cover(plain, [m for m, packed in modules.items() if packed], matches)
+        out += cover(plain, matches, names_packed)
     if out and not entries and "lm_head" not in out:
         out.append("lm_head")  # without a list transformers leaves lm_head alone; with one it has to be named
     return tuple(dict.fromkeys(out))

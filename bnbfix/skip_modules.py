@@ -32,13 +32,14 @@ def honoured(entries: Iterable[str], module: str, matches: Matches) -> list[str]
     return [e for e in entries if matches(e, module)]
 
 
-def cover(plain: Iterable[str], packed: Iterable[str], matches: Matches) -> list[str]:
+def cover(plain: Iterable[str], matches: Matches, names_packed: Callable[[str], bool]) -> list[str]:
     """The shortest prefixes of plain modules that name all of them and no packed one, in order.
 
-    >>> cover(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], ["x.layers.1.o"], vllm_skips)
-    ['vision_tower', 'x.layers.1.mlp']
+    `names_packed` says of an entry whether it names a packed module to any reader of the list.
+
+    >>> cover(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
+    ['vision_tower', 'x.layers']
     """
-    packed = tuple(packed)
     refused: set[str] = set()
     chosen: list[str] = []
     for module in sorted(plain):
@@ -49,7 +50,7 @@ def cover(plain: Iterable[str], packed: Iterable[str], matches: Matches) -> list
             entry = ".".join(parts[:n])
             if entry in refused:
                 continue
-            if not any(matches(entry, p) for p in packed):
+            if not names_packed(entry):
                 chosen.append(entry)
                 break
             refused.add(entry)
