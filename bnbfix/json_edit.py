@@ -17,15 +17,17 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
     Raises KeyError when an earlier key is missing. `text` must be valid JSON.
     """
     start, members, end = _object(text, path[:-1])
+    newline = "\r\n" if "\r\n" in text else "\n"
     if (span := members.get(path[-1])) is not None:
-        indent = _indent(text, span[0])
-        return text[: span[1]] + _dump(value, indent) + text[span[2] :]
+        new = _dump(value, _indent(text, span[0]), len(path), newline)
+        return text[: span[1]] + new + text[span[2] :]
+    key = json.dumps(path[-1], ensure_ascii=False) + ": "
     if not members:
-        return text[:start] + "{" + json.dumps(path[-1]) + ": " + _dump(value, None) + "}" + text[end:]
-    last_key, _, last_end = list(members.values())[-1]
+        return text[:start] + "{" + key + _dump(value, None, 0, newline) + "}" + text[end:]
+    last_key, _, last_end = max(members.values())
     indent = _indent(text, last_key)
-    gap = "\n" + indent if indent is not None else " "
-    return text[:last_end] + "," + gap + json.dumps(path[-1]) + ": " + _dump(value, indent) + text[last_end:]
+    gap = " " if indent is None else newline + indent
+    return text[:last_end] + "," + gap + key + _dump(value, indent, len(path), newline) + text[last_end:]
 
 
 def remove_key(text: str, path: Sequence[str]) -> str:
@@ -35,10 +37,10 @@ def remove_key(text: str, path: Sequence[str]) -> str:
     after = _skip(text, value_end)
     if text[after] == ",":
         return text[:key_start] + text[_skip(text, after + 1) :]
-    before = text.rfind(",", 0, key_start)
-    if len(members) == 1:
-        return text[:key_start].rstrip() + text[after:]
-    return text[:before] + text[value_end:]
+    before = text[:key_start].rstrip()
+    if before.endswith("{"):
+        return before + text[after:]
+    return before[:-1] + text[value_end:]  # the comma before it goes
 
 
 def _object(text: str, path: Sequence[str]) -> tuple[int, dict[str, tuple[int, int, int]], int]:
@@ -79,8 +81,9 @@ def _indent(text: str, at: int) -> str | None:
     return line if not line.strip() and "\n" in text[:at] else None
 
 
-def _dump(value: Any, indent: str | None) -> str:
+def _dump(value: Any, indent: str | None, depth: int, newline: str) -> str:
+    """A value for a key whose line starts with `indent`, `depth` objects deep."""
     if indent is None:
         return json.dumps(value, ensure_ascii=False)
-    step = 2 if len(indent) % 4 or len(indent) == 4 else 4
-    return json.dumps(value, indent=step, ensure_ascii=False).replace("\n", "\n" + indent)
+    step = indent[: len(indent) // depth]
+    return json.dumps(value, indent=step, ensure_ascii=False).replace("\n", newline + indent)

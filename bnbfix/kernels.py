@@ -12,13 +12,17 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import QuantStateError, UsageError
 from .quant_state import QuantState
 
 if TYPE_CHECKING:
     import torch
 
-SUBNORMAL = 2.0**-118  # a block of this scale may hold numbers below bfloat16's normal ones (2**-126)
+SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
+KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
+# FP4 has two zeros. Whether the second, code 8, comes out as +0 or -0 depends on the kernel and on the shape; the first
+# is +0 everywhere, as both are in bitsandbytes' table. So packed bytes go through this, which makes every 8 a 0.
+FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,17 @@ def resolve_device(request: str) -> str:
 
 
 def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
-    """Yields the weight's values in `state.dtype`, little-endian and in order, at most about `chunk_bytes` at a time.
+    """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
 
-    The kernel sees every chunk as rows of one block each. Blocks run over the flat tensor, but the CPU kernel of
-    bitsandbytes 0.50 (csrc/cpu_ops.cpp, `dequantizeBlockwise4bitCpu`, AVX-512) counts them by row, and so decodes a
-    weight whose columns are no multiple of the blocksize wrongly; 31B's vision tower has such. With rows of one
-    block both ways of counting are the same, and equal to the CUDA kernel.
+    A chunk holds at least one block, and stays valid after the next is drawn. Raises QuantStateError when `read`
+    comes back short: the kernel would read on past the buffer.
+
+    The kernel is shown nothing but whole blocks, as rows of one block, of 1024 values at most, because on the CPU
+    its answer depends on the shape (bitsandbytes 0.50, csrc/cpu_ops.cpp and backends/cpu/ops.py):
+    - With AVX-512, a weight whose columns are a multiple of 16 but not of the blocksize gets the scales of other
+      blocks. 31B's vision tower has such columns: 4304.
+    - With an odd last dimension, or AVX-512 and blocks of 2048 or more, a generic fallback runs, which torch compiles
+      and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
     import torch
 
@@ -74,33 +83,30 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     state = packed.state
     dtype: torch.dtype = getattr(torch, state.dtype)
     absmax = _absmax(packed, device)
-    code = bnb.get_4bit_type(state.quant_type, device=device)
-    # AVX512-BF16 flushes subnormal numbers to zero, CUDA and other CPUs do not; torch's own rounding keeps them.
-    tiny = state.dtype == "bfloat16" and bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any())
-    inner = torch.float32 if tiny else dtype
-
-    def kernel(raw: memoryview, first: int, shape: tuple[int, int]) -> memoryview:
-        column = torch.frombuffer(raw, dtype=torch.uint8).to(device).view(-1, 1)
-        part = bnb.QuantState(
-            absmax=absmax[first : first + -(-shape[0] * shape[1] // state.blocksize)].contiguous(),
-            shape=torch.Size(shape), code=code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=inner,
-        )  # fmt: skip
-        with _exact():
-            out: torch.Tensor = bnb.dequantize_4bit(column, part).reshape(-1).to(dtype)
+    # Numbers below the normal ones are flushed to zero by AVX512-BF16 and by CUDA (--use_fast_math), in float32 too;
+    # the CPU's float32 kernel and torch's own rounding keep them.
+    inner = dtype
+    if bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any()):
+        device, inner, absmax = "cpu", torch.float32, _absmax(packed, "cpu")
+    size = min(state.blocksize, KERNEL_BLOCK)
+    absmax = absmax.repeat_interleave(state.blocksize // size)
+    step = max(1, chunk_bytes // (state.blocksize * dtype.itemsize)) * state.blocksize
+    for begin in range(0, state.numel, step):
+        count = min(step, state.numel - begin)
+        rows = -(-count // size)
+        raw = packed.read(begin // 2, (count + 1) // 2)
+        if len(raw) != (count + 1) // 2:
+            raise QuantStateError(f"a read of {(count + 1) // 2:,} packed bytes came back with {len(raw):,}")
+        padded = bytearray(raw).ljust(rows * size // 2, b"\0")  # to the end of the last block
         if state.quant_type == "fp4":
-            out = _fp4_zeros(out, column, part.absmax, shape[1])
-        return memoryview(out.contiguous().view(torch.uint8).cpu().numpy().data)
-
-    size = state.blocksize
-    step = max(1, chunk_bytes // (size * dtype.itemsize))
-    for first in range(0, state.blocks, step):
-        begin, end = first * size, min((first + step) * size, state.numel)
-        raw = memoryview(bytearray(packed.read(begin // 2, (end - begin + 1) // 2)))
-        rows, tail = divmod(end - begin, size)
-        if rows:
-            yield kernel(raw[: rows * size // 2], first, (rows, size))
-        if tail:
-            yield kernel(raw[rows * size // 2 :], first + rows, (1, tail))
+            padded = padded.translate(FP4_ONE_ZERO)
+        column = torch.frombuffer(padded, dtype=torch.uint8).to(device).view(-1, 1)
+        part = bnb.QuantState(
+            absmax=absmax[begin // size : begin // size + rows], shape=torch.Size((rows, size)), blocksize=size,
+            quant_type=state.quant_type, dtype=inner,
+        )  # fmt: skip
+        out: torch.Tensor = bnb.dequantize_4bit(column, part).view(-1)[:count].to(dtype)
+        yield memoryview(out.view(torch.uint8).cpu().numpy().data)
 
 
 @dataclass(frozen=True)
@@ -207,19 +213,6 @@ def _bitsandbytes() -> Any:
         log.setLevel(level)
         if absent:
             del sys.modules["kernels"]
-
-
-def _fp4_zeros(values: torch.Tensor, column: torch.Tensor, scales: torch.Tensor, size: int) -> torch.Tensor:
-    """Makes FP4 code 8 plus zero times the block's scale, as the table has it.
-
-    bitsandbytes' AVX-512 kernel does that; its scalar kernel, which takes the rest of a row too, and its CUDA kernel
-    take minus zero.
-    """
-    import torch
-
-    codes = torch.cat([column >> 4, column & 15], dim=1).reshape(-1)[: values.numel()]
-    zeros = (scales * 0).to(values.dtype).repeat_interleave(size)
-    return torch.where((codes == 8) & (values == 0), zeros, values)
 
 
 def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:

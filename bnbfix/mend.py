@@ -242,7 +242,7 @@ def older_config(checkpoint: Checkpoint, model: Model, releases: Sequence[Releas
         return
     if axial_rope(checkpoint):
         yield ConfigEdit(("vision_config", "rope_parameters", "rope_type"), "default", Code.PER_LAYER_CONFIG)
-    if model.text_config.get("per_layer_config") and (old := older_form(model)) is not None:
+    if (old := older_form(model)) is not None:
         at = () if model.text_only else ("text_config",)
         for key, value in old.items():
             yield ConfigEdit((*at, key), value, Code.PER_LAYER_CONFIG)

@@ -222,7 +222,7 @@ def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) ->
         out[CONFIG] = text
     if checkpoint.index is not None or len(shards) > 1:
         index = _index(checkpoint.index or {}, shards)
-        if index != checkpoint.index and (len(shards) > 1 or {s.name for s in shards} == set(checkpoint.shards)):
+        if index != checkpoint.index and (len(shards) > 1 or any(s.name in checkpoint.shards for s in shards)):
             out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return out
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bnbfix import decode, kernels
-from bnbfix.errors import UsageError
+from bnbfix.errors import QuantStateError, UsageError
 from bnbfix.kernels import PackedTensor, choose_device, resolve_device
 from bnbfix.quant_state import BLOCKSIZES, DTYPES, NestedState, QuantState
 
@@ -274,6 +274,30 @@ def test_torchs_default_dtype_changes_nothing(quant_type: str, default: torch.dt
     finally:
         torch.set_default_dtype(before)
     assert differences(got, want, packed) == []
+
+
+def test_a_code_table_that_bitsandbytes_cached_under_bfloat16_changes_nothing() -> None:
+    # In a process of its own: bitsandbytes keeps the first table that its fallback made, in that time's default dtype.
+    done = python(
+        "import torch; torch.set_default_dtype(torch.bfloat16)\n"
+        "from bitsandbytes.backends.utils import _get_4bit_code\n"
+        "assert _get_4bit_code('nf4', torch.device('cpu')).dtype == torch.bfloat16, 'nothing was tested'\n"
+        "from bnbfix import decode, kernels\nfrom bnbfix.quant_state import QuantState\nimport numpy as np\n"
+        "for size, count in ((64, 1001), (4096, 8192)):\n"
+        "    state = QuantState('nf4', size, 'float32', (count,), None)\n"
+        "    raw = np.random.default_rng(0).bytes(state.packed_bytes); scales = np.full(state.blocks, 1.1, '<f4')\n"
+        "    packed = kernels.PackedTensor(state, lambda at, n: raw[at:at + n], scales.tobytes(), None, None)\n"
+        "    got = b''.join(kernels.dequantize(packed, 'cpu'))\n"
+        "    assert got == decode.decode_chunk(state, raw, scales)[:len(got)], size\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_short_read_never_reaches_the_kernel() -> None:
+    packed = random_packed(QuantState("nf4", 64, "bfloat16", (8, 64), None))
+    short = replace(packed.tensor, read=lambda offset, length: packed.raw[offset : offset + length // 2])
+    with pytest.raises(QuantStateError, match="a read of 256 packed bytes came back with 128"):
+        list(kernels.dequantize(short, "cpu"))
 
 
 @examples(60)
