@@ -149,7 +149,7 @@ def verdict(folder: Path, release: str) -> str:
 def run_cell(work: Path, release: str, name: str, python: Path, referee: Path) -> Cell:
     """Before, prediction, repair, after."""
     source = make(work, name)
-    truth = make(work, f"{split(name)[0].replace('-noshared', '')}-bf16")
+    truth = make(work, f"{split(name)[0]}-bf16")
     before = judge(python, source, truth, reference(work, source, referee))
     predicted = verdict(source, release)
     out = work / "repaired" / release / name
