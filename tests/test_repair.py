@@ -245,7 +245,7 @@ def test_config_differs_by_the_planned_keys_alone_and_keeps_its_order(
     def untouched(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         return [(p, v) for p, v in pairs if not any(p == name or p.startswith(name + ".") for name in planned)]
 
-    assert len(planned) == (5 if per_layer_config else 2)
+    assert len(planned) == (6 if per_layer_config else 2)
     assert untouched(old) == untouched(new)
     for name, edit in planned.items():
         value = dict(new).get(name)
