@@ -230,7 +230,7 @@ def test_exit_code_3_nothing_here_to_check(
     [
         (["scan", "nowhere"], "error: nowhere: no such folder"),
         (["scan", "pyproject.toml"], "is a file; name the folder it lies in"),
-        (["scan", ".", "--vllm", "0.1.0"], "config.json: is missing"),
+        (["scan", "examples", "--vllm", "0.1.0"], "config.json: is missing"),
         (["scan"], "Missing argument 'MODEL'"),
         (["scan", ".", "--format", "yaml"], "yaml"),
         (["scan", ".", "--nonsense"], "--nonsense"),
