@@ -1,18 +1,18 @@
-"""Every rule on a checkpoint where it must speak, with its tensors, severity and releases, and on one where it must not."""
+"""Every rule on checkpoints where it must speak, with tensors, severity and releases, and where it must not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from build import (
     SHARD,
     Tensors,
     copy_weight,
-    drop_weight,
     json_of,
     opened,
     plain,
@@ -29,15 +29,14 @@ from build import (
 from conftest import Make
 
 from bnbfix.codes import EXPLANATIONS, Code, Severity
-from bnbfix.gemma4 import FULL
-from bnbfix.rules import RULES
-from bnbfix.scanner import Finding
+from bnbfix.gemma4 import FULL, SLIDING, canonical, read_model
+from bnbfix.rules import RULES, older_form
 from bnbfix.vllm_releases import Installed, Target, ranges, resolve_target
 
 NOTE, DEGRADED, WRONG, FAILS = Severity
 L = "model.language_model.layers."
-TOWER = r"model\.(vision_tower\..*linear\.weight|vision_tower\.patch_embedder\.input_proj\.weight|embed_vision\..*)"
-AUDIO = r"model\.(embed_audio\..*|audio_tower\..*(linear|_proj)\.weight)"
+TOWER = r"model\.(vision_tower\..*(linear|input_proj)\.weight|embed_vision\.\w+\.weight)"
+AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight)"
 NAMES = [r.name for r in ranges()]
 ALL = tuple(NAMES)
 TO_022, TO_024, TO_027, TO_029 = (tuple(NAMES[:n]) for n in (1, 2, 4, 5))
@@ -48,7 +47,7 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, perhaps changed, and a target; `found` says what a rule must say of it: nothing if None."""
+    """A checkpoint, perhaps changed, and a target for which a code must not be found."""
 
     code: Code
     family: str
@@ -62,18 +61,22 @@ class Case:
         target = self.target if isinstance(self.target, str) else "installed " + self.target.name
         return "-".join(filter(None, (self.code.name.lower(), self.family, self.quant, self.what, target)))
 
-    def findings(self, make: Make) -> list[Finding]:
-        source = make(self.family, self.quant, **dict(self.options))
-        if self.change is not None:
-            self.change(source)
-        return [f for f in scan(source, self.target).findings if f.code is self.code]
+    def make(self, pristine: Make, checkpoint: Make) -> Path:
+        if self.change is None:
+            return pristine(self.family, self.quant, **dict(self.options))
+        source = checkpoint(self.family, self.quant, **dict(self.options))
+        self.change(source)
+        return source
 
 
 @dataclass(frozen=True)
 class Found(Case):
+    """The same, for which it must be found, and what the finding says."""
+
     severity: Severity = FAILS
-    tensors: str = ""  # a pattern: all tensors of the checkpoint that match it are named, and no others
+    tensors: str = ""  # a pattern: every tensor of the checkpoint that matches it is named, and no other
     releases: tuple[str, ...] = ()
+    others: int = 0  # findings of the same code beside this one
 
 
 def edit(change: Callable[[Tensors], None]) -> Change:
@@ -110,7 +113,7 @@ def plain_qk(tensors: Tensors) -> None:
 
 
 def lm_head(tensors: Tensors) -> None:
-    copy_weight(tensors, f"{L}1.mlp.up_proj.weight", "lm_head.weight")
+    copy_weight(tensors, next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight")), "lm_head.weight")
 
 
 def plain_lm_head(tensors: Tensors) -> None:
@@ -174,12 +177,12 @@ def packed_experts(tensors: Tensors) -> None:
     copy_weight(tensors, f"{L}3.mlp.down_proj.weight", name)
 
 
-def index(folder: Path) -> None:
-    write_index(folder)
-
-
 def wrong_size(folder: Path) -> None:
     write_index(folder, metadata={"total_size": 7})
+
+
+def no_total_size(folder: Path) -> None:
+    write_index(folder, metadata={"format": "pt"})
 
 
 def stale_tensor(folder: Path) -> None:
@@ -218,16 +221,23 @@ def per_layer(**layer: object) -> Change:
     return run
 
 
-def no_default_rope(folder: Path) -> None:
-    """Only per_layer_config in the newer form: the vision tower's rope keeps its older name."""
+def default_rope(folder: Path) -> None:
+    """Of the newer form, per_layer_config alone is left."""
     with json_of(folder) as config:
         config["vision_config"]["rope_parameters"]["rope_type"] = "default"
+
+
+def axial_rope(folder: Path) -> None:
+    with json_of(folder) as config:
+        config["vision_config"]["rope_parameters"]["rope_type"] = "axial"
 
 
 def installed(version: str, plugin: str | None) -> Target:
     return resolve_target(None, Installed(version, plugin))
 
 
+# What a finding may name though no file holds it: k, v and k_norm of layers that share theirs.
+MISSING = [f"{L}{n}.self_attn.{part}.weight" for n in (4, 5) for part in ("k_norm", "k_proj", "v_proj")]
 NEWER = (("per_layer_config", True),)
 FOUND = [
     Found(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.22.1", tensors=TOWER, releases=TO_022),
@@ -258,12 +268,12 @@ FOUND = [
     Found(Code.EXPLICIT_V, "dense31b", "all", "0.32.0", edit(explicit_v), "explicit v", releases=FROM_031,
           tensors=r".*\.layers\.[25]\.self_attn\.v_proj\.weight"),
     Found(Code.SHARED_WITHOUT_KV, "e4b-noshared", "all", "0.22.1", releases=TO_029,
-          tensors="|".join(f"{L}{n}.self_attn.{p}.weight" for n in (4, 5) for p in ("k_norm", "k_proj", "v_proj"))),
+          tensors=r".*\.layers\.[45]\.self_attn\.(k_norm|k_proj|v_proj)\.weight"),
     Found(Code.PACKED_PIXELS, "dense31b", "all", "0.28.0", severity=DEGRADED, releases=FROM_028[:3],
           tensors=r".*\.patch_embedder\.input_proj\.weight"),
     Found(Code.PACKED_PIXELS, "e4b", "all", "portable", severity=DEGRADED, releases=FROM_028[:3],
           tensors=r".*\.patch_embedder\.input_proj\.weight"),
-    Found(Code.PACKED_LM_HEAD, "text", "all", "0.32.0", lambda folder: rename_head(folder), "lm_head",
+    Found(Code.PACKED_LM_HEAD, "text", "all", "0.32.0", edit(lm_head), "lm_head",
           tensors=r"lm_head\.weight", releases=ALL),
     Found(Code.PACKED_LM_HEAD, "dense31b", "all", "0.22.1", edit(lm_head), "lm_head", tensors=r"lm_head\.weight",
           releases=ALL),
@@ -286,7 +296,7 @@ FOUND = [
     Found(Code.ORPHANS, "dense31b", "all", "0.32.0", edit(stray_statistics), "strays", severity=NOTE, releases=ALL,
           tensors=rf"{L}9\..*"),
     Found(Code.ORPHANS, "dense31b", "single", "0.32.0", edit(bound_state), "beside plain", releases=ALL,
-          tensors=rf"{L}0\.mlp\.up_proj\.weight\.quant_state\..*"),
+          tensors=rf"{L}0\.mlp\.up_proj\.weight\.quant_state\..*", others=1),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", wrong_size, "size", severity=NOTE, releases=ALL),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", stale_tensor, "stale", severity=NOTE, releases=ALL,
           tensors=r".*stale"),
@@ -298,8 +308,9 @@ FOUND = [
           tensors="model.vision_tower|model.embed_vision"),
     Found(Code.SKIP_ENTRY, "dense31b", "mixed", "0.22.1", severity=NOTE, releases=TO_022,
           tensors=rf"{L}1\.self_attn|{L}3\.mlp"),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", no_default_rope, "", NEWER, releases=NAMES_BEFORE_032)
-    if (NAMES_BEFORE_032 := ALL[:7]) else None,
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:7]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", axial_rope, "rope", releases=ALL[:7]),
+    Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:7]),
     Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:7]),
     Found(Code.UNKNOWN_CLASS, "unified12b", "skip", "0.22.1", releases=TO_022),
     Found(Code.PLUGIN, "dense31b", "all", "portable", severity=NOTE, releases=FROM_028),
@@ -324,3 +335,264 @@ FOUND = [
     Found(Code.INT8, "moe26b", "int8", "0.32.0", releases=ALL,
           tensors=rf"{L}\d\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight"),
 ]  # fmt: skip
+
+
+ABSENT = [
+    Case(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.27.1"),
+    Case(Code.PACKED_IN_PLAIN, "dense31b", "skip", "0.22.1"),
+    Case(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.32.0", edit(lm_head), "lm_head is BNB108's"),
+    Case(Code.PACKED_IN_PLAIN, "unified12b", "skip", "0.32.0"),
+    Case(Code.PACKED_IN_PLAIN, "moe26b", "skip", "0.27.1"),
+    Case(Code.PACKED_IN_PLAIN, "text", "all", "0.22.1"),
+    Case(Code.PLAIN_IN_PACKED, "dense31b", "all", "portable"),
+    Case(Code.PLAIN_IN_PACKED, "dense31b", "skip", "0.22.1"),
+    Case(Code.PLAIN_IN_PACKED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "skipped"),
+    Case(Code.PLAIN_IN_PACKED, "text", "mixed", "portable"),
+    Case(Code.RAGGED_GROUP, "dense31b", "mixed", "portable"),
+    Case(Code.RAGGED_GROUP, "dense31b", "ragged", "portable",
+         skip("language_model.model.layers.1.self_attn", "language_model.model.layers.3.mlp.gate_up_proj"), "skipped"),
+    Case(Code.RAGGED_GROUP, "e4b", "all", "portable"),
+    Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.23.0"),
+    Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(explicit_v), "explicit v"),
+    Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(plain_qk), "plain"),
+    Case(Code.K_EQ_V_WITHOUT_V, "e4b", "all", "0.22.1"),
+    Case(Code.EXPLICIT_V, "dense31b", "all", "portable"),
+    Case(Code.EXPLICIT_V, "dense31b", "all", "0.30.0", edit(explicit_v), "explicit v"),
+    Case(Code.EXPLICIT_V, "e4b", "all", "0.32.0"),
+    Case(Code.SHARED_WITHOUT_KV, "e4b", "all", "portable"),
+    Case(Code.SHARED_WITHOUT_KV, "e4b-noshared", "all", "0.30.0"),
+    Case(Code.SHARED_WITHOUT_KV, "dense31b", "all", "0.22.1"),
+    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.22.1"),
+    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.27.1"),
+    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.32.0"),
+    Case(Code.PACKED_PIXELS, "dense31b", "skip", "portable"),
+    Case(Code.PACKED_PIXELS, "unified12b", "all", "portable"),
+    Case(Code.PACKED_LM_HEAD, "text", "all", "portable"),
+    Case(Code.PACKED_LM_HEAD, "dense31b", "all", "portable", edit(plain_lm_head), "plain"),
+    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "all", "portable", skip("model.vision_tower"), "HF's spelling"),
+    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "plain"),
+    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "all", "0.22.1", skip("vision_tower"), "never packed there"),
+    Case(Code.PACKED_SHAPE, "dense31b", "all", "portable"),
+    Case(Code.PACKED_SHAPE, "dense31b", "storage-bf16", "portable"),
+    Case(Code.PACKED_STORAGE, "dense31b", "all", "portable"),
+    Case(Code.PACKED_STORAGE, "dense31b", "all", "portable", quantization(bnb_4bit_quant_storage=None), "not said"),
+    Case(Code.PACKED_STORAGE, "dense31b", "int8", "portable",
+         quantization(bnb_4bit_quant_storage="bfloat16"), "nothing in 4 bit"),
+    Case(Code.QUANT_STATE, "dense31b", "storage-bf16", "portable"),
+    Case(Code.QUANT_STATE, "dense31b", "int8", "portable"),
+    Case(Code.QUANT_STATE, "moe26b", "fp4", "portable"),
+    Case(Code.ORPHANS, "dense31b", "single", "portable"),
+    Case(Code.ORPHANS, "dense31b", "int8", "portable"),
+    Case(Code.ORPHANS, "dense31b", "all", "portable", edit(no_quant_map), "damaged weight's own"),
+    Case(Code.INDEX, "dense31b", "all", "portable"),
+    Case(Code.INDEX, "dense31b", "all", "portable", write_index, "right index"),
+    Case(Code.INDEX, "dense31b", "all", "portable", no_total_size, "no total_size"),
+    Case(Code.INDEX, "dense31b", "all", "portable", None, "", (("shards", 3),)),
+    Case(Code.DUPLICATE, "dense31b", "all", "portable", None, "", (("shards", 3),)),
+    Case(Code.SKIP_ENTRY, "dense31b", "all", "portable"),
+    Case(Code.SKIP_ENTRY, "text", "mixed", "portable"),
+    Case(Code.SKIP_ENTRY, "dense31b", "skip", "0.22.1"),
+    Case(Code.SKIP_ENTRY, "dense31b", "skip", "portable",
+         skip("model.vision_tower", "vision_tower", "model.embed_vision", "embed_vision"), "both spellings"),
+    Case(Code.SKIP_ENTRY, "dense31b", "skip", "portable", skip("router.proj", "merger"), "names nothing"),
+    Case(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.32.0", None, "", NEWER),
+    Case(Code.PER_LAYER_CONFIG, "dense31b", "all", "portable"),
+    Case(Code.PER_LAYER_CONFIG, "e4b", "all", "0.22.1", per_layer(head_dim=512), "512 is the default"),
+    Case(Code.UNKNOWN_CLASS, "unified12b", "skip", "0.23.0"),
+    Case(Code.UNKNOWN_CLASS, "unified12b", "skip", "portable"),
+    Case(Code.UNKNOWN_CLASS, "text", "skip", "0.19.0"),
+    Case(Code.PLUGIN, "dense31b", "all", "0.27.1"),
+    Case(Code.PLUGIN, "dense31b", "all", installed("0.32.0", "0.0.3")),
+    Case(Code.PLUGIN, "dense31b", "all", installed("0.27.1", None)),
+    Case(Code.PLUGIN, "dense31b", "all", installed("0.22.1", "0.0.3")),
+    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "skip", "portable"),
+    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "all", "portable"),
+    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "all", "portable", edit(plain_lm_head), "lm_head"),
+    Case(Code.MOE_REFUSED, "moe26b", "skip", "0.25.0"),
+    Case(Code.MOE_REFUSED, "dense31b", "skip", "0.22.1"),
+    Case(Code.FUSED_EXPERTS, "moe26b", "skip", "0.24.0"),
+    Case(Code.FUSED_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "one by one"),
+    Case(Code.FUSED_EXPERTS, "dense31b", "skip", "0.32.0"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "new prefix"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.30.0", edit(one_by_one("moe.experts")), "old prefix"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
+    Case(Code.FP4_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "NF4"),
+    Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0"),
+    Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
+    Case(Code.INT8, "dense31b", "all", "portable"),
+]  # fmt: skip
+
+
+def test_every_code_has_a_rule_an_explanation_and_cases_both_ways() -> None:
+    assert set(RULES) == set(Code) == set(EXPLANATIONS)
+    assert {case.code for case in FOUND} == set(Code)
+    assert {case.code for case in ABSENT} == set(Code)
+
+
+@pytest.mark.parametrize("case", FOUND, ids=str)
+def test_found(case: Found, pristine: Make, checkpoint: Make) -> None:
+    source = case.make(pristine, checkpoint)
+    findings = [f for f in scan(source, case.target).findings if f.code is case.code]
+    names = {Code.SKIP_ENTRY: opened(source).skip_modules, Code.SHARED_WITHOUT_KV: MISSING}
+    known = names.get(case.code) or opened(source).tensors
+    named = {name for name in known if re.fullmatch(case.tensors, name)}
+    assert bool(named) == bool(case.tensors), "the pattern means something"
+    said = [(f.severity, set(f.tensors), tuple(r.name for r in f.releases)) for f in findings]
+    assert (case.severity, named, case.releases) in said
+    assert len(said) == 1 + case.others
+    assert all(f.message and (f.fix is None) == (f.reason is not None) for f in findings)
+
+
+@pytest.mark.parametrize("case", ABSENT, ids=str)
+def test_absent(case: Case, pristine: Make, checkpoint: Make) -> None:
+    source = case.make(pristine, checkpoint)
+    assert [f for f in scan(source, case.target).findings if f.code is case.code] == []
+
+
+def codes(source: Path, target: str | Target = "portable") -> set[Code]:
+    return {f.code for f in scan(source, target).findings if f.remains}
+
+
+def message(source: Path, code: Code, target: str = "portable") -> str:
+    (found,) = [f for f in scan(source, target).findings if f.code is code]
+    return found.message
+
+
+@pytest.mark.parametrize("change", [no_quant_map, lying_shape])
+def test_of_a_damaged_weight_nothing_else_is_said(change: Callable[[Tensors], None], checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    edit(change)(source)
+    before = {f.code for f in scan(source, "0.32.0").findings}
+    assert before == {Code.QUANT_STATE, Code.PLUGIN}, "neither its group nor its statistics"
+    (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.QUANT_STATE]
+    assert found.fix is None and found.reason == "the quant state is lost; quantize the model again"
+
+
+@pytest.mark.parametrize("family", ["dense31b", "moe26b", "text"])
+def test_of_a_model_that_the_release_does_not_know_only_that_is_said(family: str, checkpoint: Make) -> None:
+    source = checkpoint(family, "ragged")
+    assert len(codes(source, "0.22.1")) > 1
+    with json_of(source) as config:
+        text = config.get("text_config", config)
+        config |= {"architectures": ["Gemma4UnifiedForConditionalGeneration"], "text_config": dict(text)}
+    assert [f.code for f in scan(source, "0.22.1").findings] == [Code.UNKNOWN_CLASS]
+    assert Code.UNKNOWN_CLASS not in codes(source, "0.23.0")
+
+
+@pytest.mark.parametrize("family", ["dense31b", "e4b-noshared", "moe26b", "unified12b"])
+@pytest.mark.parametrize("quant", ["all", "ragged"])
+def test_neither_the_prefix_nor_the_number_of_shards_changes_a_finding(
+    family: str, quant: str, pristine: Make
+) -> None:
+    def said(**options: object) -> list[tuple[object, ...]]:
+        found = scan(pristine(family, quant, **options)).findings
+        return [(f.code, f.severity, f.releases, f.message, sorted(map(canonical, f.tensors))) for f in found]
+
+    assert len(said()) >= 2
+    assert said(shards=3) == said()
+    assert said(prefix="language_model.model.") == said()
+
+
+@pytest.mark.parametrize(("family", "quant"), [("dense31b", "ragged"), ("e4b-noshared", "all"), ("moe26b", "fp4")])
+def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str, pristine: Make) -> None:
+    source = pristine(family, quant)
+    whole = scan(source)
+    assert [r.release for r in whole.releases] == list(ranges())
+    assert whole.severity == max(r.severity for r in whole.releases)
+    for row in whole.releases:
+        alone = scan(source, row.release.first)
+        counting = [f for f in alone.findings if f.remains]
+        assert (row.severity, row.verdict) == (alone.severity, alone.verdict)
+        assert row.codes == tuple(sorted({f.code for f in counting}, key=lambda code: code.value))
+        assert row.tensors == len({name for f in counting for name in f.tensors})
+
+
+@pytest.mark.parametrize(
+    ("code", "family", "quant", "change", "target", "words"),
+    [
+        (Code.PACKED_BUT_SKIPPED, "dense31b", "all", skip("vision_tower", "embed_vision"), "0.32.0",
+         "packed, but skipped by embed_vision, vision_tower"),
+        (Code.PACKED_STORAGE, "dense31b", "all", edit(bf16_bytes), "0.32.0",
+         "packed bytes stored as BF16; vLLM takes uint8 alone"),
+        (Code.PACKED_STORAGE, "dense31b", "all", quantization(bnb_4bit_quant_storage="float16"), "0.32.0",
+         "packed bytes stored as float16, says config.json; vLLM takes uint8 alone"),
+        (Code.EXPERT_PREFIX, "moe26b", "all", edit(one_by_one("experts")), "0.27.1",
+         "the release looks for moe.experts.N"),
+        (Code.DUPLICATE, "dense31b", "all", twice, "0.32.0", "lies in model.safetensors and other.safetensors"),
+        (Code.PLAIN_IN_PACKED, "moe26b", "all", edit(one_by_one("experts", packed=False)), "0.27.1",
+         "full precision in the file, a packed parameter in vLLM"),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_is_meant(
+    code: Code, family: str, quant: str, change: Change, target: str, words: str, checkpoint: Make
+) -> None:
+    source = checkpoint(family, quant)
+    change(source)
+    assert message(source, code, target) == words
+
+
+def test_the_total_size_of_an_index_is_told(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    wrong_size(source)
+    size = sum(len(t.data) for t in read_tensors(source / SHARD).values())
+    assert message(source, Code.INDEX).endswith(f"says total_size 7, the shards hold {size}")
+
+
+def extra_key(layers: dict[str, Any]) -> None:
+    for layer in layers.values():
+        layer["sliding_window"] = 64
+
+
+def one_differs(layers: dict[str, Any]) -> None:
+    layers["5"] = layers["5"] | {"head_dim": 32}
+
+
+def one_is_missing(layers: dict[str, Any]) -> None:
+    del layers["5"]
+
+
+def no_number(layers: dict[str, Any]) -> None:
+    for layer in layers.values():
+        layer["head_dim"] = "64"
+
+
+@pytest.mark.parametrize("change", [extra_key, one_differs, one_is_missing, no_number])
+def test_what_the_older_keys_cannot_say_has_no_fix(change: Callable[[dict[str, Any]], None], checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all", per_layer_config=True)
+    with json_of(source) as config:
+        change(config["text_config"]["per_layer_config"])
+    found = [f for f in scan(source, "0.27.1").findings if f.code is Code.PER_LAYER_CONFIG and f.fix is None]
+    assert [f.reason for f in found] == ["it says more than the older keys can"]
+    assert Code.PER_LAYER_CONFIG not in codes(source, "0.32.0")
+
+
+def test_the_older_keys_say_what_the_newer_form_means() -> None:
+    text = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "head_dim": 256}
+
+    def older(layers: object) -> dict[str, int] | None:
+        return older_form(read_model({"architectures": ["Gemma4ForCausalLM"], "per_layer_config": layers} | text))
+
+    both = {"head_dim": 512, "num_key_value_heads": 4}
+    assert older({"1": both, "3": both}) == {"global_head_dim": 512, "num_global_key_value_heads": 4}
+    assert older({"1": {"head_dim": 512}, "3": {"head_dim": 512}}) == {"global_head_dim": 512}
+    assert older({"1": {"num_key_value_heads": 4}, "3": {"num_key_value_heads": 4}}) == {
+        "global_head_dim": 256, "num_global_key_value_heads": 4,
+    }  # fmt: skip
+    assert older({}) == older({"1": {}, "3": {}}) == {"global_head_dim": 256}, "no layer differs from the others"
+    assert [older(x) for x in (None, [], "x", {"1": both}, {"0": both, "1": both, "3": both})] == [None] * 5
+    assert older({"1": both, "3": [both]}) is older({"1": None, "3": None}) is None
+
+
+def test_tensors_of_a_layer_that_the_config_does_not_have_are_not_taken_for_a_shared_one(checkpoint: Make) -> None:
+    source = checkpoint("e4b", "all")
+    with tensors_of(source) as tensors:
+        copy_weight(tensors, f"{L}1.self_attn.q_proj.weight", f"{L}6.self_attn.q_proj.weight")
+    assert Code.SHARED_WITHOUT_KV not in codes(source)
+
+
+def test_experts_are_never_counted_as_skipped(checkpoint: Make) -> None:
+    source = checkpoint("moe26b", "skip")
+    edit(one_by_one("experts"))(source)
+    set_skip(source, "experts", "moe", "language_model.model.layers.3.experts", "router.proj")
+    found = codes(source, "0.32.0")
+    assert Code.PACKED_BUT_SKIPPED not in found and Code.PACKED_IN_PLAIN not in found
