@@ -130,6 +130,7 @@ def check(folder: Path, tokens: dict[str, list[str]]) -> dict[str, float]:
     """Runs in an environment with transformers: by how much each answer's worst token is below the best one."""
     import torch
     import transformers
+    from PIL import Image
 
     config = json.loads((folder / "config.json").read_text())
     model = getattr(transformers, config["architectures"][0]).from_pretrained(
@@ -141,7 +142,8 @@ def check(folder: Path, tokens: dict[str, list[str]]) -> dict[str, float]:
     for name, messages in conversations().items():
         for message in messages:  # transformers' spelling of a picture
             if isinstance(message["content"], list):
-                message["content"][0] = {"type": "image", "url": message["content"][0]["image_url"]["url"]}
+                raw = base64.b64decode(message["content"][0]["image_url"]["url"].split(",")[1])
+                message["content"][0] = {"type": "image", "image": Image.open(io.BytesIO(raw))}
             else:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         inputs = processor.apply_chat_template(
