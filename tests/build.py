@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bnbfix.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from bnbfix.plan import Options, Plan, plan_checkpoint
 from bnbfix.safetensors_header import DTYPE_BITS
 from bnbfix.scanner import ScanResult, scan_checkpoint
 from bnbfix.source import LocalSource
@@ -127,3 +129,9 @@ def opened(folder: Path) -> Checkpoint:
 def scan(folder: Path, target: str | Target = "portable") -> ScanResult:
     """A scan that does not look for an installed vLLM."""
     return scan_checkpoint(opened(folder), resolve_target(target) if isinstance(target, str) else target)
+
+
+@cache
+def planned(folder: Path, target: str, options: Options | None = None) -> Plan:
+    """The plan for a checkpoint that nobody changes: made once for a run."""
+    return plan_checkpoint(LocalSource.open(folder), resolve_target(target), options)

