@@ -135,6 +135,8 @@ def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     try:
         text = source.read(name, [(0, size)])[0].decode("utf-8")
         doc = json.loads(text)
+        if "\\ud" in text.lower():  # it may spell half a surrogate pair, which no file can be written with
+            json.dumps(doc, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise InputError(f"is not valid JSON ({e})", where=name) from e
     if not isinstance(doc, dict):

@@ -23,6 +23,7 @@ INT8_SUFFIXES = (".SCB", ".weight_format")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The dtypes that a weight is decoded to, with their safetensors names.
 DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+F32_MAX = (2 - 2**-23) * 2.0**127
 MAX_STATE_JSON = 4096  # bytes; real ones take about 200
 
 _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -101,7 +102,7 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
         raise bad(f"quant_type {quant_type!r} in a tensor named {suffix}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise bad(f"blocksize {blocksize!r} is not one of {', '.join(map(str, BLOCKSIZES))}")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**40 for n in shape):
         raise bad(f"shape {shape!r} is not a list of sizes")
@@ -112,7 +113,8 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
             raise bad(f"nested_blocksize {size!r} is not one of {', '.join(map(str, BLOCKSIZES))}")
         if doc.get("nested_dtype") != "float32":
             raise bad(f"nested_dtype {doc.get('nested_dtype')!r} is not float32")
-        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not math.isfinite(offset):
+        # What F32 cannot hold becomes infinite there; the comparison refuses NaN too.
+        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) <= F32_MAX:
             raise bad(f"nested_offset {offset!r} is not a finite number")
         nested = NestedState(size, float(offset))
     return QuantState(quant_type, blocksize, dtype, tuple(shape), nested)
@@ -161,8 +163,10 @@ def is_int8(siblings: Mapping[str, Any]) -> bool:
 def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: str) -> None:
     """Cross-checks an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
 
-    Raises QuantStateError when they do not fit.
+    Raises QuantStateError when they do not fit, or there are siblings of a 4-bit weight too.
     """
+    if strange := sorted(set(siblings) - set(INT8_SUFFIXES)):
+        raise QuantStateError(f"it has both SCB and {strange[0][1:]}, of two quantizations", where=where)
     scales = siblings[".SCB"]
     if weight.dtype != "I8" or len(weight.shape) != 2 or scales.dtype != "F32" or scales.shape != weight.shape[:1]:
         raise QuantStateError(

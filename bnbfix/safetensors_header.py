@@ -2,7 +2,7 @@
 
 A file is: 8 bytes little-endian header length N, N bytes of JSON, then the data. Every tensor's `data_offsets`
 count from the start of the data; together they must cover it without overlap, hole or rest. The rules are those of
-the safetensors library (tensor.rs, `validate`), and two stricter ones: no duplicate names, no unknown keys.
+the safetensors library (tensor.rs, `validate`), and stricter ones: no duplicate names, no unknown keys, "{" first.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -90,7 +91,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     for t in infos:
         if t.begin != at:
             kind = "overlaps the tensor before it" if t.begin < at else "leaves a hole before it"
-            raise HeaderError(f"tensor {t.name!r} {kind} (starts at {t.begin}, expected {at})", where=where)
+            raise HeaderError(f"tensor {_show(t.name)} {kind} (starts at {t.begin}, expected {at})", where=where)
         at = t.end
     size = file_size - data_start
     if at > size:
@@ -151,7 +152,7 @@ def _integer(text: str) -> int | float:
 
 
 def _check_text(strings: Iterable[str], where: str) -> None:
-    # JSON can spell half a surrogate pair, "\\ud800", which no text can hold.
+    # JSON can spell half a surrogate pair, "\ud800", which no text can hold.
     try:
         "".join(strings).encode()
     except UnicodeEncodeError as e:
@@ -168,23 +169,46 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise HeaderError(f"tensor {name!r} needs exactly dtype, shape and data_offsets", where=where)
+        raise HeaderError(f"tensor {_show(name)} needs exactly dtype, shape and data_offsets", where=where)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"tensor {name!r} has an unknown dtype ({dtype!r})", where=where)
+        raise HeaderError(f"tensor {_show(name)} has an unknown dtype ({_show(dtype)})", where=where)
     if not _sizes(shape):
-        raise HeaderError(f"tensor {name!r} has a shape that is not a list of sizes", where=where)
+        raise HeaderError(f"tensor {_show(name)} has a shape that is not a list of sizes", where=where)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"tensor {name!r} has data_offsets that are not [begin, end]", where=where)
-    bits, held = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
-    if bits % 8 or bits // 8 != held:
+        raise HeaderError(f"tensor {_show(name)} has data_offsets that are not [begin, end]", where=where)
+    bits, held = _bits(dtype, shape), offsets[1] - offsets[0]
+    if bits is None:
+        raise HeaderError(f"tensor {_show(name)}: {dtype} {_show(shape)} is more than 64 bits can count", where=where)
+    if bits % 8:
+        raise HeaderError(f"tensor {_show(name)}: {dtype} {_show(shape)} does not fill whole bytes", where=where)
+    if bits // 8 != held:
         raise HeaderError(
-            f"tensor {name!r}: {dtype} {shape} takes {-(-bits // 8):,} bytes, its data_offsets hold {held:,}",
+            f"tensor {_show(name)}: {dtype} {_show(shape)} takes {bits // 8:,} bytes, its data_offsets hold {held:,}",
             where=where,
         )
     return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:
-    # bool is an int in Python, and not a size; beyond 2**63 the library's usize overflows somewhere.
+    # bool is an int in Python, and not a size; from 2**63 on no file is that long.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _bits(dtype: str, shape: list[int]) -> int | None:
+    # Like the library, from the left: what overflows on the way is refused even where a 0 follows.
+    count = 1
+    for n in (*shape, DTYPE_BITS[dtype]):
+        count *= n
+        if count >= 2**64:
+            return None
+    return count
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist = 300, 8
+
+
+def _show(value: Any) -> str:
+    # A hostile header can hold megabytes of one name or shape; an error is one line.
+    return _SHORT.repr(value)

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from .errors import InputError, UsageError
 
+MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
+
 
 class Source(Protocol):
     """Where a checkpoint's bytes come from."""
@@ -78,6 +80,8 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
 
 
 def _walk(root: Path, prefix: str = "") -> list[tuple[str, int]]:
+    if prefix.count("/") > MAX_DEPTH:
+        raise InputError(f"lies more than {MAX_DEPTH} folders deep", where=prefix)
     out: list[tuple[str, int]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name

@@ -71,7 +71,6 @@ def bear_with_a_cpu() -> None:
     if getattr(current_platform, "mem_get_info", None) is None:  # gemma4_mm.py asks how much GPU memory is free
         platform.mem_get_info = classmethod(lambda cls, *args: (4 << 30, 8 << 30))
     _patch_gemm(torch)
-    _patch_dequantize(torch)
     _patch_experts(torch)
 
 
@@ -81,25 +80,6 @@ def _patch_gemm(torch: Any) -> None:
 
     if (original := getattr(ops, "onednn_mm", None)) is not None:
         ops.onednn_mm = lambda handler, x, bias: original(handler, x.contiguous(), bias)
-
-
-def _patch_dequantize(torch: Any) -> None:
-    """bitsandbytes' AVX-512 kernel counts blocks by row, see kernels.dequantize; as one row the count is right."""
-    import copy
-
-    import bitsandbytes.functional as bnb
-
-    original = bnb.dequantize_4bit
-
-    def dequantize_4bit(A: Any, quant_state: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if quant_state is None or A.is_cuda or quant_state.shape[-1] % quant_state.blocksize == 0:
-            return original(A, quant_state, *args, **kwargs)
-        flat = copy.copy(quant_state)
-        flat.shape = torch.Size((1, quant_state.shape.numel()))
-        out = original(A.reshape(-1, 1), flat, *args, **kwargs).reshape(quant_state.shape)
-        return out.t() if A.shape[0] == 1 else out
-
-    bnb.dequantize_4bit = dequantize_4bit
 
 
 def _patch_experts(torch: Any) -> None:

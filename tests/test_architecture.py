@@ -46,7 +46,7 @@ SCANNING = [name for row in LAYERS[:8] for name in row]
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
     "torch": {"kernels", APART},
-    "bitsandbytes": {"kernels", APART},
+    "bitsandbytes": {"kernels"},
     "numpy": {"decode"},
     "rich": {"report", "cli"},
     "typer": {"cli"},

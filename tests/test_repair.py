@@ -422,8 +422,9 @@ def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: 
 # Experts, the one thing that is quantized
 
 
-@pytest.mark.parametrize(("target", "prefix"), [("0.25.1", "moe.experts"), ("0.32.0", "experts")])
-@pytest.mark.parametrize("quant", ["skip", "single"])
+@pytest.mark.parametrize(
+    ("quant", "target", "prefix"), [("skip", "0.25.1", "moe.experts"), ("single", "0.32.0", "experts")]
+)
 def test_experts_are_split_and_quantized_as_bitsandbytes_does(
     pristine: Make, tmp_path: Path, quant: str, target: str, prefix: str
 ) -> None:

@@ -22,6 +22,18 @@ _library = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
+# bitsandbytes' AVX-512 kernel counts blocks by row (see bnbfix/kernels.py), and so decodes a weight whose columns are
+# no multiple of the blocksize wrongly, which no GPU does. As a single row the count is right.
+BY_ROW = """        n = shape[-1]
+
+        A = A.reshape(m, n // 2)
+"""
+AS_ONE_ROW = """        n = shape[-1]
+        if n % blocksize:
+            m, n = 1, m * n
+
+        A = A.reshape(m, n // 2)
+"""
 
 
 def build(release: str, folder: Path) -> Path:
@@ -44,9 +56,18 @@ def build(release: str, folder: Path) -> Path:
     if subprocess.run([str(python), "-c", "import torchvision"], stderr=subprocess.DEVNULL, check=False).returncode:
         package = next(folder.glob("lib/python*/site-packages/torchvision/__init__.py"))
         package.write_text(DECLARATIONS + package.read_text())
+    mend_bitsandbytes(folder)
     wheel.unlink()
     done.write_text(json.dumps(pins))
     return python
+
+
+def mend_bitsandbytes(folder: Path) -> None:
+    """Makes the environment's bitsandbytes decode every shape as it does on a GPU."""
+    kernels = next(folder.glob("lib/python*/site-packages/bitsandbytes/backends/cpu/ops.py"))
+    text = kernels.read_text()
+    assert BY_ROW in text, f"{kernels} is not the one that is known"
+    kernels.write_text(text.replace(BY_ROW, AS_ONE_ROW))
 
 
 def requirements(wheel: Path) -> list[str]:
