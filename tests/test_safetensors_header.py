@@ -7,6 +7,7 @@ import struct
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -526,59 +527,63 @@ def put(value: Any, path: tuple[int, ...], new: list[Any]) -> Any:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
+def mutated(r: Random) -> bytes:
     """A valid file, or one with a few things in its structure turned wrong."""
-    tensors = draw(layouts())
-    doc: Any = tuple(
-        (t.name, (("dtype", t.dtype), ("shape", list(t.shape)), ("data_offsets", [t.begin, t.end]))) for t in tensors
-    )
-    if draw(st.booleans()):
-        doc = (("__metadata__", tuple(draw(st.dictionaries(TEXT, TEXT, max_size=2)).items())), *doc)
-    size = tensors[-1].end if tensors else 0
-    for _ in range(draw(st.integers(0, 3))):
-        paths = nodes(doc)
-        if not paths:
+    doc: Any = ()
+    size = 0
+    for name in r.sample(["a", "b", "w.weight", "\u00e9\U0001f600", 'q"\\\n', "", "dtype"], r.randrange(5)):
+        dtype, shape = r.choice(sorted(DTYPE_BITS)), [r.randrange(5) for _ in range(r.randrange(3))]
+        shape += [4] if DTYPE_BITS[dtype] < 8 else []
+        end = size + tensor_nbytes(dtype, shape)
+        doc += ((name, (("dtype", dtype), ("shape", shape), ("data_offsets", [size, end]))),)
+        size = end
+    if r.random() < 0.3:
+        doc += (("__metadata__", (("format", "pt"), ("", "\u00e9"))),)
+    for _ in range(r.choice([0, 1, 1, 1, 2, 3])):
+        if not (paths := nodes(doc)):
             break
-        path = draw(st.sampled_from(paths))
-        old = at(doc, path)
-        inside_object = isinstance(at(doc, path[:-1]), tuple)
-        key = at(doc, path[:-1])[path[-1]][0] if inside_object else None
-        kind = draw(st.sampled_from(["value", "value", "number", "number", "drop", "twice", "key", "add", "shuffle"]))
-        new: list[Any] = [old]
-        if kind == "value":
-            new = [draw(st.sampled_from(HOSTILE))]
-        elif kind == "number" and type(old) is int:
-            new = [max(0, old + draw(st.sampled_from([-8, -4, -2, -1, 1, 2, 4, 8])))]
-        elif kind == "drop":
-            new = []
-        elif kind == "twice":
-            new = [old, old]
-        elif kind == "add":
-            new = [old, draw(st.sampled_from(HOSTILE))]
-        elif kind == "shuffle" and isinstance(old, (tuple, list)):
-            new = [type(old)(draw(st.permutations(old)))]
-        if inside_object:
-            other = draw(st.sampled_from(KEYS)) if kind in ("key", "add") else key
-            new = [(other if kind == "key" or i else key, item) for i, item in enumerate(new)]
-        doc = put(doc, path, new)
-    text = write_json(doc) + draw(st.sampled_from(["", "", "", " ", "\n\t\r ", "\0", "{}", ","]))
-    raw = text.encode("utf-8", "surrogatepass")
-    size = max(0, size + draw(st.sampled_from([0, 0, 0, 0, 0, -1, 1, 8])))
-    length = max(0, len(raw) + draw(st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1, 2**32, 2**63])))
-    return pack(raw, bytes(size), length=length)
+        doc = mutate(r, doc, r.choice([p for p in paths if len(p) == 1] if r.random() < 0.3 else paths))
+    raw = (write_json(doc) + r.choice([*[""] * 20, " ", "\n\t\r ", "\0", "{}", ","])).encode("utf-8", "surrogatepass")
+    data = max(0, size + r.choice([*[0] * 20, -1, 1, 8]))
+    length = max(0, len(raw) + r.choice([*[0] * 40, -1, 1, 2**32, 2**63]))
+    return pack(raw, bytes(data), length=length)
+
+
+def mutate(r: Random, doc: Any, path: tuple[int, ...]) -> Any:
+    """One value exchanged, dropped, doubled, moved, given another key or a neighbour."""
+    old, parent = at(doc, path), at(doc, path[:-1])
+    new = [old]
+    kind = r.choice(["value", "number", "number", "drop", "twice", "key", "add", "shuffle"])
+    if kind == "value" or (kind == "number" and type(old) is not int):
+        new = [r.choice(HOSTILE)]
+    elif kind == "number":
+        new = [max(0, old + r.choice([-8, -4, -2, -1, 1, 2, 4, 8]))]
+    elif kind == "drop":
+        new = []
+    elif kind == "twice":
+        new = [old, old]
+    elif kind == "add":
+        new = [old, r.choice(HOSTILE)]
+    elif kind == "shuffle" and isinstance(old, (tuple, list)):
+        new = [type(old)(r.sample(old, len(old)))]
+    if isinstance(parent, tuple):
+        keys = [parent[path[-1]][0]] * len(new)
+        if kind in ("key", "add"):
+            keys[-1] = r.choice(KEYS)
+        new = list(zip(keys, new, strict=True))
+    return put(doc, path, new)
 
 
 def test_the_library_accepts_whatever_is_accepted_of_structures_turned_wrong() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(QUICK, max_examples=2500)
-    @given(mutated())
-    def run(content: bytes) -> None:
-        judge(content, seen)
+    @settings(QUICK, max_examples=3000)
+    @given(st.randoms(use_true_random=True))
+    def run(r: Random) -> None:
+        judge(mutated(r), seen)
 
     run()
-    assert min(seen["both accept"], seen["both refuse"]) > 300 and seen["stricter"] > 50, seen
+    assert min(seen["both accept"], seen["both refuse"]) > 500 and seen["stricter"] > 50, seen
 
 
 FILES = [
@@ -633,13 +638,13 @@ def damage(content: bytes, edits: list[tuple[str, int, int, int]]) -> bytes:
 def test_the_library_accepts_whatever_is_accepted_of_bytes_turned_wrong() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(QUICK, max_examples=2500)
+    @settings(QUICK, max_examples=1500)
     @given(st.sampled_from(FILES), FLIPS)
     def run(content: bytes, edits: list[tuple[str, int, int, int]]) -> None:
         judge(damage(content, edits), seen)
 
     run()
-    assert min(seen["both accept"], seen["both refuse"]) > 300, seen
+    assert min(seen["both accept"], seen["both refuse"]) > 200, seen
 
 
 @pytest.mark.parametrize("content", FILES)
@@ -671,8 +676,9 @@ def test_safe_open_judges_files_as_deserialize_judges_bytes(tmp_path: Path) -> N
     path = tmp_path / "m.safetensors"
 
     @settings(QUICK, max_examples=150)
-    @given(mutated())
-    def run(content: bytes) -> None:
+    @given(st.randoms(use_true_random=True))
+    def run(r: Random) -> None:
+        content = mutated(r)
         path.write_bytes(content)
         try:
             with safe_open(path, "numpy") as f:
