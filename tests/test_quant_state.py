@@ -416,7 +416,7 @@ def test_a_sibling_that_is_missing(suffix: str) -> None:
 
 
 def test_a_weight_of_another_size() -> None:
-    weight, siblings = fitting(parse(NESTED))
+    _weight, siblings = fitting(parse(NESTED))
     words = "quant state says shape [48, 64], which packs to 1,536 bytes; the weight has 1,535"
     misfit(words, parse(NESTED), tensor("U8", 1535, 1), siblings)
 
