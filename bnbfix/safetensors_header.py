@@ -125,7 +125,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         if len(out) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise HeaderError(f"{twice!r} is in the header twice", where=where)
+            raise HeaderError(f"{_show(twice)} is in the header twice", where=where)
         return out
 
     def no_constant(text: str) -> Any:
