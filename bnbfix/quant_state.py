@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ def sibling_name(weight: str, suffix: str) -> str:
 def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
     """Decodes the JSON of a `.quant_state.bitsandbytes__*` tensor.
 
-    Raises QuantStateError when it is not JSON, lacks a key, or says what bitsandbytes cannot have written.
+    Raises QuantStateError when it is not JSON, lacks a key, has another, or says what bitsandbytes cannot have written.
     """
 
     def bad(why: str) -> QuantStateError:
@@ -97,25 +98,30 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
         raise bad(f"not JSON ({e})") from e
     if not isinstance(doc, dict) or not set(doc) >= _KEYS:
         raise bad(f"needs the keys {', '.join(sorted(_KEYS))}")
+    # bitsandbytes takes "x.blocksize" for "blocksize", so a key left unread could overrule one that was checked.
+    if unknown := set(doc) - _KEYS - _NESTED_KEYS:
+        raise bad(f"unknown key {_show(min(unknown))}")
     quant_type, blocksize, dtype, shape = doc["quant_type"], doc["blocksize"], doc["dtype"], doc["shape"]
     if quant_type not in QUANT_TYPES or not suffix.endswith(f"__{quant_type}"):
-        raise bad(f"quant_type {quant_type!r} in a tensor named {suffix}")
+        raise bad(f"quant_type {_show(quant_type)} in a tensor named {suffix}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise bad(f"blocksize {blocksize!r} is not one of {', '.join(map(str, BLOCKSIZES))}")
+        raise bad(f"blocksize {_show(blocksize)} is not one of {', '.join(map(str, BLOCKSIZES))}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise bad(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise bad(f"dtype {_show(dtype)} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**40 for n in shape):
-        raise bad(f"shape {shape!r} is not a list of sizes")
+        raise bad(f"shape {_show(shape)} is not a list of sizes")
+    if math.prod(shape) >= 2**63:
+        raise bad(f"shape {_show(shape)} is more than 64 bits can count")
     nested = None
     if _NESTED_KEYS & set(doc):
         size, offset = doc.get("nested_blocksize"), doc.get("nested_offset", "missing")
         if type(size) is not int or size not in BLOCKSIZES:
-            raise bad(f"nested_blocksize {size!r} is not one of {', '.join(map(str, BLOCKSIZES))}")
+            raise bad(f"nested_blocksize {_show(size)} is not one of {', '.join(map(str, BLOCKSIZES))}")
         if doc.get("nested_dtype") != "float32":
-            raise bad(f"nested_dtype {doc.get('nested_dtype')!r} is not float32")
+            raise bad(f"nested_dtype {_show(doc.get('nested_dtype'))} is not float32")
         # What F32 cannot hold becomes infinite there; the comparison refuses NaN too.
         if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) <= F32_MAX:
-            raise bad(f"nested_offset {offset!r} is not a finite number")
+            raise bad(f"nested_offset {_show(offset)} is not a finite number")
         nested = NestedState(size, float(offset))
     return QuantState(quant_type, blocksize, dtype, tuple(shape), nested)
 
@@ -131,7 +137,7 @@ def check(state: QuantState, weight: TensorInfo, siblings: Mapping[str, TensorIn
 
     if weight.nbytes != state.packed_bytes:
         raise bad(
-            f"quant state says shape {list(state.shape)}, which packs to {state.packed_bytes:,} bytes; "
+            f"quant state says shape {_show(list(state.shape))}, which packs to {state.packed_bytes:,} bytes; "
             f"the weight has {weight.nbytes:,}"
         )
     nested = state.nested
@@ -149,6 +155,8 @@ def check(state: QuantState, weight: TensorInfo, siblings: Mapping[str, TensorIn
         if t.dtype != dtype or math.prod(t.shape) != count:
             raise bad(f"{suffix[1:]} is {t.dtype} {list(t.shape)}; the quant state asks for {dtype} [{count}]")
     for suffix in siblings:
+        if suffix in INT8_SUFFIXES:
+            raise bad(f"it has both a 4-bit quant state and {suffix[1:]}, of two quantizations")
         if suffix not in expected and suffix not in STATE_SUFFIXES:
             raise bad(f"{suffix[1:]} is there, but the quant state names no double quantization")
     if sum(suffix in siblings for suffix in STATE_SUFFIXES) != 1:
@@ -174,3 +182,8 @@ def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: st
             "LLM.int8 has I8 [out, in] and F32 [out]",
             where=where,
         )
+
+
+def _show(value: object) -> str:
+    # The JSON may hold thousands of characters; an error is one line.
+    return reprlib.repr(value)
