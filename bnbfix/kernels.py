@@ -186,6 +186,8 @@ def dequantize_int8(
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     rows, columns = shape
+    if not rows * columns:  # torch makes no tensor of an empty buffer
+        return
     stats = torch.frombuffer(bytearray(scales), dtype=torch.float32)
     step = max(1, chunk_bytes // (columns * 4))
     for first in range(0, rows, step):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import gemma4
+from . import quant_state as qs
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
 from .experts import ExpertMend, decide_experts
@@ -164,8 +165,11 @@ def _plain_among_packed(
         for p in parameters(members, model, release, ()):
             if p.role == "attention" and p.layer in grown:
                 continue
+            plain = [m.weight for m in p.members if not m.packed]
+            if not all(w.tensor.info.dtype in qs.DTYPES.values() for w in plain):
+                continue  # bitsandbytes quantizes no other dtype
             if p.ragged and p.packable and not any(m.weight.name in dequantize or m.weight.int8 for m in p.members):
-                yield from (m.weight.name for m in p.members if not m.packed)
+                yield from (w.name for w in plain)
 
 
 def _stays_packed(m: Member, dequantize: Mapping[str, Code | None]) -> bool:

@@ -136,6 +136,7 @@ def _plan(
     remaining: tuple[Finding, ...],
     options: Options,
 ) -> Plan:
+    _check_names(target, shards)
     texts = _texts(checkpoint, mend, shards)
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
     if INDEX not in texts and options.bf16:
@@ -186,6 +187,14 @@ class PlannedSource:
         return out
 
 
+def _check_names(target: Target, shards: tuple[ShardPlan, ...]) -> None:
+    seen: set[str] = set()
+    for name in (t.info.name for s in shards for t in s.tensors):
+        if name in seen:
+            raise Unrepairable(f"cannot be made to load in {target.name}: two tensors would be named {name!r}")
+        seen.add(name)
+
+
 def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
     if blocking:
         worst = max(blocking, key=lambda f: f.severity)
@@ -222,7 +231,11 @@ def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) ->
         out[CONFIG] = text
     if checkpoint.index is not None or len(shards) > 1:
         index = _index(checkpoint.index or {}, shards)
-        if index != checkpoint.index and (len(shards) > 1 or any(s.name in checkpoint.shards for s in shards)):
+        ours = {*checkpoint.shards, *(s.name for s in shards)}
+        # Without an index every *.safetensors beside the config is read, those that the old one left out too.
+        strays = any(f.endswith(".safetensors") and "/" not in f and f not in ours for f in checkpoint.source.files)
+        kept = any(s.name in checkpoint.shards for s in shards)
+        if index != checkpoint.index and (len(shards) > 1 or kept or strays):
             out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return out
 

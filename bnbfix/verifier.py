@@ -23,6 +23,8 @@ from .values import CHUNK, copy_range
 from .vllm_releases import Target, resolve_target
 from .write import Progress
 
+RAGGED = ("dequantize", "quantize")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -81,7 +83,10 @@ def read_record(output: Source) -> dict[str, Any]:
         hashes = doc["sha256"]
         if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
             raise ValueError("target and sha256 are not what they should be")
-        Options(**doc["options"])
+        options = Options(**doc["options"])
+        size = options.max_shard_size
+        if type(options.bf16) is not bool or type(size) is not int or size < 1 or options.ragged not in RAGGED:
+            raise ValueError("options are not what they should be")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
     return dict(doc)

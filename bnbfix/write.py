@@ -51,6 +51,12 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
+        for scratch in (p.resolve() for p in _scratch(_real(out))):
+            if here == scratch or scratch in here.parents:
+                raise UsageError(
+                    f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
+                    hint="Rename it, or name another --out.",
+                )  # fmt: skip
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -92,8 +98,8 @@ def write_plan(
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
     check_space(plan, out)
-    out = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
-    staging = out.with_name(f".{out.name}.bnbfix-partial")
+    out = _real(out)
+    staging, _ = _scratch(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(staging)
@@ -107,6 +113,15 @@ def write_plan(
         with contextlib.suppress(OSError):
             _clear(staging)
     return RepairResult(plan, out, files)
+
+
+def _real(out: Path) -> Path:
+    return Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+
+
+def _scratch(out: Path) -> tuple[Path, Path]:
+    """The folders beside an output that a repair makes and clears away: what is being written, and what it replaces."""
+    return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
 
 
 def _existing_parent(path: Path) -> Path:
@@ -132,7 +147,9 @@ def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> 
         files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
     for name, text in plan.texts.items():
         files[name] = _write(staging / name, iter([text.encode()]), progress)
-    _write(staging / RECORD, iter([record(plan, files).encode()]), progress)
+    # A file name that is no UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
+    doc = record(plan, files).encode("utf-8", "backslashreplace")
+    _write(staging / RECORD, iter([doc]), progress)
     for folder, _, _ in os.walk(staging):
         _fsync_dir(folder)
     return files
@@ -233,7 +250,7 @@ def _check_written(plan: Plan, staging: Path) -> None:
 
 def _publish(staging: Path, out: Path) -> None:
     """Renames the staging directory to `out`; what was there is removed only once the new one is in its place."""
-    old = out.with_name(f".{out.name}.bnbfix-old")
+    _, old = _scratch(out)
     replaced = out.exists()
     if replaced:
         _clear(old)
@@ -249,5 +266,5 @@ def _publish(staging: Path, out: Path) -> None:
             old.rename(out)
         raise
     if replaced:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KeyboardInterrupt):  # too late to interrupt: the output is there
             _clear(old)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Make
@@ -160,6 +161,45 @@ def test_paths_may_be_strings_and_relative(pristine: Make, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     bnbfix.repair(str(source), "out", "portable", device="cpu")
     assert bnbfix.verify("out", str(source)).ok
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ragged": "drop"}, "ragged is 'drop', neither dequantize nor quantize"),
+        ({"max_shard_size": 0}, "max_shard_size is 0, not a number of bytes"),
+        ({"bf16": True, "max_shard_size": -1}, "max_shard_size is -1, not a number of bytes"),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(
+    pristine: Make, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    source = pristine("text", "single", shards=2)
+    with pytest.raises(bnbfix.UsageError, match=words):
+        bnbfix.plan_repair(source, "0.32.0", **options)
+    with pytest.raises(bnbfix.UsageError, match=words):
+        bnbfix.repair(source, tmp_path / "out", "0.32.0", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_smallest_shard_size_gives_every_tensor_its_own_shard(pristine: Make) -> None:
+    plan = bnbfix.plan_repair(pristine("text", "single", shards=2), "0.32.0", bf16=True, max_shard_size=1)
+    assert {len(s.tensors) for s in plan.shards} == {1}
+    assert len({s.name for s in plan.shards}) == len(plan.shards) > 50
+
+
+@pytest.mark.parametrize("options", [{"bf16": True, "max_shard_size": 200_000}, {"ragged": "quantize"}], ids=str)
+def test_a_plan_with_options_is_what_a_repair_with_them_writes(
+    pristine: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = pristine("e4b", "ragged")
+    plan = bnbfix.plan_repair(source, "0.32.0", **options)
+    result = bnbfix.repair(source, tmp_path / "out", "0.32.0", device="cpu", **options)
+    assert result.plan.edits == plan.edits != bnbfix.plan_repair(source, "0.32.0").edits
+    assert {s.name: s.size for s in plan.shards} == {
+        p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")
+    }
+    assert bnbfix.verify(tmp_path / "out", source).ok
 
 
 EXIT_CODES = {

@@ -14,7 +14,7 @@ from bnbfix.json_edit import remove_key, set_value
 
 DOC = {
     "first": 1,
-    "text": {"deep": {"x": 1e-06, "ü": "a, \"b\": {[\\"}, "list": [1, [2, {"k": None}]], "none": None},
+    "text": {"deep": {"x": 1e-06, "ü": 'a, "b": {[\\'}, "list": [1, [2, {"k": None}]], "none": None},
     "empty": {},
     "last": "\u2028 €",
 }

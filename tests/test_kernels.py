@@ -23,6 +23,8 @@ from bnbfix.errors import QuantStateError, UsageError
 from bnbfix.kernels import PackedTensor, choose_device, resolve_device
 from bnbfix.quant_state import BLOCKSIZES, DTYPES, NestedState, QuantState
 
+torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
+
 WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
 INTEGER = {2: "<u2", 4: "<u4"}
 
@@ -416,6 +418,56 @@ def test_int8_rows_equal_bitsandbytes_and_the_independent_decode(
     assert b"".join(chunks) == want == decode.decode_int8(raw, as_bytes(scales), DTYPES[dtype])
     assert sum(n for _, n in reads) == len(raw)
     assert max(map(len, chunks)) <= max(chunk_bytes, columns * 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0, 0)])
+def test_an_empty_int8_weight_has_no_values(shape: tuple[int, int]) -> None:
+    def read(offset: int, length: int) -> bytes:
+        raise AssertionError("there is nothing to read")
+
+    assert list(kernels.dequantize_int8(read, shape, bytes(4 * shape[0]), "bfloat16")) == []
+
+
+def test_int8_does_not_depend_on_torchs_default_dtype() -> None:
+    raw, scales = bytes(range(256)) * 4, as_bytes(torch.linspace(0.1, 3, 8))
+
+    def made() -> bytes:
+        chunks = kernels.dequantize_int8(lambda at, n: raw[at : at + n], (8, 128), scales, "float32", 1000)
+        return b"".join(chunks)
+
+    want, before = made(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert made() == want
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_extreme_int8_scales_decode_alike_and_in_silence(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    codes = torch.tensor([-127, -1, 0, 1, 127], dtype=torch.int8)
+    scales = torch.tensor([0.0, 1e-39, 6e-5, 7e4, 1e30, 3e38, math.inf])
+    raw = as_bytes(codes.repeat(len(scales)))
+    decoded = decode.decode_int8(raw, as_bytes(scales), DTYPES[dtype])
+    chunks = kernels.dequantize_int8(
+        lambda at, n: raw[at : at + n], (len(scales), len(codes)), as_bytes(scales), dtype
+    )  # fmt: skip
+    got, want = (torch.frombuffer(bytearray(x), dtype=getattr(torch, dtype)) for x in (b"".join(chunks), decoded))
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(nan=1.0, posinf=math.inf), want.nan_to_num(nan=1.0, posinf=math.inf))
+    assert want.isinf().any() and [str(w.message) for w in recwarn] == []
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_within_rounding_of_nothing(value: float, recwarn: pytest.WarningsRecorder) -> None:
+    values = random_values((4, 64), "float32", 1)
+    values[2, 5] = value
+    made = kernels.quantize([as_bytes(values)], "float32", "cpu", blocksize=64, nested_blocksize=None)
+    scales = np.frombuffer(made.absmax, "<f4")
+    state = QuantState("nf4", 64, "float32", (4, 64), None)
+    slack = decode.scale_rounding(state, None)
+    assert not decode.within_rounding(state, made.weight, scales, slack, as_bytes(values))
+    assert [str(w.message) for w in recwarn] == []
 
 
 COUNTS = range(4)

@@ -634,3 +634,16 @@ def test_any_mixture_of_packed_and_plain_with_any_skip_list_is_mended(
     if ragged == "dequantize":
         assert not of(plan, "quantize")
     assert {n for n, code in of(plan, "dequantize").items() if n in plain_ones} == set()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F64", "I32"])
+def test_what_bitsandbytes_cannot_quantize_makes_its_group_plain_even_where_the_user_asks(
+    dtype: str, checkpoint: Make
+) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        drop_weight(tensors, L + "0.mlp.up_proj.weight")
+        tensors[L + "0.mlp.up_proj.weight"] = plain(256, 128, dtype=dtype)
+    plan = fix(source, "0.27.1", ragged="quantize")
+    assert of(plan, "quantize") == {}
+    assert of(plan, "dequantize") == {L + "0.mlp.gate_proj.weight": Code.RAGGED_GROUP}

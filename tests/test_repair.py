@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from safetensors.torch import load_file
 
 import bnbfix
 from bnbfix import decode, write
-from bnbfix.checkpoint import open_checkpoint
+from bnbfix.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.source import LocalSource
+
+torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
 
 CASES = [  # family, quant, shards, target: every kind of edit is among them
     ("dense31b", "ragged", 2, "portable"),
@@ -92,12 +95,19 @@ def edits(result: bnbfix.RepairResult, action: str) -> dict[str, bnbfix.Edit]:
     return {e.name: e for e in result.plan.edits if e.action == action}
 
 
+@cache
+def opened(source: Path) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """A pristine source, read once."""
+    return open_checkpoint(LocalSource.open(source)), tensors(source)
+
+
 def decoded(source: Path, name: str) -> bytes:
-    """A packed weight's values by the independent decode, straight from the source's files."""
-    weight = open_checkpoint(LocalSource.open(source)).weights[name]
+    """A packed weight's values by the independent decode, straight from the files of a pristine source."""
+    checkpoint, found = opened(source)
+    weight = checkpoint.weights[name]
     assert weight.state is not None
-    parts = {s: raw(tensors_of[n])[2] for tensors_of in [tensors(source)] for s, n in weight.sibling_names().items()}
-    packed = raw(tensors(source)[name])[2]
+    parts = {s: raw(found[n])[2] for s, n in weight.sibling_names().items()}
+    packed = raw(found[name])[2]
     scales = decode.absmax_values(
         weight.state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map")
     )
@@ -222,6 +232,20 @@ def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_p
     assert out["chat_template.jinja"] == b"from another folder"
     assert not (tmp_path / "out" / "chat_template.jinja").is_symlink()
     assert not any(name.startswith(".cache") for name in out)
+
+
+def test_a_file_name_that_is_no_utf8_comes_along_and_is_recorded(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("text", "single", shards=2)
+    name = os.fsdecode(b"caf\xe9 \xff.txt")
+    try:
+        (source / name).write_text("kept")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    result = fix(source, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_text() == "kept"
+    doc = json.loads((tmp_path / "out" / "bnbfix.json").read_text("utf-8"))
+    assert doc["sha256"][name] == result.files[name] == hashlib.sha256(b"kept").hexdigest()
+    assert bnbfix.verify(tmp_path / "out", source).ok
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -419,6 +443,54 @@ def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: 
     assert tree(tmp_path / "out") == {"mine.txt": b"mine"}
 
 
+# Which device, and whether torch is asked at all
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "target", "asked"),
+    [
+        ("text", "single", "0.22.1", False),  # copies of copies, all of it
+        ("dense31b", "ragged", "portable", True),  # one weight of many is dequantized
+        ("moe26b", "skip", "0.32.0", True),  # nothing is dequantized, but experts are quantized
+    ],
+)
+def test_torch_is_asked_for_a_device_where_the_plan_needs_one(
+    pristine: Make, monkeypatch: pytest.MonkeyPatch, family: str, quant: str, target: str, asked: bool
+) -> None:
+    plan = bnbfix.plan_repair(pristine(family, quant, shards=2), target)
+    monkeypatch.setattr(write, "resolve_device", lambda request: f"resolved {request}")
+    assert write.pick_device(plan, "auto") == ("resolved auto" if asked else "cpu")
+    assert write.pick_device(plan, "cuda:7") == "resolved cuda:7"  # is it there? A typing error shows itself always
+
+
+# Everything in full precision
+
+
+@pytest.mark.parametrize(("family", "quant"), [("text", "fp4"), ("text", "single"), ("unified12b", "all")])
+def test_bf16_dequantizes_every_packed_weight_and_keeps_the_rest(
+    pristine: Make, tmp_path: Path, family: str, quant: str
+) -> None:
+    source, limit = pristine(family, quant, shards=2), 300_000
+    result = fix(source, tmp_path / "out", vllm="0.27.1", bf16=True, max_shard_size=limit)
+    checkpoint, before = opened(source)
+    after = tensors(tmp_path / "out")
+    packed = {name for name, w in checkpoint.weights.items() if w.packed}
+    assert packed and set(after) == set(checkpoint.weights)
+    for name, t in after.items():
+        assert t.is_floating_point()
+        assert raw(t)[2] == (decoded(source, name) if name in packed else raw(before[name])[2]), name
+        assert tuple(t.shape) == checkpoint.weights[name].shape
+    assert set(edits(result, "dequantize")) == packed and all(e.code is None for e in result.plan.edits)
+    old, new = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "out"))
+    assert old.pop("quantization_config") and old == new
+    shards = {p.name: load_file(p) for p in sorted((tmp_path / "out").glob("*.safetensors"))}
+    assert len(shards) > 2
+    assert all(len(found) == 1 or sum(t.nbytes for t in found.values()) <= limit for found in shards.values())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: shard for shard, found in shards.items() for name in found}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+
+
 # Experts, the one thing that is quantized
 
 
@@ -534,6 +606,31 @@ def test_source_and_destination_may_not_hold_each_other(checkpoint: Make, tmp_pa
     with pytest.raises(UsageError, match="must lie outside"):
         fix(source, out, overwrite=True)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("leftover", [".out.bnbfix-partial", ".out.bnbfix-old"])
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_source_in_a_place_that_a_repair_clears_away_is_refused(
+    pristine: Make, tmp_path: Path, leftover: str, inside: str
+) -> None:
+    source = Path(shutil.copytree(pristine("text", "single", shards=2), tmp_path / leftover / inside))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=f"lies in {leftover}, which a repair to .*out clears away"):
+        fix(source, tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == before
+    assert fix(source, tmp_path / "another").written
+
+
+def test_a_source_where_a_repair_through_a_link_clears_away_is_refused(pristine: Make, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    source = Path(shutil.copytree(pristine("text", "single", shards=2), tmp_path / "disk" / ".real.bnbfix-partial"))
+    before = tree(source)
+    with pytest.raises(UsageError, match=r"lies in \.real\.bnbfix-partial"):
+        fix(source, tmp_path / "link")
+    assert tree(source) == before
 
 
 def test_overwrite_replaces_all_that_was_there(pristine: Make, tmp_path: Path) -> None:
@@ -669,6 +766,42 @@ def test_an_interrupt_leaves_everything_as_it_was(
         error = fail_at(kind, call, KeyboardInterrupt(), run, monkeypatch)
         assert type(error) is KeyboardInterrupt
         assert tree(tmp_path) == {"out/": b"", "out/old.txt": b"old"}, f"after call {call} of {calls}"
+
+
+def test_an_interrupt_while_the_old_output_is_removed_comes_too_late(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix(small, tmp_path / "clean")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    rmtree, hit = shutil.rmtree, []
+
+    def interrupted(path: Path) -> None:
+        if path.name == ".out.bnbfix-old":
+            hit.append(path)
+            raise KeyboardInterrupt
+        rmtree(path)
+
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", interrupted)
+        assert fix(small, tmp_path / "out", overwrite=True).written
+    assert len(hit) == 1 and tree(tmp_path / "out") == tree(tmp_path / "clean")
+    assert fix(small, tmp_path / "out", overwrite=True).written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "out"], "the next run clears what was left"
+
+
+def test_a_progress_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    left = 20
+
+    def failing(n: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fix(small, tmp_path / "out", progress=failing)
+    assert tree(tmp_path) == {}
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_an_input_error(

@@ -464,6 +464,7 @@ def test_of_a_damaged_weight_nothing_else_is_said(change: Callable[[Tensors], No
     edit(change)(source)
     before = {f.code for f in scan(source, "0.32.0").findings}
     assert before == {Code.QUANT_STATE, Code.PLUGIN}, "neither its group nor its statistics"
+    assert codes(source, "0.22.1") == {Code.QUANT_STATE, Code.PACKED_IN_PLAIN, Code.K_EQ_V_WITHOUT_V}, "of others it is"
     (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.QUANT_STATE]
     assert found.fix is None and found.reason == "the quant state is lost; quantize the model again"
 
@@ -481,9 +482,7 @@ def test_of_a_model_that_the_release_does_not_know_only_that_is_said(family: str
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b-noshared", "moe26b", "unified12b"])
 @pytest.mark.parametrize("quant", ["all", "ragged"])
-def test_neither_the_prefix_nor_the_number_of_shards_changes_a_finding(
-    family: str, quant: str, pristine: Make
-) -> None:
+def test_neither_the_prefix_nor_the_number_of_shards_changes_a_finding(family: str, quant: str, pristine: Make) -> None:
     def said(**options: object) -> list[tuple[object, ...]]:
         found = scan(pristine(family, quant, **options)).findings
         return [(f.code, f.severity, f.releases, f.message, sorted(map(canonical, f.tensors))) for f in found]
