@@ -1,18 +1,21 @@
 """Judges bnbfix by real vLLM: does each checkpoint do in each release what `scan` says, before a repair and after?
 
     python tests/conformance/run.py                       every release of pins.json, every cell: hours
+    python tests/conformance/run.py --boundaries          every release, about fifteen cells: two hours
     python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
     python tests/conformance/run.py --releases 0.27.1 --cells dense31b-all,moe26b-skip
     python tests/conformance/run.py --results tests/conformance/RESULTS.md
 
-It makes its checkpoints and, one release after another, its virtual environments below --work. The exit status is 0
-only when every prediction is right and every repaired checkpoint loads and answers right.
+It makes its checkpoints and, one release after another, its virtual environments below --work. Cells that
+WORK/cells.jsonl tells of are not run again: a run that was cut off goes on, and a new one needs a new --work. The exit
+status is 0 only when every prediction is right and every repaired checkpoint loads and answers right.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -37,6 +40,10 @@ CELLS = [f"{f}-{q}" for f in FAMILIES for q in QUANTS] + [f"dense31b-skip{NEW_CO
 SMOKE = [
     "dense31b-all", "dense31b-ragged", "dense31b-storage-bf16", "e4b-noshared-skip", "moe26b-skip", "unified12b-all",
     f"dense31b-skip{NEW_CONFIG}",
+]  # fmt: skip
+BOUNDARIES = [
+    *SMOKE, "dense31b-skip", "dense31b-fp4", "dense31b-int8", "e4b-all", "e4b-single", "e2b-mixed", "moe26b-all",
+    "unified12b-skip",
 ]  # fmt: skip
 SMOKE_RELEASES = ["0.22.1", "0.32.0"]
 REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
@@ -93,14 +100,17 @@ def split(name: str) -> tuple[str, str]:
 
 
 def reference(work: Path, folder: Path, python: Path) -> Path:
-    """The right answers for a folder: of itself dequantized, run by transformers."""
-    out = work / "references" / f"{folder.parent.name}-{folder.name}.npz"
+    """The right answers for a folder: of itself dequantized, run by transformers; once for each set of bytes."""
+    full = work / "bf16" / f"{folder.parent.name}-{folder.name}"
+    if not full.exists() and "quantization_config" in json.loads((folder / "config.json").read_text()):
+        bnbfix.repair(folder, full, vllm=REFERENCE, bf16=True)
+    source = full if full.exists() else folder
+    digest = hashlib.sha256()
+    for file in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
+        digest.update(file.read_bytes())
+    out = work / "references" / f"{digest.hexdigest()}.npz"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        full = work / "bf16" / f"{folder.parent.name}-{folder.name}"
-        if not full.exists() and "quantization_config" in json.loads((folder / "config.json").read_text()):
-            bnbfix.repair(folder, full, vllm=REFERENCE, bf16=True)
-        source = full if full.exists() else folder
         run_in(python, HERE / "reference.py", str(source), str(out))
     return out
 
@@ -168,6 +178,16 @@ def run_cell(work: Path, release: str, name: str, python: Path, referee: Path) -
     return Cell(release, name, before, predicted, how, after, verdict(out, release))
 
 
+def read_log(log: Path) -> dict[tuple[str, str], Cell]:
+    """The cells of earlier runs in the same --work, by release and checkpoint."""
+    cells = {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        row = json.loads(line)
+        row |= {k: Seen(**row[k]) for k in ("before", "after") if row[k]}
+        cells[row["release"], row["checkpoint"]] = Cell(**row)
+    return cells
+
+
 def table(cells: list[Cell]) -> str:
     """The result as markdown."""
     lines = [
@@ -204,20 +224,25 @@ def main() -> None:
     parser.add_argument("--releases", help="comma-separated; default: all of pins.json")
     parser.add_argument("--cells", help="comma-separated; default: all")
     parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
+    parser.add_argument("--boundaries", action="store_true", help="every release, some cells")
     parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--results", type=Path, help="write the table to this markdown file")
     a = parser.parse_args()
     releases = a.releases.split(",") if a.releases else SMOKE_RELEASES if a.smoke else list(venvs.PINS["releases"])
-    names = a.cells.split(",") if a.cells else SMOKE if a.smoke else CELLS
+    names = a.cells.split(",") if a.cells else SMOKE if a.smoke else BOUNDARIES if a.boundaries else CELLS
     folder = a.venvs or a.work / "venvs"
     newest = releases[-1] if releases[-1] in SMOKE_RELEASES or a.smoke else REFERENCE
     referee = venvs.build(newest, folder / newest)
     log = a.work / "cells.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
+    done = read_log(log)
     cells: list[Cell] = []
     for release in releases:
         python = venvs.build(release, folder / release)
         for name in names:
+            if (release, name) in done:
+                cells.append(done[release, name])
+                continue
             cell = run_cell(a.work, release, name, python, referee)
             cells.append(cell)
             with log.open("a") as f:
