@@ -100,7 +100,8 @@ EXPLANATIONS = {
         "vLLM fuses q, k and v into qkv_proj and gate and up into gate_up_proj. Some members are packed in the file "
         "and others are not, which no parameter can hold: a bare AssertionError up to 0.27, silent re-quantization "
         "of the plain members from 0.28 on.",
-        "The packed members are dequantized, which keeps their precision, and the fused name is skipped.",
+        "The packed members are dequantized, which keeps their precision, and the fused name is skipped. Of experts "
+        "stored one by one the plain ones are quantized instead, since no release has an ordinary parameter for them.",
     ),
     Code.K_EQ_V_WITHOUT_V: Explanation(
         "K serves as V, but V has no quant state",
@@ -165,13 +166,13 @@ EXPLANATIONS = {
         "quant-state tensors without a packed weight",
         "Statistics of a packed weight that is not there, or is there in full precision. Beside a plain weight they "
         "make vLLM bind a quant state to an ordinary parameter, and the load stops.",
-        "They are dropped.",
+        "They are dropped. A repair is not made for this alone where vLLM ignores them.",
     ),
     Code.INDEX: Explanation(
         "index and shards disagree",
         "The index names other tensors, other shards for them, or another total size than the headers of the shards. "
         "vLLM reads every tensor of every shard that the index names, so a stale tensor left in a file is loaded.",
-        "The index is written anew from the headers.",
+        "The index is written anew from the headers. A repair is not made for this alone.",
     ),
     Code.DUPLICATE: Explanation(
         "one tensor in two shards",

@@ -75,6 +75,17 @@ def decode_int8(raw: bytes, scales: bytes, dtype: str) -> bytes:
         return _cast(values * np.float32(1 / 127), dtype)
 
 
+def same_values(one: bytes, other: bytes, dtype: str) -> bool:
+    """Are two runs of values (`dtype` as safetensors has it) the same to the bit, one NaN being like another?
+
+    Which NaN comes of a NaN or infinite scale is the processor's choice.
+    """
+    a, b = (np.frombuffer(raw, "<u4" if dtype == "F32" else "<u2") for raw in (one, other))
+    exponent, rest = {"F32": (0x7F800000, 0x007FFFFF), "F16": (0x7C00, 0x03FF), "BF16": (0x7F80, 0x007F)}[dtype]
+    nan = [((x & exponent) == exponent) & ((x & rest) != 0) for x in (a, b)]
+    return bool(np.array_equal(np.where(nan[0], 0, a), np.where(nan[1], 0, b)) and np.array_equal(*nan))
+
+
 def table(quant_type: str) -> NDArray[np.float32]:
     """The sixteen values of a 4-bit type, F32 [16], as its `quant_map` holds them."""
     return np.array(TABLES[quant_type], "<f4")

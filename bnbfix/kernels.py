@@ -134,6 +134,7 @@ def quantize(
     kind: torch.dtype = getattr(torch, dtype)
     packed, scales = bytearray(), []
     with _exact():
+        _forget_tables()
         for chunk in values:
             part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)
             q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
@@ -144,7 +145,8 @@ def quantize(
         if nested_blocksize is None:
             return Quantized(bytes(packed), _raw(absmax), quant_map, None, None, None)
         offset = absmax.mean()
-        inner, nested = bnb.quantize_blockwise(absmax - offset, blocksize=nested_blocksize)
+        table = bnb.create_dynamic_map().to(device)
+        inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
         return Quantized(
             bytes(packed), _raw(inner), quant_map, _raw(nested.absmax.float()), _raw(nested.code.float()), offset.item()
         )
@@ -166,6 +168,15 @@ def _exact() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _forget_tables() -> None:
+    """Makes bitsandbytes compute its bounds again: a host process may have filled the caches under another dtype."""
+    ops = import_module("bitsandbytes.backends.default.ops")
+    utils = import_module("bitsandbytes.backends.utils")
+    if (bounds := getattr(ops, "_get_4bit_quantize_bounds", None)) is not None:
+        bounds.cache_clear()
+    getattr(utils, "_code_4bit_cache", {}).clear()
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

@@ -176,6 +176,8 @@ def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: st
     if strange := sorted(set(siblings) - set(INT8_SUFFIXES)):
         raise QuantStateError(f"it has both SCB and {strange[0][1:]}, of two quantizations", where=where)
     scales = siblings[".SCB"]
+    if 0 in weight.shape:
+        raise QuantStateError(f"LLM.int8 weight of shape {list(weight.shape)} is empty", where=where)
     if weight.dtype != "I8" or len(weight.shape) != 2 or scales.dtype != "F32" or scales.shape != weight.shape[:1]:
         raise QuantStateError(
             f"SCB is {scales.dtype} {list(scales.shape)} beside a weight of {weight.dtype} {list(weight.shape)}; "

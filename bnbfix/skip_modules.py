@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 
 Matches = Callable[[str, str], bool]
+MAX_PATTERN = 1000  # characters
+MAX_REPEATS = 3
+GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?P=")  # a repeated group, or a reference back to one
 
 
 def vllm_skips(entry: str, module: str) -> bool:
@@ -19,12 +23,23 @@ def vllm_skips(entry: str, module: str) -> bool:
 
 def transformers_skips(entry: str, module: str) -> bool:
     """transformers: the entry is a regular expression for the start of the name, or a suffix of it."""
-    try:
-        found = re.match(entry, module) is not None
-    except (re.error, OverflowError, RecursionError):
-        # transformers itself would stop here; as a plain prefix it says what was meant
-        found = module.startswith(entry)
-    return found or module.endswith(entry)
+    return _pattern(entry)(module) or module.endswith(entry)
+
+
+@cache
+def _pattern(entry: str) -> Callable[[str], bool]:
+    """Does a module's name start as the entry says?
+
+    An entry that is no regular expression, or one that could take a time exponential in the name's length (something
+    repeated inside a group, or more than a few repetitions), counts as a plain prefix.
+    """
+    if len(entry) <= MAX_PATTERN and sum(map(entry.count, "*+{?")) <= MAX_REPEATS and not GROUPS.search(entry):
+        try:
+            found = re.compile(entry)
+        except (re.error, OverflowError, RecursionError):
+            return lambda module: module.startswith(entry)
+        return lambda module: found.match(module) is not None
+    return lambda module: module.startswith(entry)
 
 
 def honoured(entries: Iterable[str], module: str, matches: Matches) -> list[str]:

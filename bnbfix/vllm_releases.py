@@ -73,8 +73,12 @@ def ranges() -> tuple[ReleaseRange, ...]:
 
 
 def version_key(version: str) -> tuple[int, int, int] | None:
-    """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu or 0.22.1.post1; None for anything else."""
-    m = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:(?:\.post|\.dev|rc|a|b)\d+)?(?:\+[\w.]+)?", version.strip())
+    """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
+
+    None for anything else.
+    """
+    number, label = r"(\d{1,6})", r"(?:(?:\.post|\.dev|rc|a|b)\d{1,9})"
+    m = re.fullmatch(rf"v?{number}\.{number}(?:\.{number})?{label}{{0,3}}(?:\+[\w.]+)?", version.strip(), re.ASCII)
     return (int(m[1]), int(m[2]), int(m[3] or 0)) if m else None
 
 

@@ -470,6 +470,41 @@ def test_what_is_not_finite_is_within_rounding_of_nothing(value: float, recwarn:
     assert [str(w.message) for w in recwarn] == []
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_one_nan_is_like_another_and_like_nothing_else(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    values = torch.tensor([1.0, math.nan, math.inf, -0.0], dtype=kind)
+    other = values.clone().view(torch.int32 if dtype == "float32" else torch.int16)
+    other[1] ^= 1  # another NaN
+    assert decode.same_values(as_bytes(values), as_bytes(other.view(kind)), DTYPES[dtype])
+    for at, value in ((0, 1.5), (1, 1.0), (2, math.nan), (2, -math.inf), (3, 0.0)):
+        changed = values.clone()
+        changed[at] = value
+        assert not decode.same_values(as_bytes(values), as_bytes(changed), DTYPES[dtype])
+    assert not decode.same_values(as_bytes(values), as_bytes(values[:3]), DTYPES[dtype])
+
+
+def test_quantize_is_not_misled_by_tables_that_others_made_under_bfloat16() -> None:
+    import bitsandbytes.functional as bnb
+
+    values = random_values((32, 64), "bfloat16", 3)
+
+    def made() -> kernels.Quantized:
+        return kernels.quantize([as_bytes(values)], "bfloat16", "cpu", blocksize=64, nested_blocksize=256)
+
+    right = made()
+    kernels._forget_tables()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bnb.name2qmap.clear()
+        bnb.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+        assert made() == right
+    finally:
+        torch.set_default_dtype(torch.float32)
+        bnb.name2qmap.clear()
+    assert made() == right
+
+
 COUNTS = range(4)
 
 

@@ -95,6 +95,7 @@ def test_the_file_tells_what_every_trait_means() -> None:
         ("0.22.1rc2", (0, 22, 1)),
         ("0.22.1.dev13+gabc123", (0, 22, 1)),
         ("0.22.1a1", (0, 22, 1)),
+        ("0.22.1rc1.dev12+g1a2b3c4d5", (0, 22, 1)),
         ("0.22.1b1", (0, 22, 1)),
         (" 0.22.1\n", (0, 22, 1)),
         ("12.345.6", (12, 345, 6)),
@@ -107,7 +108,7 @@ def test_a_version_is_read(version: str, expected: tuple[int, int, int]) -> None
 @pytest.mark.parametrize(
     "version",
     ["", "0", "vllm", "latest", "0.22.x", "0.22.1.2", "0..1", "-0.22.1", "0.22.1 or newer", "0.22.1+", "vv0.22.1",
-     ">=0.22.1", "0.22.1rc", "1e3", PORTABLE],
+     ">=0.22.1", "0.22.1rc", "1e3", "0." + "9" * 5000, "0.22.1.dev" + "1" * 5000, "\u0660.\u0661\u0669.1", PORTABLE],
 )  # fmt: skip
 def test_garbage_is_no_version(version: str) -> None:
     assert version_key(version) is None

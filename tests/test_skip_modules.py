@@ -146,3 +146,12 @@ def test_cover_names_every_plain_module_and_no_packed_one(matches: Matches, stat
     assert [m for m in packed if honoured(entries, m, matches)] == []
     assert all(any(m == e or m.startswith(e + ".") for m in plain) for e in entries), "every entry is a prefix"
     assert len(set(entries)) == len(entries)
+
+
+@pytest.mark.parametrize(
+    "entry", [r"(a+)+$", r"(.*a){20}", r"(a|aa)*b", r"(\w*)*\1!", "a*" * 20 + "b", "a?" * 30 + "a" * 30]
+)
+def test_a_pattern_that_could_take_for_ever_counts_as_a_plain_prefix(entry: str) -> None:
+    module = "a" * 60 + "!"
+    assert not transformers_skips(entry, module)
+    assert transformers_skips(entry, entry + ".q_proj")
