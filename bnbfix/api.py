@@ -81,25 +81,31 @@ def repair(
     bf16: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     ragged: str = "dequantize",
+    hardlink: bool = False,
+    workers: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> RepairResult:
     """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
     `bf16`, `max_shard_size` and `ragged` are those of `plan_repair`. `device` is where weights are dequantized:
-    "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `progress` is called with the number of bytes
-    just written. With nothing to repair nothing is written, and `result.written` is False.
+    "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `hardlink` makes untouched shards hard links
+    to the source's, which are not hashed. `workers` shards are written side by side, in at most `max_memory` bytes of
+    RAM. `progress` is called with the number of bytes just written, by one thread at a time. With nothing to repair
+    nothing is written, and `result.written` is False. An interrupted repair is taken up again by the next one.
 
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
+    from .destination import check_destination
     from .plan import plan_checkpoint
-    from .write import check_destination, pick_device, write_plan
+    from .write import How, write_plan
 
     source = LocalSource.open(Path(path))
     check_destination(source, Path(out), overwrite=overwrite)
     plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
-    chosen = pick_device(plan, device)
-    return write_plan(plan, Path(out), device=chosen, overwrite=overwrite, progress=progress)
+    how = How(device, hardlink, workers, max_memory)
+    return write_plan(plan, Path(out), how, overwrite=overwrite, progress=progress)
 
 
 def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | None = None) -> VerifyResult:

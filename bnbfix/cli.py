@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .plan import Plan
-    from .write import Progress
+    from .write import How, Progress
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+_terminated = False  # by SIGTERM
 
 app = typer.Typer(
     name="bnbfix",
@@ -101,40 +103,46 @@ def repair(
     ragged: Annotated[
         Ragged, typer.Option(help="Fused groups partly packed: keep their precision, or their size.")
     ] = Ragged.dequantize,
+    hardlink: Annotated[bool, typer.Option("--hardlink", help="Link untouched shards, not copy them.")] = False,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Shards written side by side.")] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to use at most: 2GB.")] = None,
     format: AsFormat = Format.table,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
+    from .destination import check_destination
     from .plan import Options, plan_checkpoint
     from .source import LocalSource
     from .vllm_releases import find_installed, resolve_target
-    from .write import check_destination
+    from .write import How
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
     source = LocalSource.open(model)
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
-    options = Options(bf16, _size(max_shard_size), ragged.value)
+    options = Options(bf16, _size(max_shard_size, "--max-shard-size"), ragged.value)
+    how = How(device, hardlink, workers, _size(max_memory, "--max-memory") if max_memory else None)
     plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
         _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, device, overwrite, format)
+    return _repair(plan, out, how, overwrite, format)
 
 
-def _size(text: str) -> int:
+def _size(text: str, option: str) -> int:
     """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     size = int(float(m[1]) * units[m[2].upper()]) if m and m[2].upper() in units else 0
     if size < 1:
-        raise UsageError(f"--max-shard-size {text!r} is not a size like 5GB or 500MB")
+        raise UsageError(f"{option} {text!r} is not a size like 5GB or 500MB")
     return size
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
-    from .write import RepairResult, disk_space
+    from .destination import disk_space
+    from .write import RepairResult
 
     needed, free = disk_space(plan, out)
     if format is Format.json:
@@ -150,14 +158,20 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format) -> int:
-    from .write import check_space, pick_device, write_plan
+def _repair(plan: Plan, out: Path, how: How, overwrite: bool, format: Format) -> int:
+    from .destination import unfinished
+    from .write import write_plan
 
-    if not plan.nothing_to_do:
-        check_space(plan, out)
-    chosen = pick_device(plan, device)
-    with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
-        result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)
+    try:
+        with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
+            result = write_plan(plan, out, how, overwrite=overwrite, progress=step)
+    except KeyboardInterrupt:
+        left = unfinished(out)
+        hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
+        _complain("interrupted; nothing was published", hint)
+        sys.exit(TERMINATED if _terminated else INTERRUPTED)
+    if result.kept:
+        print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
     if format is Format.json:
         from .report_json import repair_document
 
@@ -274,6 +288,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code: Any = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer catches the interrupt itself
@@ -283,7 +298,7 @@ def main() -> None:
         code = e.exit_code
     except KeyboardInterrupt:
         _complain("interrupted; nothing was published", None)
-        code = INTERRUPTED
+        code = TERMINATED if _terminated else INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -293,6 +308,12 @@ def main() -> None:
     except Exception as e:
         code = _usage(e)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, frame: object) -> None:
+    global _terminated
+    _terminated = True
+    raise KeyboardInterrupt
 
 
 def _usage(error: Exception) -> int:

@@ -240,7 +240,8 @@ EXPLANATIONS = {
     Code.INT8: Explanation(
         "LLM.int8",
         "The weights are quantized to 8 bits, not 4. vLLM loads such dense models when the skip list is in its own "
-        "spelling, and needs full precision for K where K serves as V up to 0.22; a mixture of experts is refused.",
-        "No 8-bit form is repaired; the model has to be dequantized whole.",
+        "spelling, and up to 0.22 lacks V's scales where K serves as V; a mixture of experts is refused.",
+        "Skip entries are added, and V where it is missing. What would need a weight dequantized needs the whole model "
+        "dequantized: `repair --bf16`.",
     ),
 }  # fmt: skip

@@ -64,6 +64,13 @@ def resolve_device(request: str) -> str:
     return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
+def use_threads(count: int) -> None:
+    """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
     """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
 

@@ -161,6 +161,16 @@ class PlannedSource:
         out = {f: source[f] for f in self.plan.copied} | {s.name: s.size for s in self.plan.shards}
         return out | {name: len(text.encode()) for name, text in self.plan.texts.items()}
 
+    @property
+    def stamp(self) -> str:
+        return self.plan.checkpoint.source.stamp
+
+    def local_path(self, file: str) -> None:
+        """Nowhere yet."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to check: what does not exist does not change."""
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Bytes of a text, a header, or a copied tensor; dequantized bytes do not exist yet."""
         source = self.plan.checkpoint.source

@@ -52,9 +52,10 @@ def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = N
 
 
 def repair_document(result: RepairResult) -> dict[str, Any]:
-    """The plan's document with {out, sha256}; out is null when there was nothing to do."""
+    """The plan's document with {out, sha256, linked, resumed}; out is null when there was nothing to do."""
     out = str(result.out) if result.out else None
-    return plan_document(result.plan) | {"out": out, "sha256": dict(result.files)}
+    done = {"sha256": dict(result.files), "linked": list(result.linked), "resumed": list(result.kept)}
+    return plan_document(result.plan) | {"out": out} | done
 
 
 def verify_document(result: VerifyResult) -> dict[str, Any]:

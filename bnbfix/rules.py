@@ -378,8 +378,8 @@ def int8(case: Case) -> Iterator[Hit]:
     names = tuple(m.weight.name for m in case.members if m.weight.int8)
     if not names:
         return
-    reason = "bnbfix repairs 4-bit checkpoints; an 8-bit one has to be dequantized whole"
+    reason = "what would need a weight dequantized needs the whole model dequantized: --bf16"
     if case.model.moe:
         yield Hit(Severity.FAILS, names, "LLM.int8 in a mixture of experts, which vLLM refuses", reason)
     else:
-        yield Hit(Severity.NOTE, names, "LLM.int8; bnbfix says what loads, and repairs 4-bit checkpoints alone", reason)
+        yield Hit(Severity.NOTE, names, "LLM.int8, of which a repair mends the skip list and V alone", reason)

@@ -6,9 +6,10 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .errors import InputError, UsageError
 
@@ -28,9 +29,35 @@ class Source(Protocol):
         """Size in bytes of every file, by path relative to the checkpoint, with forward slashes."""
         ...
 
+    @property
+    def stamp(self) -> str:
+        """What changes when the files do: a commit, or sizes and times."""
+        ...
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length); raises InputError when the file ends before."""
         ...
+
+    def local_path(self, file: str) -> Path | None:
+        """Where the file lies on this machine, whole; None when `read` alone has its bytes."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises InputError when a file is no longer the one that was listed."""
+        ...
+
+
+class Stamp(NamedTuple):
+    """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode."""
+
+    size: int
+    mtime: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, s: os.stat_result) -> Stamp:
+        return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino)
 
 
 @dataclass(frozen=True)
@@ -38,7 +65,7 @@ class LocalSource:
     """A directory. Symlinks to files are followed, as the Hub cache needs."""
 
     path: Path
-    files: Mapping[str, int] = field(repr=False)
+    stamps: Mapping[str, Stamp] = field(repr=False)
 
     @classmethod
     def open(cls, path: Path) -> LocalSource:
@@ -51,6 +78,26 @@ class LocalSource:
     @property
     def name(self) -> str:
         return str(self.path)
+
+    @cached_property
+    def files(self) -> Mapping[str, int]:
+        return MappingProxyType({name: stamp.size for name, stamp in self.stamps.items()})
+
+    @property
+    def stamp(self) -> str:
+        return repr([(name, *stamp) for name, stamp in self.stamps.items()])
+
+    def local_path(self, file: str) -> Path:
+        return self.path / file
+
+    def check_unchanged(self) -> None:
+        for name, before in self.stamps.items():
+            try:
+                now = Stamp.of((self.path / name).stat())
+            except OSError as e:
+                raise InputError(f"went away while it was being read ({e.strerror})", where=name) from e
+            if now != before:
+                raise InputError("changed while it was being read", where=name, hint="Run it again.")
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         try:
@@ -79,10 +126,10 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _walk(root: Path, prefix: str = "") -> list[tuple[str, int]]:
+def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp]]:
     if prefix.count("/") > MAX_DEPTH:
         raise InputError(f"lies more than {MAX_DEPTH} folders deep", where=prefix)
-    out: list[tuple[str, int]] = []
+    out: list[tuple[str, Stamp]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name
         if entry.name in (".git", ".cache"):  # version control and huggingface_hub's download records
@@ -96,5 +143,5 @@ def _walk(root: Path, prefix: str = "") -> list[tuple[str, int]]:
             raise InputError(f"cannot be looked at ({e.strerror}); a broken link?", where=rel) from e
         if not stat.S_ISREG(mode.st_mode):
             raise InputError("is neither a regular file nor a folder of its own", where=rel)
-        out.append((rel, mode.st_size))
+        out.append((rel, Stamp.of(mode)))
     return out

@@ -60,14 +60,14 @@ def verify_output(out: Path, source: Path | None, progress: Progress | None = No
     output = LocalSource.open(out)
     doc = read_record(output)
     target, options = resolve_target(doc["target"]), Options(**doc["options"])
-    problems = list(_hashes(output, doc["sha256"], step))
+    problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
     kept = decoded = 0
     if source is not None:
         plan = plan_checkpoint(LocalSource.open(source), target, options)
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
-            problems += _against_plan(output, plan, set(doc["sha256"]), step)
+            problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target, options)
@@ -87,14 +87,18 @@ def read_record(output: Source) -> dict[str, Any]:
         size = options.max_shard_size
         if type(options.bf16) is not bool or type(size) is not int or size < 1 or options.ragged not in RAGGED:
             raise ValueError("options are not what they should be")
+        if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
+            raise ValueError("linked is not a list of files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
     return dict(doc)
 
 
-def _hashes(output: Source, expected: dict[str, str], step: Progress) -> Iterator[Problem]:
-    for name in sorted(set(output.files) - set(expected) - {RECORD}):
+def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Progress) -> Iterator[Problem]:
+    for name in sorted(set(output.files) - set(expected) - linked - {RECORD}):
         yield Problem(name, None, "is not in the record")
+    for name in sorted(linked - set(output.files)):
+        yield Problem(name, None, "is missing")
     for name, want in expected.items():
         if name not in output.files:
             yield Problem(name, None, "is missing")

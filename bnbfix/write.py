@@ -1,187 +1,277 @@
-"""Carries out a plan: staging beside the destination, one sequential pass for each file, fsync, rename last.
+"""Carries out a plan: one sequential pass for each file, into a staging folder that is published whole.
 
-The source is only read. The destination appears whole, or not at all.
+Bytes that stay are moved in the kernel; those that are made come from a thread that runs ahead, which is also where
+torch is imported; hashes are computed on a third thread from what was just written. The source is only read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import __version__
-from .checkpoint import open_checkpoint
+from . import syscalls
+from .checkpoint import INDEX, open_checkpoint
 from .codes import Code
+from .destination import Staging, check_destination, check_space
 from .errors import OutputError, UsageError, VerifyError
-from .kernels import resolve_device
+from .kernels import resolve_device, use_threads
 from .layout import Copy, Dequantize, Quantize, ShardPlan
+from .output_file import OutputFile, write_small
+from .pipeline import Prefetch
 from .plan import RECORD, Plan
+from .record import plan_digest, record
 from .scanner import scan_checkpoint
 from .source import LocalSource, Source
-from .values import copy_range, plain_values, quantized_parts
+from .values import CHUNK, plain_values, quantized_parts
 
-SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
+AHEAD = 4  # chunks made before their turn
+BASE_MEMORY = 400 << 20  # bytes that Python, torch and bitsandbytes take
 Progress = Callable[[int], None]  # called with the number of bytes just written
 
 
 @dataclass(frozen=True)
+class How:
+    """How a plan is carried out. What comes out does not depend on it, but for `hardlink`."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    hardlink: bool = False  # untouched shards become hard links, which are not hashed
+    workers: int | None = None  # shards written side by side; None: as many as the cores and the memory bear
+    max_memory: int | None = None  # bytes of RAM in all
+
+
+@dataclass(frozen=True)
 class RepairResult:
-    """What a repair did. `files` has the SHA-256 of every file of the output; empty when there was nothing to do."""
+    """What a repair did. `files` has the SHA-256 of every file of the output but the record; empty when there was
+    nothing to do. `linked` names the hard links among them, which have no hash, `kept` what an interrupted run left.
+    """
 
     plan: Plan
     out: Path | None
     files: Mapping[str, str]
+    linked: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def written(self) -> bool:
         return self.out is not None
 
 
-def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
-    """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
-    target = Path(os.path.abspath(out))
-    if isinstance(source, LocalSource):
-        here, there = source.path.resolve(), target.resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise UsageError(
-                "the output must lie outside the source, and the source outside the output", where=str(out)
-            )
-        for scratch in (p.resolve() for p in _scratch(_real(out))):
-            if here == scratch or scratch in here.parents:
-                raise UsageError(
-                    f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
-                    hint="Rename it, or name another --out.",
-                )  # fmt: skip
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise UsageError("exists and is not a folder", where=str(out))
-    if not overwrite and next(os.scandir(target), None) is not None:
-        raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+def needs_kernels(plan: Plan) -> bool:
+    """Does writing this plan compute anything?"""
+    return any(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
 
 
-def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
-    """(bytes needed, bytes free) where `out` will lie."""
-    return plan.bytes_written + SLACK, shutil.disk_usage(_existing_parent(out)).free
+def check_device(plan: Plan, request: str) -> None:
+    """Raises UsageError for a device that is not there. "auto" and "cpu" are there always; torch is not asked."""
+    if request != "auto" and (request != "cpu" or needs_kernels(plan)):
+        resolve_device(request)
 
 
-def check_space(plan: Plan, out: Path) -> None:
-    """Raises OutputError when the disk cannot hold the output."""
-    needed, free = disk_space(plan, out)
-    if needed > free:
-        raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
+def worker_memory(plan: Plan) -> int:
+    """Bytes that one worker needs at most: chunks that wait, and the scales of the largest weight that is decoded."""
+    blocks = [0]
+    for shard in plan.shards:
+        for run in shard.runs():
+            op = run[0].op
+            weights = op.weights if isinstance(op, Dequantize) else ()
+            blocks += [w.state.blocks for w in weights if w.state is not None]
+            if isinstance(op, Quantize):
+                blocks.append(op.state().blocks + sum(i.nbytes for i in op.infos()) // 4)
+    return (AHEAD + 4) * CHUNK + 16 * max(blocks)
 
 
-def pick_device(plan: Plan, request: str) -> str:
-    """The torch device a request means, where the plan needs kernels; "auto" imports torch for no plan that does not.
+def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_memory: int | None) -> int:
+    """How many shards are written side by side: the number asked for, else one for every four cores, up to four.
 
-    Raises UsageError for a device that is not there.
+    Never more than there are shards, nor than fit into `max_memory` bytes at `each` bytes a worker. Raises UsageError
+    when not even one fits, or the number makes no sense.
     """
-    kernels = any(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
-    return resolve_device(request) if kernels or request != "auto" else "cpu"
+    if asked is not None and asked < 1:
+        raise UsageError(f"--workers {asked} is not a number of workers")
+    wanted = min(asked or max(1, min(4, cores // 4)), max(1, shards))
+    if max_memory is None:
+        return wanted
+    fit = (max_memory - BASE_MEMORY) // each
+    if fit < 1:
+        raise UsageError(
+            f"--max-memory {max_memory:,} is too little", hint=f"At least {BASE_MEMORY + each:,} bytes are needed."
+        )
+    return min(wanted, fit)
 
 
 def write_plan(
-    plan: Plan, out: Path, *, device: str, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan, out: Path, how: How | None = None, *, overwrite: bool = False, progress: Progress | None = None
 ) -> RepairResult:
-    """Writes the output of a plan to the directory `out`. `device` is a torch device that exists.
+    """Writes the output of a plan to the directory `out`.
 
     Raises UsageError or OutputError when that is not possible, InputError when the source changes meanwhile,
-    VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before.
+    VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before. Finished
+    files of an interrupted run stay in the staging folder beside it, where the next run takes them up.
     """
+    how = how or How()
     check_destination(plan.checkpoint.source, out, overwrite=overwrite)
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
-    check_space(plan, out)
-    out = _real(out)
-    staging, _ = _scratch(out)
+    check_device(plan, how.device)
+    workers = choose_workers(how.workers, len(plan.shards), os.cpu_count() or 1, worker_memory(plan), how.max_memory)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clear(staging)
-        staging.mkdir()
-        files = _write_files(plan, staging, device, progress or (lambda n: None))
-        _check_written(plan, staging)
-        _publish(staging, out)
+        check_space(plan, out)
+        staging = Staging(out, plan_digest(plan))
+        try:
+            job = _Job(plan, how, staging, progress or (lambda n: None))
+            files = job.run(workers)
+            plan.checkpoint.source.check_unchanged()
+            _check_written(plan, staging.path)
+            staging.publish()
+        except (KeyboardInterrupt, SystemExit):
+            if not staging.worth_keeping:
+                staging.discard()
+            raise
+        except BaseException:
+            staging.discard()
+            raise
+        finally:
+            staging.close()
     except OSError as e:
         raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or out)) from e
-    finally:
-        with contextlib.suppress(OSError):
-            _clear(staging)
-    return RepairResult(plan, out, files)
+    return RepairResult(plan, staging.out, files, tuple(job.linked), tuple(staging.kept))
 
 
-def _real(out: Path) -> Path:
-    return Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+@dataclass
+class _Job:
+    """One run of a plan: what is shared by its workers."""
+
+    plan: Plan
+    how: How
+    staging: Staging
+    progress: Progress
+    linked: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, workers: int) -> dict[str, str]:
+        """Writes every file; the index last."""
+        plan, source = self.plan, self.plan.checkpoint.source
+        files = dict(self.staging.kept)
+        for name in files:
+            self.step((self.staging.path / name).stat().st_size)
+        with ThreadPoolExecutor(2, "bnbfix-flush") as flush:
+            finished: dict[str, Future[str]] = {}
+            try:
+                finished = self._shards(workers, [s for s in plan.shards if s.name not in files], flush)
+                for name in plan.copied:
+                    if name not in files:
+                        finished[name] = self._whole(name, source.files[name], flush)
+                files |= {name: done.result() for name, done in finished.items()}
+            except BaseException:
+                self.stop.set()
+                flush.shutdown(cancel_futures=True)
+                raise
+        texts = {name: text.encode() for name, text in plan.texts.items()}
+        files |= {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+        texts[RECORD] = record(plan, files, self.linked)
+        for name in sorted(texts, key=lambda name: name == INDEX):
+            write_small(self.staging.path / name, texts[name])
+            self.step(len(texts[name]))
+        return files
+
+    def step(self, n: int) -> None:
+        """Reports progress, and stops a worker that shall stop."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        with self.lock:
+            self.progress(n)
+
+    def _shards(self, workers: int, shards: Sequence[ShardPlan], flush: ThreadPoolExecutor) -> dict[str, Future[str]]:
+        lots: list[list[ShardPlan]] = [[] for _ in range(min(workers, len(shards)))]
+        for shard in sorted(shards, key=lambda s: -s.size):
+            min(lots, key=lambda lot: sum(s.size for s in lot)).append(shard)
+        if len(lots) <= 1:
+            return self._lot(list(shards), flush)
+        with ThreadPoolExecutor(len(lots), "bnbfix-shard") as pool:
+            jobs = [pool.submit(self._lot, lot, flush) for lot in lots]
+            try:
+                return {name: done for job in jobs for name, done in job.result().items()}
+            except BaseException:
+                self.stop.set()
+                raise
+
+    def _lot(self, shards: Sequence[ShardPlan], flush: ThreadPoolExecutor) -> dict[str, Future[str]]:
+        # Shards that only move come first: torch loads meanwhile.
+        ordered = sorted(shards, key=lambda s: not s.copied)
+        made = Prefetch(made_chunks(self.plan.checkpoint.source, ordered, self.how.device), AHEAD)
+        try:
+            out = {}
+            for shard in ordered:
+                if shard.copied and self.how.hardlink and self._link(shard.name):
+                    continue
+                out[shard.name] = (
+                    self._whole(shard.name, shard.size, flush) if shard.copied else self._shard(shard, made, flush)
+                )
+            return out
+        finally:
+            made.close()
+
+    def _link(self, name: str) -> bool:
+        path = self.plan.checkpoint.source.local_path(name)
+        if path is None:
+            return False
+        try:
+            os.link(os.path.realpath(path), self.staging.path / name)
+        except OSError as e:
+            if e.errno in syscalls.CANNOT:  # another file system, or somebody else's file
+                return False
+            raise
+        self.linked.append(name)
+        self.step(self.plan.checkpoint.source.files[name])
+        return True
+
+    def _file(self, name: str) -> OutputFile:
+        def finished(digest: str) -> None:
+            with self.lock:
+                self.staging.finished(name, digest)
+
+        return OutputFile(self.staging.path / name, self.step, finished)
+
+    def _whole(self, name: str, size: int, flush: ThreadPoolExecutor) -> Future[str]:
+        with self._file(name) as out:
+            out.copy_file(self.plan.checkpoint.source, name, size)
+            return out.finish(flush)
+
+    def _shard(
+        self, shard: ShardPlan, made: Iterator[bytes | memoryview | None], flush: ThreadPoolExecutor
+    ) -> Future[str]:
+        with self._file(shard.name) as out:
+            out.append(shard.header)
+            for step in steps(shard):
+                if isinstance(step, tuple):
+                    out.copy(self.plan.checkpoint.source, *step)
+                    continue
+                while (chunk := next(made)) is not None:
+                    out.append(chunk)
+            return out.finish(flush)
 
 
-def _scratch(out: Path) -> tuple[Path, Path]:
-    """The folders beside an output that a repair makes and clears away: what is being written, and what it replaces."""
-    return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
-
-
-def _existing_parent(path: Path) -> Path:
-    path = Path(os.path.realpath(path)).parent
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _clear(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> dict[str, str]:
-    source, files = plan.checkpoint.source, {}
-    size = source.files
-    for name in plan.copied:
-        files[name] = _write(staging / name, copy_range(source, name, 0, size[name]), progress)
-    for shard in plan.shards:
-        files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
-    for name, text in plan.texts.items():
-        files[name] = _write(staging / name, iter([text.encode()]), progress)
-    # A file name that is no UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
-    doc = record(plan, files).encode("utf-8", "backslashreplace")
-    _write(staging / RECORD, iter([doc]), progress)
-    for folder, _, _ in os.walk(staging):
-        _fsync_dir(folder)
-    return files
-
-
-def record(plan: Plan, files: Mapping[str, str]) -> str:
-    """The text of bnbfix.json: what was changed, for which target, and the SHA-256 of every other file."""
-    doc = {
-        "schema": 1,
-        "bnbfix": __version__,
-        "target": plan.target.name,
-        "releases": [r.name for r in plan.target.ranges],
-        "options": vars(plan.options),
-        "edits": [e.document() for e in plan.edits],
-        "sha256": dict(sorted(files.items())),
-    }
-    return json.dumps(doc, indent=2, ensure_ascii=False) + "\n"
-
-
-def shard_chunks(source: Source, shard: ShardPlan, device: str) -> Iterator[bytes | memoryview]:
-    """The bytes of an output shard, in order, a few MB at a time."""
-    if shard.copied:
-        yield from copy_range(source, shard.name, 0, shard.size)
-        return
-    yield shard.header
-    for step in steps(shard):
-        if isinstance(step, Dequantize):
-            yield from plain_values(source, step.weights, step.dtype, device)
-        elif isinstance(step, Quantize):
-            yield from quantized_parts(source, step, device)
-        else:
-            yield from copy_range(source, *step)
+def made_chunks(source: Source, shards: Sequence[ShardPlan], device: str) -> Iterator[bytes | memoryview | None]:
+    """The bytes that shards get from kernels, in order, a few MB at a time; None after each operation."""
+    chosen: str | None = None
+    for shard in shards:
+        for step in () if shard.copied else steps(shard):
+            if isinstance(step, tuple):
+                continue
+            if chosen is None:
+                chosen = resolve_device(device)
+                use_threads(max(1, (os.cpu_count() or 1) - 1))
+            if isinstance(step, Dequantize):
+                yield from plain_values(source, step.weights, step.dtype, chosen)
+            else:
+                yield from quantized_parts(source, step, chosen)
+            yield None
 
 
 def steps(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Dequantize | Quantize]:
@@ -206,36 +296,6 @@ def steps(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Dequantize | Quan
         yield pending
 
 
-def _write(path: Path, chunks: Iterator[bytes | memoryview], progress: Progress) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for chunk in chunks:
-            digest.update(chunk)
-            write_all(fd, chunk)
-            progress(len(chunk))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return digest.hexdigest()
-
-
-def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Writes all of it, however short the writes of the system are."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _fsync_dir(path: str | Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _check_written(plan: Plan, staging: Path) -> None:
     checkpoint = open_checkpoint(LocalSource.open(staging))
     if plan.options.bf16:
@@ -246,25 +306,3 @@ def _check_written(plan: Plan, staging: Path) -> None:
     left = [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]
     if left:
         raise VerifyError(f"the output would not be clean: {left[0].code.value} {left[0].message}")
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Renames the staging directory to `out`; what was there is removed only once the new one is in its place."""
-    _, old = _scratch(out)
-    replaced = out.exists()
-    if replaced:
-        _clear(old)
-    try:
-        if replaced:
-            out.rename(old)
-        staging.rename(out)
-        _fsync_dir(out.parent)
-    except BaseException:  # an interrupt too
-        if not staging.exists():
-            out.rename(staging)
-        if replaced and old.exists():
-            old.rename(out)
-        raise
-    if replaced:
-        with contextlib.suppress(OSError, KeyboardInterrupt):  # too late to interrupt: the output is there
-            _clear(old)

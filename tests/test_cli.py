@@ -16,7 +16,7 @@ import torch
 from conftest import Make
 
 import bnbfix
-from bnbfix import cli, installed, vllm_releases, write
+from bnbfix import cli, destination, installed, vllm_releases
 from bnbfix.checkpoint import open_checkpoint
 from bnbfix.codes import Code
 from bnbfix.gemma4 import read_model
@@ -428,7 +428,7 @@ def test_repair_refuses_a_device_that_is_not_there(
 def test_a_full_disk_is_told_before_anything_is_written(
     run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "SLACK", 1 << 60)
+    monkeypatch.setattr(destination, "SLACK", 1 << 60)
     done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out")
     assert (done.code, done.out) == (2, "") and "not enough disk" in done.err
     assert list(tmp_path.iterdir()) == []
@@ -521,30 +521,42 @@ def test_progress_goes_to_a_terminal_on_stderr_and_never_to_stdout(
     assert (done.code, done.err) == (0, "") and done.json["out"] == str(tmp_path / "b")
 
 
+@pytest.mark.parametrize("at", [1, 4, 7], ids=["first write", "in a shard", "last files"])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_an_interrupted_repair_ends_with_130_in_clear_words_and_without_output(
-    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, at: int
 ) -> None:
     if overwrite:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "old.txt").write_text("old")
 
-    calls, real_write = 0, os.write
+    calls, pwrite = 0, os.pwrite
 
-    def interrupted(fd: int, data: Any) -> int:
+    def interrupted(fd: int, data: Any, offset: int) -> int:
         nonlocal calls
         calls += 1
-        if calls == 12:
+        if calls == at:
             raise KeyboardInterrupt
-        return real_write(fd, data)
+        return pwrite(fd, data, offset)
 
-    monkeypatch.setattr(os, "write", interrupted)
     options = ["--overwrite"] if overwrite else []
-    done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out", *options)
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == (["out", "out/old.txt"] if overwrite else [])
-    assert calls == 12
+    command = ("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out", *options)
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", interrupted)
+        done = run(*command)
+    assert calls == at
     assert (done.code, done.out) == (130, "")
-    assert done.err == "error: interrupted; nothing was published\n"
+    staging = tmp_path / ".out.bnbfix-partial"
+    beside = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if staging not in (p, *p.parents)]
+    assert beside == (["out", "out/old.txt"] if overwrite else [])
+    kept = f"  Finished files are kept in {staging}; the same command goes on from there.\n" if staging.exists() else ""
+    assert done.err == "error: interrupted; nothing was published\n" + kept
+    again = run(*command)
+    assert again.code == 0
+    if kept:
+        assert "finished files of an interrupted repair were taken up" in again.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "old.txt").exists()
 
 
 def test_an_interrupted_scan_ends_with_130(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
