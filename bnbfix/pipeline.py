@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from .errors import OutputError
 
 T = TypeVar("T")
-PIECE = 4 << 20  # bytes hashed at a time
+PIECE = 512 << 10  # bytes read back and hashed at a time: they stay in the processor's cache
 
 
 class Prefetch(Generic[T]):
@@ -97,14 +97,14 @@ class Hasher:
         self._thread.join()
 
     def _run(self) -> None:
-        at = 0
+        at, buffer = 0, memoryview(bytearray(PIECE))
         try:
             while (end := self._ends.get()) is not None:
                 while at < end and not self._stop:
-                    data = os.pread(self._fd, min(PIECE, end - at), at)
-                    if not data:
+                    got = os.preadv(self._fd, [buffer[: end - at]], at)
+                    if not got:
                         raise OutputError(f"a file being written ended at byte {at:,}; is something else writing it?")
-                    self._digest.update(data)
-                    at += len(data)
+                    self._digest.update(buffer[:got])
+                    at += got
         except BaseException as e:  # raised again in `result`, on the other thread
             self._error = e

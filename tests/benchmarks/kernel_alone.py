@@ -1,0 +1,18 @@
+"""Dequantizes every packed weight of a checkpoint and writes nothing: what `repair --bf16` computes, on one thread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bnbfix import kernels
+from bnbfix.checkpoint import open_checkpoint
+from bnbfix.source import LocalSource
+from bnbfix.values import plain_values
+
+source = LocalSource.open(Path(sys.argv[1]))
+kernels.use_threads(1)
+for weight in open_checkpoint(source).weights.values():
+    if weight.state is not None:
+        for _ in plain_values(source, (weight,), weight.state.plain_dtype, "cpu"):
+            pass
