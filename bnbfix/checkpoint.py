@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from . import quant_state as qs
@@ -18,7 +19,11 @@ from .source import Source
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MAX_JSON = 64_000_000  # bytes of config or index; real ones stay below one megabyte
+# What bounds time and memory, an order of magnitude above the largest real ones: 26B with its experts one by one.
+MAX_JSON: Mapping[str, int] = MappingProxyType({CONFIG: 4_000_000, INDEX: 64_000_000})  # bytes
+MAX_HEADERS = 100_000_000  # bytes of all headers together
+MAX_TENSORS = 500_000
+MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is held against each module
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,8 @@ class Checkpoint:
         value = self.quantization.get("llm_int8_skip_modules") or []
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise InputError("llm_int8_skip_modules is not a list of names", where=CONFIG)
+        if len(value) > MAX_SKIP:
+            raise InputError(f"llm_int8_skip_modules has {len(value):,} entries, more than any model", where=CONFIG)
         return tuple(value)
 
     @property
@@ -117,7 +124,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     config_text, config = _json(source, CONFIG)
     index = _json(source, INDEX)[1] if INDEX in source.files else None
     names = _shard_names(source, index)
-    shards = {name: _header(source, name) for name in names}
+    shards = _headers(source, names)
     tensors, duplicates = _tensors(shards, _weight_map(index) if index else {})
     weights, orphans, damaged = _group(source, tensors)
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
@@ -130,7 +137,7 @@ def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     size = source.files[name]
-    if size > MAX_JSON:
+    if size > MAX_JSON[name]:
         raise InputError(f"{size:,} bytes are too many for such a file", where=name)
     try:
         text = source.read(name, [(0, size)])[0].decode("utf-8")
@@ -170,11 +177,16 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
     return names
 
 
-def _header(source: Source, name: str) -> st.Header:
-    size = source.files[name]
-    first = source.read(name, [(0, min(st.LENGTH_BYTES, size))])[0]
-    length = st.header_length(first, size, name)
-    return st.parse_header(source.read(name, [(st.LENGTH_BYTES, length)])[0], size, name)
+def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
+    sizes = {name: source.files[name] for name in names}
+    firsts = {n: source.read(n, [(0, min(st.LENGTH_BYTES, sizes[n]))])[0] for n in names}
+    lengths = {n: st.header_length(firsts[n], sizes[n], n) for n in names}
+    if (total := sum(lengths.values())) > MAX_HEADERS:
+        raise InputError(f"{total:,} bytes of headers are more than any model has", where=source.name)
+    out = {n: st.parse_header(source.read(n, [(st.LENGTH_BYTES, lengths[n])])[0], sizes[n], n) for n in names}
+    if (count := sum(len(h.tensors) for h in out.values())) > MAX_TENSORS:
+        raise InputError(f"{count:,} tensors are more than any model has", where=source.name)
+    return out
 
 
 def _tensors(

@@ -264,8 +264,8 @@ def skip_list(
     Entries stay where they are, but for those that name a packed module; what is missing is added at the end, vLLM's
     spelling before transformers'.
     """
-    linears = hf_linears([m for m, _ in members], model)
-    hf = {gemma4.hf_module(model, m.place.module): packed for m, packed in members if m in linears}
+    linears = {m.place for m in hf_linears([m for m, _ in members], model)}
+    hf = {gemma4.hf_module(model, m.place.module): packed for m, packed in members if m.place in linears}
     spellings = [(hf, transformers_skips)]
     for release in reversed(releases):
         ours: dict[str, bool] = {}
@@ -280,7 +280,8 @@ def skip_list(
 
     out = [e for e in entries if not names_packed(e)]
     for modules, matches in spellings:
-        plain = [m for m, packed in modules.items() if not packed and not honoured(out, m, matches)]
+        so_far = tuple(out)
+        plain = [m for m, packed in modules.items() if not packed and not honoured(so_far, m, matches)]
         plain = [m for m in plain if m != "lm_head" or out]
         out += cover(plain, matches, names_packed)
     if out and not entries and "lm_head" not in out:

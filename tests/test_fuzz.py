@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fuzz import runner
-from fuzz.cases import SURFACES, MemorySource, case, corpus
+from fuzz.cases import SURFACES, case, corpus
 from fuzz.judges import Disagreement, judge_checkpoint
+from fuzz.memory import MemorySource
 from fuzz.runner import Figures, run_cases
 
+from bnbfix import checkpoint, parameters
 from bnbfix.checkpoint import open_checkpoint
+from bnbfix.errors import InputError
+from bnbfix.scanner import scan_checkpoint
+from bnbfix.vllm_releases import resolve_target
 
 MUTATIONS = 5000
 FIXED = 20260101
@@ -43,6 +51,50 @@ def test_mutations_of_a_fresh_seed_are_right_or_refused() -> None:
     check(run_cases(FRESH, range(MUTATIONS)), MUTATIONS)
 
 
+# What bounds time and memory
+
+
+def test_files_that_are_long_to_read_are_read_or_refused_in_little_memory() -> None:
+    """At a thirtieth of their size; `python tests/fuzz/explode.py` has them whole."""
+    script = Path(__file__).parent / "fuzz" / "explode.py"
+    command = [sys.executable, str(script), "--scale", "0.03", "--seconds", "10", "--memory", "400"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    print(done.stdout)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "planned" in done.stdout and "InputError" in done.stdout
+
+
+def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(parameters if hasattr(parameters, name) else checkpoint, name, value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("MAX_HEADERS", "bytes of headers are more than any model has"),
+        ("MAX_TENSORS", "tensors are more than any model has"),
+        ("MAX_PROJECTIONS", "linear modules are more than any model has"),
+        ("MAX_SKIP", "entries, more than any model"),
+    ],
+)
+def test_more_than_any_model_has_is_refused(limit: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = MemorySource(corpus()[2])
+    opened = open_checkpoint(source)
+    there = {
+        "MAX_HEADERS": sum(h.data_start - 8 for h in opened.shards.values()),
+        "MAX_TENSORS": sum(len(h.tensors) for h in opened.shards.values()),
+        "MAX_PROJECTIONS": len(parameters.projections(opened)),
+        "MAX_SKIP": len(opened.skip_modules),
+    }[limit]
+    assert there > 1
+    small_limits(monkeypatch, **{limit: there})
+    scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
+    small_limits(monkeypatch, **{limit: there - 1})
+    with pytest.raises(InputError, match=rf"{there:,} {words}|has {there:,} {words}"):
+        scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
+
+
 # The tests' tools
 
 
@@ -55,9 +107,9 @@ def test_the_same_seed_and_number_make_the_same_case() -> None:
 
 def test_the_corpus_is_what_the_library_and_bnbfix_read() -> None:
     for files in corpus():
-        checkpoint = open_checkpoint(MemorySource(files))
-        judge_checkpoint(checkpoint, files)
-        assert not checkpoint.damaged and any(w.packed for w in checkpoint.weights.values())
+        opened = open_checkpoint(MemorySource(files))
+        judge_checkpoint(opened, files)
+        assert not opened.damaged and any(w.packed for w in opened.weights.values())
 
 
 def test_a_crash_a_hang_and_a_lie_that_gets_through_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from build import Raw as Tensor
 from build import read_tensors
 from fuzz import structure
 from fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading
+from fuzz.memory import MemorySource, packed
 from surgery import pack
 
 from bnbfix.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
@@ -44,36 +44,6 @@ CORPUS = (
     ("shared", "all", 1), ("towers", "skip", 2), ("text", "storage-bf16", 1),
 )  # fmt: skip
 TARGETS = ("portable", "0.22.1", "0.27.1", "0.32.0")
-
-
-@dataclass(frozen=True)
-class MemorySource:
-    """A checkpoint in memory."""
-
-    content: Mapping[str, bytes]
-    name = "memory"
-    stamp = ""
-    origin = None
-
-    @property
-    def files(self) -> dict[str, int]:
-        return {name: len(content) for name, content in self.content.items()}
-
-    def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        content = self.content[file]
-        for offset, length in ranges:
-            if not 0 <= offset <= offset + length <= len(content):
-                raise IndexError(f"a read of {length} bytes at {offset}, of {len(content)}")
-        return [content[offset : offset + length] for offset, length in ranges]
-
-    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
-        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
-
-    def local_path(self, file: str) -> None:
-        """Nowhere."""
-
-    def check_unchanged(self) -> None:
-        """It cannot change."""
 
 
 @cache
@@ -111,16 +81,6 @@ def tensors(which: int, shard: str) -> dict[str, Tensor]:
 def some_shard(r: Random) -> tuple[int, str]:
     which = r.randrange(len(CORPUS))
     return which, r.choice([name for name in corpus()[which] if name.endswith(".safetensors")])
-
-
-def packed(parts: Mapping[str, Tensor]) -> bytes:
-    """The file of these tensors."""
-    header: dict[str, Any] = {}
-    at = 0
-    for name, t in parts.items():
-        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + len(t.data)]}
-        at += len(t.data)
-    return pack(header, b"".join(t.data for t in parts.values()))
 
 
 # Headers alone
