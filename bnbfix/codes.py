@@ -202,8 +202,9 @@ EXPLANATIONS = {
     Code.PLUGIN: Explanation(
         "vllm-bnb-plugin",
         "From 0.28 on bitsandbytes support is a plugin, and without it the quantization method is unknown. On 0.27 "
-        "the plugin must not be installed.",
-        "`pip install vllm-bnb-plugin` for 0.28 and newer, `pip uninstall vllm-bnb-plugin` for 0.27.",
+        "the plugin must not be installed. Its version 0.0.3 needs vLLM 0.29.",
+        "`pip install vllm-bnb-plugin` for 0.29 and newer, `pip install 'vllm-bnb-plugin<0.0.3'` for 0.28, "
+        "`pip uninstall vllm-bnb-plugin` for 0.27.",
         _vllm(52802),
     ),
     Code.TRANSFORMERS_REPACKS: Explanation(

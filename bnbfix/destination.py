@@ -99,6 +99,15 @@ class Staging:
         self._digest = plan_digest
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._open()
+        try:
+            self._take_up()
+        except BaseException:
+            self.discard()
+            self.close()
+            raise
+
+    def _take_up(self) -> None:
+        """Keeps what belongs to this plan, clears the rest, and begins the journal anew."""
         if not os.path.lexists(self.out) and self._old.is_dir():
             self._old.rename(self.out)  # an earlier run was killed between its two renames
         self.kept = dict(self._journaled())
@@ -106,7 +115,7 @@ class Staging:
         for entry in os.scandir(self.path):
             if entry.name not in self.kept:
                 _clear(Path(entry.path))
-        self._note({"plan": plan_digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
+        self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
 
     def _open(self) -> int:
         import fcntl

@@ -12,7 +12,7 @@ from .gemma4 import Model
 from .parameters import Member, Parameter, by_layer, damaged_weights, parameters
 from .quant_state import split_sibling
 from .skip_modules import honoured, transformers_skips, vllm_skips
-from .vllm_releases import Installed, ReleaseRange
+from .vllm_releases import Installed, ReleaseRange, unfit_plugin
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,11 @@ def plugin(case: Case) -> Iterator[Hit]:
     here = case.installed
     if case.release.plugin == "required" and (here is None or here.plugin is None):
         severity = Severity.NOTE if here is None else Severity.FAILS
-        yield Hit(severity, (), "needs vllm-bnb-plugin", "not in the checkpoint: pip install vllm-bnb-plugin")
+        reason = "not in the checkpoint: pip install vllm-bnb-plugin; beside vLLM 0.28, 'vllm-bnb-plugin<0.0.3'"
+        yield Hit(severity, (), "needs vllm-bnb-plugin", reason)
+    if case.release.plugin == "required" and here is not None and (limit := unfit_plugin(here)) is not None:
+        words = f"vllm-bnb-plugin {here.plugin} is installed, which does not work with vLLM {here.version}"
+        yield Hit(Severity.FAILS, (), words, f"not in the checkpoint: pip install 'vllm-bnb-plugin<{limit}'")
     if case.release.plugin == "refused" and here is not None and here.plugin is not None:
         reason = "not in the checkpoint: pip uninstall vllm-bnb-plugin"
         yield Hit(Severity.FAILS, (), "vllm-bnb-plugin is installed, which this release cannot bear", reason)

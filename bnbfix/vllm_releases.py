@@ -72,6 +72,23 @@ def ranges() -> tuple[ReleaseRange, ...]:
     return tuple(rows)
 
 
+@cache
+def plugin_bounds() -> tuple[tuple[str, str], ...]:
+    """(version of vllm-bnb-plugin, the oldest vLLM that it and newer ones work with), oldest first."""
+    doc = json.loads(resources.files(__package__).joinpath("vllm_releases.json").read_text("utf-8"))
+    return tuple(sorted((k, v) for k, v in doc["plugins"].items() if k != "comment"))
+
+
+def unfit_plugin(installed: Installed) -> str | None:
+    """The version that the installed plugin has to be older than for the installed vLLM; None when the two fit."""
+    here, there = version_key(installed.plugin or ""), version_key(installed.version)
+    for plugin, vllm in plugin_bounds():
+        first, oldest = version_key(plugin), version_key(vllm)
+        if here and there and first and oldest and here >= first and there < oldest:
+            return plugin
+    return None
+
+
 def version_key(version: str) -> tuple[int, int, int] | None:
     """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
 
