@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -127,10 +128,10 @@ def _size(text: str) -> int:
     """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(m[1]) * units[m[2].upper()]) if m and m[2].upper() in units else 0
-    if size < 1:
+    size = float(m[1]) * units[m[2].upper()] if m and m[2].upper() in units else 0
+    if not 1 <= size < 2**63:
         raise UsageError(f"--max-shard-size {text!r} is not a size like 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
@@ -274,6 +275,8 @@ def _options(
 
 def main() -> None:
     """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer catches the interrupt itself

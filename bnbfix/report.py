@@ -168,9 +168,10 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     for s in plan.shards:
         added = sum(t.info.name not in have for t in s.tensors)
         unpacked = sum(isinstance(t.op, Dequantize) for t in s.tensors)
-        size = plan.checkpoint.source.files[s.name]
-        mb = _mb(s.size) if s.copied else f"{_mb(size)} > {_mb(s.size)}"
-        cells = ("copied" if s.copied else "rewritten", str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
+        size = plan.checkpoint.source.files.get(s.name)  # a repair with --bf16 cuts shards of its own
+        mb = _mb(s.size) if s.copied or size is None else f"{_mb(size)} > {_mb(s.size)}"
+        becomes = "copied" if s.copied else "new" if size is None else "rewritten"
+        cells = (becomes, str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
         table.add_row(Text(plain(s.name)), *cells)
     yield table
     yield from _edit_lines(plan)

@@ -455,7 +455,6 @@ def test_shard_sizes_are_read_as_people_write_them(
     assert (done.code, seen) == (1, [size])
 
 
-@pytest.mark.xfail(strict=True, reason="cli._size turns an infinite float into an int")
 def test_a_size_beyond_all_bounds_is_a_usage_error_too(run: Cli, pristine: Make) -> None:
     done = run("repair", pristine("text", "single", shards=2), "--dry-run", "--max-shard-size", "9" * 400)
     assert (done.code, done.out) == (2, "") and "is not a size like" in done.err
@@ -483,7 +482,6 @@ def test_bf16_on_the_command_line(run: Cli, pristine: Make, tmp_path: Path) -> N
     assert done.code == 3 and "is an unquantized Gemma4ForCausalLM" in done.err
 
 
-@pytest.mark.xfail(strict=True, reason="report.plan_report looks for every shard's name among the source's files")
 def test_a_dry_run_of_bf16_fits_80_columns(run: Cli, pristine: Make) -> None:
     done = run("repair", pristine("dense31b", "ragged", shards=2), "--bf16", "--dry-run", "--max-shard-size", "1MB")
     rows = [line.split() for line in done.out.splitlines() if line.startswith("model-0")]
@@ -834,7 +832,6 @@ def test_names_are_shown_as_they_are_and_not_taken_for_markup(run: Cli, checkpoi
     assert done.err == f"error: {tmp_path}/[red]nowhere[/]: no such folder\n"
 
 
-@pytest.mark.xfail(strict=True, reason="report.show writes characters that stdout's encoding may lack")
 def test_a_terminal_that_knows_ascii_alone_gets_ascii(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint("dense31b", "skip")
     names = {"model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight": "model.vision_tower.\u4e2d.weight"}
