@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_scan import Vllm, scan
 from .errors import BnbfixError, UsageError
+from .terminal import complain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,43 +52,10 @@ class Ragged(str, Enum):
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
-        "--vllm", metavar="TARGET",
-        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
-        "Left out: the vLLM installed here, else portable.",
-    ),
-]  # fmt: skip
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor, and notes too.")]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain.")]
 
 
-@app.command()
-def scan(
-    model: Model,
-    vllm: Vllm = None,
-    format: AsFormat = Format.table,
-    verbose: Verbose = False,
-    exit_zero: ExitZero = False,
-) -> int:
-    """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
-    from .api import scan as run
-
-    result = run(model, vllm)
-    if format is Format.json:
-        from .report_json import scan_document
-
-        _print_json(scan_document(result))
-    else:
-        from .report import scan_report, show
-
-        show(_stdout(), scan_report(result, verbose=verbose))
-    if damaged := [f for f in result.findings if f.code.value == "BNB201"]:
-        _complain(damaged[0].message, "Quantize the model again, or fetch the file again.")
-        return 2
-    return 0 if result.ok or exit_zero else 1
+app.command()(scan)
 
 
 @app.command()
@@ -282,16 +251,16 @@ def main() -> None:
         if code == INTERRUPTED:  # typer catches the interrupt itself
             raise KeyboardInterrupt
     except BnbfixError as e:
-        _complain(str(e), e.hint)
+        complain(str(e), e.hint)
         code = e.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was published", None)
+        complain("interrupted; nothing was published", None)
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        _complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
+        complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
         code = 2
     except Exception as e:
         code = _usage(e)
@@ -305,14 +274,6 @@ def _usage(error: Exception) -> int:
         raise error
     show()
     return int(getattr(error, "exit_code", 2))
-
-
-def _complain(message: str, hint: str | None) -> None:
-    from .report import plain
-
-    print(f"error: {plain(message)}", file=sys.stderr)
-    if hint:
-        print(f"  {plain(hint)}", file=sys.stderr)
 
 
 def _stdout() -> Console:
