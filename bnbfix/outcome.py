@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .checkpoint import CONFIG, MAX_JSON, Checkpoint, open_checkpoint
-from .codes import Severity
+from .checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
+from .codes import Code, Severity
 from .errors import BnbfixError, InputError, UsageError
 from .gemma4 import read_model
 from .grid import Grid, draw
-from .scanner import ScanResult, scan_checkpoint
+from .scanner import Finding, ScanResult, scan_checkpoint
 from .selection import Selection, findings_code
 from .source import LocalSource, Source
 from .vllm_releases import Target
@@ -30,6 +30,12 @@ class Outcome:
     left_out: int = 0  # findings that --select and --ignore left out
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
     grid: Grid | None = field(default=None, repr=False)
+
+    def file(self, finding: Finding) -> str:
+        """The file to look at for a finding: the shard of its first tensor, else config.json or the index."""
+        if finding.tensors:
+            return self.files.get(finding.tensors[0], CONFIG)
+        return INDEX if finding.code is Code.INDEX else CONFIG
 
     def exit_code(self, fail_on: Severity | None = Severity.DEGRADED) -> int:
         """As it would be for this model alone."""
