@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("words", "api"),
     ("report", "report_table", "report_json", "report_markdown", "report_github", "report_sarif", "report_html"),
     ("terminal",),
-    ("cli_scan",),
+    ("cli_scan", "pre_commit"),
     ("cli",),
     ("__main__", "__init__"),
 )
