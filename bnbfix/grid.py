@@ -24,7 +24,7 @@ class State(Enum):
     PACKED = ("P", "packed")
     MENDED = ("M", "mended by an earlier repair")
     FIXABLE = ("!", "in conflict; a repair mends it")
-    CONFLICT = ("X", "in conflict; nothing mends it")
+    CONFLICT = ("X", "in conflict; a repair does not mend it")
 
     @property
     def mark(self) -> str:

@@ -192,7 +192,8 @@ def test_the_hook_checks_each_folder_once(
     bad, good, other = (pristine(*m) for m in (("dense31b", "ragged"), ("e4b", "all"), ("dense31b", "bf16")))
     (tmp_path / "config.json").write_text("{")
     files = {m: [str(m / n) for n in ("config.json", "model.safetensors")] for m in (bad, good, other)}
-    assert pre_commit.main(["--vllm", "0.32.0", *files[good], *files[other], str(tmp_path / "x" / "a.safetensors")]) == 0
+    sound = [*files[good], *files[other], str(tmp_path / "x" / "a.safetensors")]
+    assert pre_commit.main(["--vllm", "0.32.0", *sound]) == 0
     assert capsys.readouterr() == ("", "")
     assert pre_commit.main(["--vllm", "0.32.0", *files[good], *files[bad]]) == 1
     assert capsys.readouterr().err.count("error: ") == 1
