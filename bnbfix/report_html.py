@@ -39,7 +39,7 @@ def style() -> str:
 def _page(found: Sequence[Outcome]) -> Iterator[str]:
     css = style()
     own = b64encode(sha256(css.encode()).digest()).decode()
-    title = _e(found[0].model) if len(found) == 1 else count(len(found), "model")
+    title = _e(plain(found[0].model)) if len(found) == 1 else count(len(found), "model")
     yield f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -123,8 +123,8 @@ def _map(grid: Grid, target: str, key: str) -> Iterator[str]:
 
 
 def _stack(section: Section, key: str) -> Iterator[str]:
-    yield f'<div class="stack scroll"><table class="grid"><caption>{section.title}, '
-    yield f'{count(len(section.rows), "layer")}</caption><thead><tr><th scope="col">layer'
+    caption = f"{section.title}, {count(len(section.rows), 'layer')}"
+    yield f'<div class="stack scroll"><table class="grid"><caption>{caption}</caption><thead><tr><th scope="col">layer'
     yield "".join(f'<th scope="col">{f"<span>{c}</span>" if len(c) > 1 else c}' for c in section.columns)
     yield "</thead><tbody>"
     for row in section.rows:
@@ -147,7 +147,7 @@ def _cell(cell: Cell | None, where: str, key: str) -> str:
 def _mark(cell: Cell, where: str, key: str) -> str:
     codes = " ".join(c.value for c in cell.codes)
     meaning = cell.state.meaning if cell.state is not State.ABSENT else "not in the file"
-    title = _e(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}")
+    title = _e(plain(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}"))
     attributes = f'class="cell {_name(cell.state)}" title="{title}"'
     if cell.codes:
         return f'<a href="#{key}-{cell.codes[0].value}" {attributes}>{cell.state.mark}</a>'
@@ -158,8 +158,8 @@ def _around(section: Section, key: str) -> Iterator[str]:
     yield f'<div class="stack scroll"><table class="around"><caption>{section.title}</caption><tbody>'
     for row in section.rows:
         name = _e(plain(row.label)).replace(".", ".<wbr>").replace("_", "_<wbr>")
-        yield f'<tr><td>{_mark(row.cells[""], plain(row.label), key)}<th scope="row">{name}'
-        yield f"<td><small>{_e(row.cells[''].note)}</small>"
+        yield f'<tr><td>{_mark(row.cells[""], row.label, key)}<th scope="row">{name}'
+        yield f"<td><small>{_e(plain(row.cells[''].note))}</small>"
     yield "</tbody></table></div>"
 
 
