@@ -24,7 +24,7 @@ MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 
 
 def _target(vllm: str | None) -> Target:
-    return resolve_target(vllm, find_installed())
+    return resolve_target(vllm, None if vllm else find_installed())
 
 
 def scan(path: StrPath, vllm: str | None = None) -> ScanResult:

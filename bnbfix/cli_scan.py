@@ -89,7 +89,7 @@ def scan(
     if output is not None and format is Format.table:
         raise UsageError("--output writes what --format names, and a table goes to stdout", hint="Add --format.")
     render = _renderer(format, several)
-    target = resolve_target(vllm, find_installed())
+    target = resolve_target(vllm, None if vllm else find_installed())
     seen: list[Outcome] = []
     outcomes = _kept(examine(names, target, selection, with_grid=map or format is Format.html), seen)
     if output is None and format is not Format.table:

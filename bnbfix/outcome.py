@@ -6,16 +6,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import BnbfixError, InputError, UsageError
 from .gemma4 import read_model
-from .grid import Grid, draw
 from .scanner import Finding, ScanResult, scan_checkpoint
 from .selection import Selection, findings_code
 from .source import LocalSource, Source
 from .vllm_releases import Target
+
+if TYPE_CHECKING:
+    from .grid import Grid
 
 RECORD = "bnbfix.json"  # what `bnbfix repair` leaves beside the weights
 
@@ -64,6 +67,8 @@ def _outcome(model: str, target: Target, selection: Selection, with_grid: bool) 
     chosen = selection.of(result.findings)
     grid = None
     if with_grid:
+        from .grid import draw
+
         grid = draw(checkpoint, read_model(checkpoint.config), chosen, mended(checkpoint.source))
     return Outcome(
         model, replace(result, findings=chosen), None, len(result.findings) - len(chosen),

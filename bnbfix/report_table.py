@@ -6,12 +6,10 @@ Laid out here, without rich, which would cost more time than the scan; a termina
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from textwrap import wrap
-from typing import NamedTuple
+from dataclasses import replace
 
 from .codes import Severity
-from .grid import Grid, Section, State
+from .lines import Layout, Line, Span, fold
 from .outcome import Outcome
 from .scanner import Finding, ReleaseVerdict, ScanResult
 from .words import (
@@ -32,30 +30,6 @@ from .words import (
 
 STYLES = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.NOTE: "green"}
 VERDICTS = {s.verdict: style for s, style in STYLES.items()} | {"error": "red", "skipped": "dim"}
-CELLS = {
-    State.PACKED: "cyan", State.MENDED: "green", State.FIXABLE: "bold yellow", State.CONFLICT: "bold red",
-    State.ABSENT: "dim",
-}  # fmt: skip
-
-
-class Span(NamedTuple):
-    """Text in one style, as rich names styles."""
-
-    text: str
-    style: str = ""
-
-
-Line = tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How much is shown, and in which width."""
-
-    width: int = 80
-    rule: str = "\u2500"
-    verbose: bool = False
-    quiet: bool = False
 
 
 def table(outcomes: Iterable[Outcome], layout: Layout, *, several: bool, with_map: bool) -> Iterator[Line]:
@@ -111,11 +85,13 @@ def scan_lines(outcome: Outcome, result: ScanResult, layout: Layout) -> Iterator
         codes = ", ".join(sorted({f.code.value for f in notes}))
         yield from _wrapped(f"{count(len(notes), 'note')} ({codes}), shown with --verbose", layout, "dim")
     if outcome.grid is not None:
+        from .report_map import map_lines
+
         yield from map_lines(outcome.grid, layout)
         yield ()
     last = conclude(outcome)
     words = last.words + (f" Mend it: {last.command}" if last.command else "")
-    for i, text in enumerate(wrap(words, layout.width)):
+    for i, text in enumerate(fold(words, layout.width)):
         end = len(last.words) if i == 0 else 0  # the command is told more quietly than the verdict
         yield Span(text[:end], f"bold {STYLES[last.severity]}"), Span(text[end:])
 
@@ -137,7 +113,7 @@ def _grid(heads: Sequence[str], rows: Sequence[Sequence[Span]], layout: Layout, 
     yield _columns([Span(head, "bold") for head in heads], widths, right)
     yield (Span(layout.rule * (sum(widths) + 2 * (len(widths) - 1))),)
     for row in rows:
-        parts = [_fold(span.text, width) for span, width in zip(row, widths, strict=True)]
+        parts = [fold(span.text, width) for span, width in zip(row, widths, strict=True)]
         for n in range(max(map(len, parts))):
             cells = [Span(p[n] if n < len(p) else "", s.style) for p, s in zip(parts, row, strict=True)]
             yield _columns(cells, widths, right)
@@ -180,50 +156,6 @@ def _names(tensors: Sequence[str], layout: Layout) -> Iterator[Line]:
         yield from _wrapped(f"and {count(more, 'more pattern')}; --verbose shows all", layout, by=4)
 
 
-def map_lines(grid: Grid, layout: Layout) -> Iterator[Line]:
-    """The map turned round, to be small: modules down and layers across, a character for each cell, and a legend."""
-    for section in grid.sections:
-        if section.columns == ("",):
-            yield from _around(section, layout)
-        else:
-            yield from _stack(section, layout)
-    marks = [Span(f"{state.mark} {state.meaning}", CELLS.get(state, "")) for state in grid.counts()]
-    for span in marks:
-        yield (Span("  "), span)
-
-
-def _stack(section: Section, layout: Layout) -> Iterator[Line]:
-    label = max(map(len, section.columns)) + 4
-    step = max((layout.width - label) // 10, 1) * 10
-    for start in range(0, len(section.rows), step):
-        rows = section.rows[start : start + step]
-        named = f"{section.title}, layers {rows[0].label} to {rows[-1].label}"
-        yield (Span(named, "bold"),)
-        yield (Span(" " * label + "".join(f"{row.label:<10}"[:10] for row in rows[::10]).rstrip(), "dim"),)
-        if any(row.kind for row in rows):
-            kinds = "".join("|" if row.kind.startswith("full") else " " for row in rows)
-            yield Span(f"  {'full':<{label - 2}}", "dim"), Span(kinds, "dim")
-        for column in section.columns:
-            cells = [row.cells.get(column) for row in rows]
-            marks = [Span(c.state.mark, CELLS.get(c.state, "")) if c else Span(" ") for c in cells]
-            yield (Span(f"  {column:<{label - 2}}"), *marks)
-        yield ()
-
-
-def _around(section: Section, layout: Layout) -> Iterator[Line]:
-    yield (Span(section.title, "bold"),)
-    for row in section.rows:
-        cell = row.cells[""]
-        first, *rest = _fold(plain(f"{row.label} ({cell.note})"), layout.width - 4)
-        yield Span("  "), Span(cell.state.mark, CELLS.get(cell.state, "")), Span(f" {first}")
-        yield from ((Span("    " + part),) for part in rest)
-    yield ()
-
-
 def _wrapped(text: str, layout: Layout, style: str = "", by: int = 0) -> Iterator[Line]:
-    for part in _fold(text, layout.width - by):
+    for part in fold(text, layout.width - by):
         yield (Span(" " * by + part, style),)
-
-
-def _fold(text: str, width: int) -> list[str]:
-    return wrap(text, max(width, 8), break_on_hyphens=False) or [""]

@@ -14,7 +14,7 @@ from .errors import OutputError
 from .words import plain
 
 if TYPE_CHECKING:
-    from .report_table import Layout, Line
+    from .lines import Layout, Line
 
 WIDTH = 80  # where there is no terminal to ask
 
@@ -28,7 +28,7 @@ def complain(message: str, hint: str | None = None) -> None:
 
 def layout(*, verbose: bool, quiet: bool) -> Layout:
     """How a table is laid out on this stdout."""
-    from .report_table import Layout
+    from .lines import Layout
 
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdigit() and int(columns) >= 20 else WIDTH

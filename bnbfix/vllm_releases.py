@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib import metadata, resources
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -62,7 +62,7 @@ class Target:
 @cache
 def ranges() -> tuple[ReleaseRange, ...]:
     """The table, oldest range first."""
-    doc = json.loads(resources.files(__package__).joinpath("vllm_releases.json").read_text("utf-8"))
+    doc = json.loads(Path(__file__).with_name("vllm_releases.json").read_text("utf-8"))
     names = {f.name for f in fields(ReleaseRange)}
     rows = []
     for row in doc["ranges"]:
@@ -91,12 +91,13 @@ def find_range(version: str) -> ReleaseRange | None:
     return None
 
 
-def find_installed(version_of: Callable[[str], str] = metadata.version) -> Installed | None:
-    """The vLLM installed beside bnbfix, from its metadata; nothing is imported."""
+def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
+    """The vLLM installed beside bnbfix, from its metadata; nothing of it is imported."""
+    from importlib import metadata  # slow to import, and not needed where a release is named
 
     def look(name: str) -> str | None:
         try:
-            return version_of(name)
+            return (version_of or metadata.version)(name)
         except metadata.PackageNotFoundError:
             return None
 
