@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import open_checkpoint
-from .errors import UsageError
-from .scanner import ScanResult, scan_checkpoint
+from .checkpoint import CONFIG, INDEX, open_checkpoint
+from .codes import Code
+from .errors import FindingsRemain, NotApplicable, UsageError
+from .gemma4 import Model, read_model
+from .scanner import Finding, ScanResult, scan_checkpoint, target_ranges
 from .source import LocalSource
 from .vllm_releases import Target, find_installed, resolve_target
 
@@ -22,7 +24,7 @@ MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 
 
 def _target(vllm: str | None) -> Target:
-    return resolve_target(vllm, find_installed())
+    return resolve_target(vllm, None if vllm else find_installed())
 
 
 def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
@@ -36,6 +38,50 @@ def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
     NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint.
     """
     return scan_checkpoint(open_checkpoint(LocalSource.open(Path(path))), _target(vllm))
+
+
+def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
+    """Raises FindingsRemain, with the findings, when a checkpoint about to be uploaded would not load in the target;
+    returns its scan otherwise.
+
+    None is returned for whatever bnbfix has no say in, since a pipeline uploads other things too: other models,
+    unquantized ones, adapters, folders without a model. A folder that holds packed Gemma4 weights and does not say so
+    in config.json is no such thing, and raises NotApplicable. `vllm` and the other errors are those of `scan`.
+    """
+    source = LocalSource.open(Path(folder))
+    weights = [name for name in source.files if name.endswith((".safetensors", INDEX)) and "/" not in name]
+    if CONFIG not in source.files or not weights:
+        return None
+    target = _target(vllm)
+    try:
+        checkpoint = open_checkpoint(source)
+        model = read_model(checkpoint.config)
+    except NotApplicable:
+        return None
+    try:
+        result = scan_checkpoint(checkpoint, target)
+    except NotApplicable:
+        if any(w.packed for w in checkpoint.weights.values()):
+            raise
+        return None
+    # Whether the plugin is installed here says nothing of the checkpoint.
+    if remaining := tuple(f for f in result.findings if f.remains and f.code is not Code.PLUGIN):
+        raise _remain(str(folder), model, target, remaining)
+    return result
+
+
+def _remain(folder: str, model: Model, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
+    """The error in a few words: each code once, and what to do."""
+    codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
+    words = ", ".join(
+        f"{code.value} {code.explanation.title}" + (f" ({n} tensor{'s' if n != 1 else ''})" if n else "")
+        for code, n in codes.items()
+    )
+    name = f"vLLM {target.name}" if len(target_ranges(target, model)) == 1 else "every vLLM release"
+    hint = f"See `bnbfix scan {folder} --vllm {target.name}`"
+    if all(f.reason is None for f in findings):
+        hint = f"Upload what `bnbfix repair {folder} --out DIR --vllm {target.name}` writes. {hint}"
+    return FindingsRemain(f"is not fit for {name}: {words}", findings, where=folder, hint=hint + ".")
 
 
 def plan_repair(

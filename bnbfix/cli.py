@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_scan import Vllm, scan
 from .errors import BnbfixError, UsageError
+from .terminal import complain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,43 +54,10 @@ class Ragged(str, Enum):
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
-        "--vllm", metavar="TARGET",
-        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
-        "Left out: the vLLM installed here, else portable.",
-    ),
-]  # fmt: skip
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor, and notes too.")]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain.")]
 
 
-@app.command()
-def scan(
-    model: Model,
-    vllm: Vllm = None,
-    format: AsFormat = Format.table,
-    verbose: Verbose = False,
-    exit_zero: ExitZero = False,
-) -> int:
-    """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
-    from .api import scan as run
-
-    result = run(model, vllm)
-    if format is Format.json:
-        from .report_json import scan_document
-
-        _print_json(scan_document(result))
-    else:
-        from .report import scan_report, show
-
-        show(_stdout(), scan_report(result, verbose=verbose))
-    if damaged := [f for f in result.findings if f.code.value == "BNB201"]:
-        _complain(damaged[0].message, "Quantize the model again, or fetch the file again.")
-        return 2
-    return 0 if result.ok or exit_zero else 1
+app.command()(scan)
 
 
 @app.command()
@@ -134,10 +104,10 @@ def _size(text: str, option: str) -> int:
     """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(m[1]) * units[m[2].upper()]) if m and m[2].upper() in units else 0
-    if size < 1:
+    size = float(m[1]) * units[m[2].upper()] if m and m[2].upper() in units else 0
+    if not 1 <= size < 2**63:
         raise UsageError(f"{option} {text!r} is not a size like 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
@@ -168,7 +138,7 @@ def _repair(plan: Plan, out: Path, how: How, overwrite: bool, format: Format) ->
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
-        _complain("interrupted; nothing was published", hint)
+        complain("interrupted; nothing was published", hint)
         sys.exit(TERMINATED if _terminated else INTERRUPTED)
     if result.kept:
         print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
@@ -289,21 +259,23 @@ def _options(
 def main() -> None:
     """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer catches the interrupt itself
             raise KeyboardInterrupt
     except BnbfixError as e:
-        _complain(str(e), e.hint)
+        complain(str(e), e.hint)
         code = e.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was published", None)
+        complain("interrupted; nothing was published", None)
         code = TERMINATED if _terminated else INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        _complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
+        complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
         code = 2
     except Exception as e:
         code = _usage(e)
@@ -323,14 +295,6 @@ def _usage(error: Exception) -> int:
         raise error
     show()
     return int(getattr(error, "exit_code", 2))
-
-
-def _complain(message: str, hint: str | None) -> None:
-    from .report import plain
-
-    print(f"error: {plain(message)}", file=sys.stderr)
-    if hint:
-        print(f"  {plain(hint)}", file=sys.stderr)
 
 
 def _stdout() -> Console:
