@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import open_checkpoint
 from .errors import UsageError
+from .locate import open_source
 from .scanner import ScanResult, scan_checkpoint
-from .source import LocalSource
 from .vllm_releases import Target, find_installed, resolve_target
 
 if TYPE_CHECKING:
@@ -25,17 +25,18 @@ def _target(vllm: str | None) -> Target:
     return resolve_target(vllm, find_installed())
 
 
-def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
+def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
     """Says what would go wrong with a checkpoint, where, and what mends it. Reads headers, never weights.
 
-    `path` is a folder with config.json and safetensors files. `vllm` is a release ("0.22.1") or "portable"; left out,
+    `path` is a folder with config.json and safetensors files, or a repo on the Hub, `org/name[@revision]`, of which
+    it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or commit. `vllm` is a release ("0.22.1") or "portable"; left out,
     the vLLM installed beside bnbfix, else "portable". `result.ok` says that nothing counts against the target;
     damaged quant states are findings (BNB201), not errors.
 
     Raises UsageError for a path or a release that makes no sense, InputError for files that are missing or broken,
-    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint.
+    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint, HubError when the Hub does not serve it.
     """
-    return scan_checkpoint(open_checkpoint(LocalSource.open(Path(path))), _target(vllm))
+    return scan_checkpoint(open_checkpoint(open_source(path, revision)), _target(vllm))
 
 
 def plan_repair(

@@ -48,7 +48,12 @@ class Ragged(str, Enum):
     quantize = "quantize"
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")
+]
 Vllm = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +71,7 @@ ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when fi
 def scan(
     model: Model,
     vllm: Vllm = None,
+    revision: Revision = None,
     format: AsFormat = Format.table,
     verbose: Verbose = False,
     exit_zero: ExitZero = False,
@@ -73,7 +79,7 @@ def scan(
     """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
     from .api import scan as run
 
-    result = run(model, vllm)
+    result = run(model, vllm, revision=revision)
     if format is Format.json:
         from .report_json import scan_document
 

@@ -161,6 +161,13 @@ class PlannedSource:
         out = {f: source[f] for f in self.plan.copied} | {s.name: s.size for s in self.plan.shards}
         return out | {name: len(text.encode()) for name, text in self.plan.texts.items()}
 
+    @property
+    def origin(self) -> Mapping[str, str] | None:
+        return self.plan.checkpoint.source.origin
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Bytes of a text, a header, or a copied tensor; dequantized bytes do not exist yet."""
         source = self.plan.checkpoint.source

@@ -13,6 +13,7 @@ from typing import Protocol
 from .errors import InputError, UsageError
 
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
+NOT_OURS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
 
 class Source(Protocol):
@@ -28,8 +29,17 @@ class Source(Protocol):
         """Size in bytes of every file, by path relative to the checkpoint, with forward slashes."""
         ...
 
+    @property
+    def origin(self) -> Mapping[str, str] | None:
+        """Where it was published: {"repo": "org/name", "revision": commit sha}; None for a folder."""
+        ...
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length); raises InputError when the file ends before."""
+        ...
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        """The same of several files at once, which a remote source fetches together."""
         ...
 
 
@@ -52,6 +62,10 @@ class LocalSource:
     def name(self) -> str:
         return str(self.path)
 
+    @property
+    def origin(self) -> None:
+        return None
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         try:
             fd = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
@@ -61,6 +75,9 @@ class LocalSource:
             return [read_exactly(fd, offset, length, file) for offset, length in ranges]
         finally:
             os.close(fd)
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
 
 
 def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
@@ -85,7 +102,7 @@ def _walk(root: Path, prefix: str = "") -> list[tuple[str, int]]:
     out: list[tuple[str, int]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name
-        if entry.name in (".git", ".cache"):  # version control and huggingface_hub's download records
+        if entry.name in NOT_OURS:
             continue
         if entry.is_dir(follow_symlinks=False):
             out += _walk(root, rel + "/")

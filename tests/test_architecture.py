@@ -22,9 +22,9 @@ FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # From the ground up: a module imports from rows above its own alone. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("safetensors_header", "source", "json_edit", "skip_modules", "codes", "vllm_releases"),
-    ("quant_state",),
-    ("checkpoint",),
+    ("safetensors_header", "source", "ranges", "refusals", "json_edit", "skip_modules", "codes", "vllm_releases"),
+    ("quant_state", "hub"),
+    ("checkpoint", "locate"),
     ("gemma4",),
     ("parameters",),
     ("rules",),
@@ -42,11 +42,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 APART = "vllm_worker"  # runs in a process of its own, and knows nothing of the rest
 SCANNING = [name for row in LAYERS[:8] for name in row]
+REMOTE = {"hub", "ranges", "refusals"}  # of a scan of a repo alone
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
     "torch": {"kernels", APART},
     "bitsandbytes": {"kernels"},
+    "huggingface_hub": {"hub"},
     "numpy": {"decode"},
     "rich": {"report", "cli"},
     "typer": {"cli"},
@@ -157,7 +159,7 @@ def test_every_module_says_what_it_is_for(name: str) -> None:
     assert len(ast.get_docstring(ast.parse(FILES[name].read_text("utf-8"))) or "") > 10
 
 
-HEAVY = {"torch", "bitsandbytes", "numpy", "rich", "typer", "safetensors", "transformers", "vllm"}
+HEAVY = {"torch", "bitsandbytes", "numpy", "rich", "typer", "safetensors", "transformers", "vllm", "huggingface_hub"}
 LEFT_OUT = f"print(sorted({HEAVY} & set(sys.modules)), sorted(m for m in sys.modules if m.startswith('bnbfix.')))"
 
 
@@ -178,7 +180,7 @@ def test_a_scan_imports_nothing_heavy_and_nothing_of_repairing(pristine: Make) -
     source = str(pristine("dense31b", "ragged", shards=2))
     heavy, ours = loaded(f"import bnbfix\nassert not bnbfix.scan({source!r}, vllm='portable').ok")
     assert heavy == "[]"
-    assert ours == set(SCANNING) - {"json_edit"} | {"api"}
+    assert ours == set(SCANNING) - {"json_edit"} - REMOTE | {"api"}
 
 
 def test_planning_a_repair_imports_nothing_heavy(pristine: Make) -> None:

@@ -1,0 +1,368 @@
+"""A checkpoint on the Hugging Face Hub, read by byte ranges. The one module that imports huggingface_hub.
+
+Its settings are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
+
+What a scan reads: the listing, config.json and the index whole, the first 128 KiB of each shard, the rest of a header
+that is longer, and the JSON of each quant state. Quant states lie between packed weights of many MB, so each is a
+request of its own, but for those of small models: about 10 + 2 for each shard + 1 for each packed weight altogether,
+some 600 for 31B with its tower packed, and far below 1% of the bytes. Several ranges in one request would be fewer, but
+the storage behind the Hub does not serve those.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
+from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]
+
+from . import __version__
+from .errors import HubError, InputError, UsageError
+from .ranges import Span, merge, misfit
+from .refusals import LOG_IN, Asked, refusal
+from .source import MAX_DEPTH, NOT_OURS, LocalSource, read_exactly
+
+WORKERS = 16  # requests at a time
+TRIES = 5
+FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
+PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
+TIMEOUT = 15.0  # seconds without a byte
+REDIRECTS = 10
+CHUNK = 64 << 10
+RETRIED = (408, 429, 500, 502, 503, 504)
+KEPT = 1 << 20  # bytes; what was read in shorter pieces is kept, since a plan reads headers and quant states again
+
+T = TypeVar("T")
+
+
+class _Again(Exception):
+    """A try that failed and may be repeated after `wait` seconds (None: as usual); `error` is what it comes to."""
+
+    def __init__(self, error: HubError, wait: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error, self.wait = error, wait
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A model repo at one commit. Files in the local Hub cache, or fetched since, are read from there."""
+
+    repo: str
+    revision: str  # sha of the commit that every read is pinned to
+    name: str
+    files: Mapping[str, int] = field(repr=False)
+    _hashes: Mapping[str, str] = field(repr=False, default_factory=dict)  # SHA-256 of what is stored as a large file
+    _paths: dict[str, Path] = field(repr=False, default_factory=dict)  # of files that lie here
+    _places: dict[str, str] = field(repr=False, default_factory=dict)  # where redirects led; not for eyes, it is signed
+    _etags: dict[tuple[str, str], str] = field(repr=False, default_factory=dict)
+    _kept: dict[tuple[str, int, int], bytes] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def open(cls, repo: str, revision: str | None = None) -> HubSource:
+        """Asks the Hub for the commit and its files; offline, the local cache. Raises HubError, UsageError."""
+        name = f"{repo}@{revision}" if revision else repo
+        asked = _asked(repo, revision)
+        try:
+            info = _patiently(
+                lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT), asked
+            )
+        except OfflineModeIsEnabled:
+            return cls._cached(repo, revision, name)
+        if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
+            raise HubError("the Hub names no commit", where=repo, hint="Is HF_ENDPOINT a Hub?")
+        files, hashes = {}, {}
+        for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
+            if not set(NOT_OURS).isdisjoint(sibling.rfilename.split("/")):
+                continue
+            files[_safe(sibling.rfilename, repo)] = _size(sibling, repo)
+            if sibling.lfs is not None:
+                hashes[sibling.rfilename] = sibling.lfs.sha256
+        return cls(repo, info.sha, name, MappingProxyType(files), hashes)
+
+    @classmethod
+    def _cached(cls, repo: str, revision: str | None, name: str) -> HubSource:
+        found = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if not isinstance(found, str):
+            raise HubError(
+                "offline mode is on (HF_HUB_OFFLINE), and the local cache does not have it", where=name,
+                hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
+            )  # fmt: skip
+        folder = LocalSource.open(Path(found).parent)
+        return cls(repo, folder.path.name, name, folder.files, {}, {f: folder.path / f for f in folder.files})
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        return {"repo": self.repo, "revision": self.revision}
+
+    def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return self.read_many({file: ranges})[file]
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        """Raises HubError when the Hub refuses, fails five times, or sends anything but what was asked for."""
+        out: dict[str, list[bytes]] = {file: [b""] * len(ranges) for file, ranges in wanted.items()}
+        jobs: list[tuple[str, Span]] = []
+        for file, ranges in wanted.items():
+            if (path := self.path(file)) is not None:
+                out[file] = _read_local(path, file, ranges)
+                continue
+            missing = []
+            for i, (offset, length) in enumerate(ranges):
+                if offset + length > self.files[file]:
+                    raise InputError(f"ended at byte {self.files[file]:,} while it was being read", where=file)
+                known = self._kept.get((file, offset, length)) if length else b""
+                if known is None:
+                    missing.append((i, offset, length))
+                else:
+                    out[file][i] = known
+            spans = merge([(offset, length) for _, offset, length in missing])
+            for span in spans:
+                members = tuple((missing[place][0], at, n) for place, at, n in span.members)
+                jobs.append((file, Span(span.offset, span.length, members)))
+        for (file, span), data in zip(jobs, _in_parallel(self._fetch, jobs), strict=True):
+            for i, part in span.cut(data):
+                out[file][i] = part
+                if len(part) < KEPT:
+                    self._kept[(file, *wanted[file][i])] = part
+        return out
+
+    def path(self, file: str) -> Path | None:
+        """Where a file lies on this machine, if it does: in the Hub cache, of this very commit, or fetched."""
+        if file not in self._paths:
+            found = try_to_load_from_cache(self.repo, file, revision=self.revision)
+            if not isinstance(found, str) or os.path.getsize(found) != self.files[file]:
+                return None
+            self._paths[file] = Path(found)
+        return self._paths[file]
+
+    def fetch(self, file: str, folder: Path | None = None, step: Callable[[int], None] = lambda n: None) -> None:
+        """Downloads a file of this commit whole: into the Hub cache, or into `folder`. Raises HubError.
+
+        `step` is called with the number of bytes that just came.
+        """
+        if self.path(file) is not None:
+            return
+        asked = _asked(self.repo, self.revision, file)
+        found = Path(_patiently(lambda: hf_hub_download(
+            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=_counting(step)), asked,
+        ))  # fmt: skip
+        if found.stat().st_size != self.files[file]:
+            raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
+        self._paths[file] = found
+
+    def forget(self, file: str) -> None:
+        """Deletes what `fetch` put into a folder of its own."""
+        self._paths.pop(file).unlink()
+
+    def _fetch(self, job: tuple[str, Span]) -> bytes:
+        file, span = job
+        return _patiently(lambda: self._once(file, span.offset, span.length), _asked(self.repo, self.revision, file))
+
+    def _once(self, file: str, offset: int, length: int) -> bytes:
+        """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""
+        home = hf_hub_url(self.repo, file, revision=self.revision)
+        place = self._places.get(file)
+        url = place or home
+        for _ in range(REDIRECTS):
+            at_home = _origin(url) == _origin(home)
+            headers = build_hf_headers(token=None if at_home else False, library_name="bnbfix",
+                                       library_version=__version__)  # fmt: skip
+            headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+            asked = _asked(self.repo, self.revision, file)
+            with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
+                if answer.status_code in (301, 302, 303, 307, 308):
+                    self._check_promise(file, answer.headers)
+                    url = _next(url, answer.headers.get("Location", ""), asked)
+                    continue
+                if answer.status_code in (200, 206):
+                    if at_home:
+                        self._check_promise(file, answer.headers)
+                    data = self._body(file, offset, length, answer, urlsplit(url).netloc)
+                    self._places[file] = url
+                    return data
+                if url == place:  # a signed address runs out after a while: ask the Hub for another
+                    self._places.pop(file, None)
+                    raise _Again(refusal(answer.status_code, None, asked), 0)
+                raise _refused(answer, asked)
+        raise HubError(f"redirects more than {REDIRECTS} times", where=asked.where)
+
+    def _check_promise(self, file: str, headers: Mapping[str, str]) -> None:
+        """Raises HubError when the Hub itself says that another file than the one listed will come."""
+        where = f"{self.repo}: {file}"
+        commit, size = headers.get("X-Repo-Commit"), headers.get("X-Linked-Size")
+        etag = (headers.get("X-Linked-ETag") or "").removeprefix("W/").strip('"')
+        if commit and commit != self.revision:
+            raise HubError(f"the Hub answers with commit {commit[:12]}, not {self.revision[:12]}", where=where)
+        if (size and size != str(self.files[file])) or (etag and etag != self._hashes.get(file, etag)):
+            raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
+
+    def _body(self, file: str, offset: int, length: int, answer: Any, host: str) -> bytes:
+        where, size = f"{self.repo}: {file}", self.files[file]
+        if answer.status_code == 200 and length != size:
+            raise HubError(
+                f"{host} ignores byte ranges (HTTP 200): reading on would fetch all {size:,} bytes", where=where,
+                hint="Is a proxy or a mirror (HF_ENDPOINT) between you and the Hub? Download the model instead.",
+            )  # fmt: skip
+        if answer.status_code == 206 and (why := misfit(answer.headers.get("Content-Range"), offset, length, size)):
+            raise HubError(f"{host} {why}", where=where, hint="Run it again; a proxy or a mirror may be broken.")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise HubError(f"{host} compresses byte ranges, which makes them useless", where=where)
+        etag = answer.headers.get("ETag")
+        if etag and self._etags.setdefault((file, host), etag) != etag:
+            raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
+        data = bytearray()
+        for chunk in answer.iter_raw(CHUNK):
+            data += chunk
+            if len(data) > length:
+                raise HubError(f"{host} sends more than the {length:,} bytes that were asked for", where=where)
+        if len(data) < length:
+            raise HubError(f"{host} sent {len(data):,} bytes of the {length:,} that were asked for", where=where)
+        return bytes(data)
+
+
+def _counting(step: Callable[[int], None]) -> type[tqdm]:
+    """A progress bar that shows nothing and counts."""
+
+    class Counting(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            step(int(n or 0))
+
+    return Counting
+
+
+def _asked(repo: str, revision: str | None, file: str | None = None) -> Asked:
+    parts = urlsplit(constants.ENDPOINT)
+    return Asked(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+
+
+def _next(url: str, location: str, asked: Asked) -> str:
+    target = urljoin(url, location)
+    old, new = urlsplit(url), urlsplit(target)
+    if not location or new.scheme not in ("https", "http") or (old.scheme, new.scheme) == ("https", "http"):
+        raise HubError("redirects to where nothing safe can be read", where=asked.where)
+    return target
+
+
+def _safe(name: str, repo: str) -> str:
+    """A listed name, which will name a file here; raises HubError for one that could leave its folder."""
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name or len(parts) > MAX_DEPTH:
+        raise HubError(f"lists {name[:300]!r}, which is no name for a file", where=repo)
+    return name
+
+
+def _size(sibling: Any, repo: str) -> int:
+    size = sibling.lfs.size if sibling.lfs is not None else sibling.size
+    if type(size) is not int or size < 0:
+        raise HubError("the Hub does not say how large it is", where=f"{repo}: {sibling.rfilename}")
+    return size
+
+
+def _read_local(path: Path, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise InputError(f"cannot be opened in the local cache ({e.strerror})", where=file) from e
+    try:
+        return [read_exactly(fd, offset, length, file) for offset, length in ranges]
+    finally:
+        os.close(fd)
+
+
+def _in_parallel(work: Callable[[Any], T], jobs: Sequence[Any]) -> list[T]:
+    """The results in order; the first error, or an interrupt, stops what has not begun."""
+    if len(jobs) < 2:
+        return [work(job) for job in jobs]
+    pool = ThreadPoolExecutor(min(WORKERS, len(jobs)), thread_name_prefix="bnbfix-hub")
+    try:
+        futures = [pool.submit(work, job) for job in jobs]
+        return [f.result() for f in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _patiently(work: Callable[[], T], asked: Asked) -> T:
+    """Does it, again after failures that may pass; raises HubError, and OfflineModeIsEnabled.
+
+    What others raised is never chained: their words may hold signed addresses or a header with the token.
+    """
+    error, pause = HubError("no answer", where=asked.where), FIRST_WAIT
+    for left in reversed(range(TRIES)):
+        wait = None
+        try:
+            return work()
+        except OfflineModeIsEnabled:
+            raise
+        except _Again as e:
+            error, wait = e.error, e.wait
+        except HfHubHTTPError as e:
+            again = _refused(e.response, asked)
+            if isinstance(again, HubError):
+                raise again from None
+            error, wait = again.error, again.wait
+        except HFValidationError:
+            raise UsageError("is no name that a model on the Hub can have", where=asked.repo) from None
+        except NoAnswer as e:
+            error = _no_answer(e, asked)
+        except UnicodeEncodeError:
+            raise HubError("HF_TOKEN holds characters that no token has", where=asked.where, hint=LOG_IN) from None
+        except LocalEntryNotFoundError as e:
+            if isinstance(e.__cause__, OfflineModeIsEnabled):
+                raise e.__cause__ from None
+            raise _no_answer(e.__cause__ or e, asked) from None
+        if left:
+            time.sleep(pause if wait is None else wait)
+            pause = min(LAST_WAIT, pause * 2)
+    raise error from None
+
+
+def _no_answer(error: BaseException, asked: Asked) -> HubError:
+    if isinstance(error, HfHubHTTPError):
+        found = _refused(error.response, asked)
+        return found if isinstance(found, HubError) else found.error
+    words = scrubbed(str(error)) or type(error).__name__
+    hint = "Is there a network? HF_HUB_OFFLINE=1 uses what is in the local cache."
+    return HubError(f"no answer from {asked.endpoint} ({words})", where=asked.where, hint=hint)
+
+
+def _refused(answer: Any, asked: Asked) -> HubError | _Again:
+    """What a status means: an error at once, or one that may pass."""
+    headers, status = answer.headers, answer.status_code
+    after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")) or re.search(
+        r"r=0\b.*?\bt=(\d+)", headers.get("RateLimit", "")
+    )
+    wait = float(after[1]) if after and status in (429, 503) else None
+    error = refusal(status, headers.get("X-Error-Code"), asked, wait)
+    return _Again(error, wait) if status in RETRIED and (wait or 0) <= PATIENCE else error
+
+
+def scrubbed(text: str) -> str:
+    """Without the token, which a client quotes when it cannot be sent."""
+    token = get_token()
+    return text.replace(token, "***") if token else text
