@@ -28,10 +28,10 @@ def _target(vllm: str | None) -> Target:
 def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
     """Says what would go wrong with a checkpoint, where, and what mends it. Reads headers, never weights.
 
-    `path` is a folder with config.json and safetensors files, or a repo on the Hub, `org/name[@revision]`, of which
-    it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or commit. `vllm` is a release ("0.22.1") or "portable"; left out,
-    the vLLM installed beside bnbfix, else "portable". `result.ok` says that nothing counts against the target;
-    damaged quant states are findings (BNB201), not errors.
+    `path` is a folder with config.json and safetensors files, or a string that names a repo on the Hub,
+    `org/name[@revision]`, of which it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or
+    commit. `vllm` is a release ("0.22.1") or "portable"; left out, the vLLM installed beside bnbfix, else "portable".
+    `result.ok` says that nothing counts against the target; damaged quant states are findings (BNB201), not errors.
 
     Raises UsageError for a path or a release that makes no sense, InputError for files that are missing or broken,
     NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint, HubError when the Hub does not serve it.
@@ -43,12 +43,13 @@ def plan_repair(
     path: StrPath,
     vllm: str | None = None,
     *,
+    revision: str | None = None,
     bf16: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     ragged: str = "dequantize",
 ) -> Plan:
     """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
-    nothing to do.
+    nothing to do. `path` and `revision` are those of `scan`; of a repo it reads what a scan reads.
 
     `bf16` dequantizes everything and drops quantization_config, in shards of at most `max_shard_size` bytes.
     `ragged` says what becomes of fused groups that are partly packed: "dequantize" their packed members, or
@@ -59,7 +60,7 @@ def plan_repair(
     """
     from .plan import plan_checkpoint
 
-    return plan_checkpoint(LocalSource.open(Path(path)), _target(vllm), _options(bf16, max_shard_size, ragged))
+    return plan_checkpoint(open_source(path, revision), _target(vllm), _options(bf16, max_shard_size, ragged))
 
 
 def _options(bf16: bool, max_shard_size: int, ragged: str) -> Options:
@@ -77,6 +78,8 @@ def repair(
     out: StrPath,
     vllm: str | None = None,
     *,
+    revision: str | None = None,
+    stream: bool = False,
     device: str = "auto",
     overwrite: bool = False,
     bf16: bool = False,
@@ -86,29 +89,36 @@ def repair(
 ) -> RepairResult:
     """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
+    `path` and `revision` are those of `scan`. A repo is planned from byte ranges, then downloaded to the Hub's cache;
+    with `stream` each of its shards is fetched when it is needed and deleted after its last use.
     `bf16`, `max_shard_size` and `ragged` are those of `plan_repair`. `device` is where weights are dequantized:
     "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `progress` is called with the number of bytes
-    just written. With nothing to repair nothing is written, and `result.written` is False.
+    just fetched or written. With nothing to repair nothing is fetched or written, and `result.written` is False.
 
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
     from .plan import plan_checkpoint
-    from .write import check_destination, pick_device, write_plan
+    from .supply import carry_out
+    from .write import check_destination, pick_device
 
-    source = LocalSource.open(Path(path))
+    source = open_source(path, revision)
     check_destination(source, Path(out), overwrite=overwrite)
     plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
     chosen = pick_device(plan, device)
-    return write_plan(plan, Path(out), device=chosen, overwrite=overwrite, progress=progress)
+    return carry_out(plan, Path(out), device=chosen, overwrite=overwrite, stream=stream, progress=progress)
 
 
-def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | None = None) -> VerifyResult:
+def verify(
+    out: StrPath, source: StrPath | None = None, *, revision: str | None = None, progress: Progress | None = None
+) -> VerifyResult:
     """Proves a repair: every file against the hashes in its record, a fresh scan for its target, and, with `source`,
-    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode.
+    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode. `source` and
+    `revision` are what `scan` takes; a repo is downloaded to the Hub's cache.
 
     Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
     """
     from .verifier import verify_output
 
-    return verify_output(Path(out), Path(source) if source is not None else None, progress=progress)
+    found = open_source(source, revision) if source is not None else None
+    return verify_output(Path(out), found, progress=progress)

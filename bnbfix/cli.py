@@ -99,6 +99,10 @@ def repair(
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
     vllm: Vllm = None,
+    revision: Revision = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk; a kill starts anew.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
@@ -110,23 +114,24 @@ def repair(
     format: AsFormat = Format.table,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
+    from .locate import open_source
     from .plan import Options, plan_checkpoint
-    from .source import LocalSource
     from .vllm_releases import find_installed, resolve_target
     from .write import check_destination
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
-    source = LocalSource.open(model)
+    source = open_source(model, revision)
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
     options = Options(bf16, _size(max_shard_size), ragged.value)
     plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
-        _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
+        beside = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
+        _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, device, overwrite, format)
+    return _repair(plan, out, device, overwrite, stream, format)
 
 
 def _size(text: str) -> int:
@@ -156,14 +161,16 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format) -> int:
-    from .write import check_space, pick_device, write_plan
+def _repair(plan: Plan, out: Path, device: str, overwrite: bool, stream: bool, format: Format) -> int:
+    from .supply import carry_out, check_space, to_fetch
+    from .write import pick_device
 
     if not plan.nothing_to_do:
-        check_space(plan, out)
+        check_space(plan, out, stream=stream)
     chosen = pick_device(plan, device)
-    with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
-        result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)
+    total = plan.bytes_written + sum(to_fetch(plan).values())
+    with _progress(f"writing {out}", total, quiet=format is Format.json) as step:
+        result = carry_out(plan, out, device=chosen, overwrite=overwrite, stream=stream, progress=step)
     if format is Format.json:
         from .report_json import repair_document
 
@@ -178,17 +185,22 @@ def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format)
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bnbfix repair` wrote.")],
-    source: Annotated[Path | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    revision: Revision = None,
     load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
+    from .locate import open_source
     from .verifier import verify_output
 
+    if revision and not source:
+        raise UsageError("--revision belongs to a --source on the Hub")
+    origin = open_source(source, revision) if source else None
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
-        result = verify_output(folder, source, progress=step)
+        result = verify_output(folder, origin, progress=step)
     loaded = None
     if load:
         from .installed import load as run

@@ -113,6 +113,11 @@ class HubSource:
     def origin(self) -> Mapping[str, str]:
         return {"repo": self.repo, "revision": self.revision}
 
+    @property
+    def store(self) -> Path:
+        """The Hub's cache."""
+        return Path(constants.HF_HUB_CACHE)
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return self.read_many({file: ranges})[file]
 
@@ -168,9 +173,11 @@ class HubSource:
             raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
         self._paths[file] = found
 
-    def forget(self, file: str) -> None:
-        """Deletes what `fetch` put into a folder of its own."""
-        self._paths.pop(file).unlink()
+    def forget(self, file: str, folder: Path) -> None:
+        """Deletes what `fetch` put into `folder`; what lies in the cache stays."""
+        if (path := self._paths.get(file)) is not None and folder.resolve() in path.resolve().parents:
+            del self._paths[file]
+            path.unlink()
 
     def _fetch(self, job: tuple[str, Span]) -> bytes:
         file, span = job

@@ -14,10 +14,10 @@ from typing import Any
 
 from . import json_edit
 from .assemble import repaired_shards, unpacked_shards
-from .checkpoint import CONFIG, INDEX, Checkpoint, Weight, open_checkpoint
+from .checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import InputError, Unrepairable
-from .layout import Copy, Dequantize, Quantize, ShardPlan, Slice, TensorPlan
+from .layout import Copy, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
 from .mend import Mend, decide
 from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from .source import Source
@@ -217,13 +217,9 @@ def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
 
 def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
     op = run[0].op
-    if isinstance(op, Copy):
-        return op.origin.info.nbytes
     if isinstance(op, Quantize) and isinstance(op.values, Slice):
         return op.values.nbytes
-    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
-    parts = [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
-    return sum(t.info.nbytes for t in parts)
+    return sum(t.info.nbytes for t in tensors_read(op))
 
 
 def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, cast
 
 from .errors import InputError, UsageError
 
@@ -41,6 +41,32 @@ class Source(Protocol):
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
         """The same of several files at once, which a remote source fetches together."""
         ...
+
+
+class RemoteSource(Source, Protocol):
+    """A source elsewhere, whose files can be fetched whole."""
+
+    @property
+    def store(self) -> Path:
+        """The folder that fetched files go to."""
+        ...
+
+    def path(self, file: str) -> Path | None:
+        """Where a file lies on this machine, if it does."""
+        ...
+
+    def fetch(self, file: str, folder: Path | None, step: Callable[[int], None]) -> None:
+        """Brings a file here whole, to the store or to `folder`; `step` counts bytes. Nothing when it is here."""
+        ...
+
+    def forget(self, file: str, folder: Path) -> None:
+        """Deletes a file that was fetched to `folder`, and no other."""
+        ...
+
+
+def remote(source: Source) -> RemoteSource | None:
+    """The source as one that is elsewhere, if it is."""
+    return cast(RemoteSource, source) if source.origin is not None else None
 
 
 @dataclass(frozen=True)

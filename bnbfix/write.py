@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .values import copy_range, plain_values, quantized_parts
 
 SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
 Progress = Callable[[int], None]  # called with the number of bytes just written
+Bring = Callable[[str], AbstractContextManager[None]]  # around the writing of a file: what it reads lies here meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (p.resolve() for p in _scratch(_real(out))):
+        for scratch in (p.resolve() for p in (*_scratch(_real(out)), fetched_folder(out))):
             if here == scratch or scratch in here.parents:
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
@@ -67,7 +69,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
 
 def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
     """(bytes needed, bytes free) where `out` will lie."""
-    return plan.bytes_written + SLACK, shutil.disk_usage(_existing_parent(out)).free
+    return plan.bytes_written + SLACK, shutil.disk_usage(existing_parent(out)).free
 
 
 def check_space(plan: Plan, out: Path) -> None:
@@ -87,9 +89,12 @@ def pick_device(plan: Plan, request: str) -> str:
 
 
 def write_plan(
-    plan: Plan, out: Path, *, device: str, overwrite: bool = False, progress: Progress | None = None
-) -> RepairResult:
+    plan: Plan, out: Path, *, device: str, overwrite: bool = False, progress: Progress | None = None,
+    bring: Bring | None = None,
+) -> RepairResult:  # fmt: skip
     """Writes the output of a plan to the directory `out`. `device` is a torch device that exists.
+
+    `bring` is entered, with the file's name, around the writing of each file that is made from the source's bytes.
 
     Raises UsageError or OutputError when that is not possible, InputError when the source changes meanwhile,
     VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before.
@@ -104,7 +109,7 @@ def write_plan(
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(staging)
         staging.mkdir()
-        files = _write_files(plan, staging, device, progress or (lambda n: None))
+        files = _write_files(plan, staging, device, progress or (lambda n: None), bring or (lambda name: nullcontext()))
         _check_written(plan, staging)
         _publish(staging, out)
     except OSError as e:
@@ -124,7 +129,13 @@ def _scratch(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
 
 
-def _existing_parent(path: Path) -> Path:
+def fetched_folder(out: Path) -> Path:
+    """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
+    return _real(out).with_name(f".{_real(out).name}.bnbfix-source")
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder that `path` will lie in, or the nearest one above that exists."""
     path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent
@@ -138,13 +149,15 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> dict[str, str]:
+def _write_files(plan: Plan, staging: Path, device: str, progress: Progress, bring: Bring) -> dict[str, str]:
     source, files = plan.checkpoint.source, {}
     size = source.files
     for name in plan.copied:
-        files[name] = _write(staging / name, copy_range(source, name, 0, size[name]), progress)
+        with bring(name):
+            files[name] = _write(staging / name, copy_range(source, name, 0, size[name]), progress)
     for shard in plan.shards:
-        files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
+        with bring(shard.name):
+            files[shard.name] = _write(staging / shard.name, shard_chunks(source, shard, device), progress)
     for name, text in plan.texts.items():
         files[name] = _write(staging / name, iter([text.encode()]), progress)
     # A file name that is no UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
@@ -156,10 +169,15 @@ def _write_files(plan: Plan, staging: Path, device: str, progress: Progress) -> 
 
 
 def record(plan: Plan, files: Mapping[str, str]) -> str:
-    """The text of bnbfix.json: what was changed, for which target, and the SHA-256 of every other file."""
+    """The text of bnbfix.json: what was changed, for which target, and the SHA-256 of every other file.
+
+    A repo's repair differs from a folder's in the key "source" alone: {"repo", "revision"}.
+    """
+    origin = plan.checkpoint.source.origin
     doc = {
         "schema": 1,
         "bnbfix": __version__,
+        **({"source": dict(origin)} if origin else {}),
         "target": plan.target.name,
         "releases": [r.name for r in plan.target.ranges],
         "options": vars(plan.options),

@@ -76,9 +76,9 @@ class Hub:
         ours = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         return kept | ours
 
-    def run(self, *arguments: object, token: str | None = None) -> Ran:
-        """Runs `bnbfix` in a process that is there already; nothing may be downloaded into its cache."""
-        job = {"argv": [str(a) for a in arguments], "env": {"HF_TOKEN": token}}
+    def run(self, *arguments: object, token: str | None = None, script: str | None = None) -> Ran:
+        """Runs `bnbfix`, or a script, in a process that is there already, with a cache that all tests share."""
+        job = {"argv": [str(a) for a in arguments], "env": {"HF_TOKEN": token}, "script": script}
         stdin, stdout = self._client.stdin, self._client.stdout
         assert stdin is not None and stdout is not None
         stdin.write(json.dumps(job) + "\n")

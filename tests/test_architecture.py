@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assemble", "unpack"),
     ("plan",),
     ("write",),
+    ("supply",),
     ("verifier",),
     ("api", "report", "report_json"),
     ("cli",),

@@ -3,8 +3,8 @@
 
     python tests/benchmarks/make_31b.py OUT [--packed-tower] [--shard-size BYTES]
 
-Config, index, headers, quant states and the small siblings are real; weights and absmax are holes in sparse files, which
-read as zeros. Scans of it cost what scans of the real one cost. Standard library only.
+Config, index, headers, quant states and the small siblings are real; weights and absmax are holes in sparse files,
+which read as zeros. Scans of it cost what scans of the real one cost. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,12 +99,12 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def make(folder: Path, *, packed_tower: bool = False, shard_size: int = SHARD_SIZE) -> Path:
-    """Writes the checkpoint. With `packed_tower` the vision tower is packed too, which makes 600 quant states of 410."""
+    """Writes the checkpoint. With `packed_tower` the vision tower is packed too: 600 quant states instead of 410."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, shape, linear in weights():
-        packed = linear and (packed_tower or ".vision_tower." not in name and ".embed_vision." not in name)
+        packed = linear and (packed_tower or ".language_model." in name)
         tensors = pack(name, shape) if packed else {name: ("BF16", shape, None)}
         size = sum(math.prod(s) * WIDTH[dtype] for dtype, s, _ in tensors.values())
         if filled and filled + size > shard_size:
@@ -144,7 +143,8 @@ def config(packed_tower: bool) -> dict[str, object]:
     vision = common | {
         "model_type": "gemma4_vision", "hidden_size": VISION, "intermediate_size": VISION_INTERMEDIATE,
         "num_hidden_layers": VISION_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72,
-        "use_clipped_linears": False, "standardize": True, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        "use_clipped_linears": False, "standardize": True,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
     }  # fmt: skip
     quantization = {
         "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
@@ -167,7 +167,7 @@ def main() -> None:
     folder = make(given.out, packed_tower=given.packed_tower, shard_size=given.shard_size)
     stats = [p.stat() for p in folder.iterdir()]
     size, held = sum(s.st_size for s in stats), sum(s.st_blocks * 512 for s in stats)
-    print(f"{folder}: {size / 1e9:,.1f} GB in {len(stats)} files, {held / 1e6:,.1f} MB of them on disk", os.linesep, end="")
+    print(f"{folder}: {size / 1e9:,.1f} GB in {len(stats)} files, {held / 1e6:,.1f} MB of them on disk")
 
 
 if __name__ == "__main__":
