@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .plan import Plan
+    from .publish import Destination
     from .write import Progress
 
 INTERRUPTED = 130
@@ -111,17 +112,28 @@ def repair(
     ragged: Annotated[
         Ragged, typer.Option(help="Fused groups partly packed: keep their precision, or their size.")
     ] = Ragged.dequantize,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="REPO", help="Then verify DIR and upload it to this Hub repo.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Push as a pull request, onto the source repo unless --push-to.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push-to a private one.")] = False,
     format: AsFormat = Format.table,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
     from .locate import open_source
     from .plan import Options, plan_checkpoint
+    from .publish import destination, require_login
     from .vllm_releases import find_installed, resolve_target
     from .write import check_destination
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
     source = open_source(model, revision)
+    to = destination(source, push_to, create_pr=create_pr, private=private)
+    if to is not None:
+        require_login()
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
     options = Options(bf16, _size(max_shard_size), ragged.value)
@@ -131,7 +143,7 @@ def repair(
         _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, device, overwrite, stream, format)
+    return _repair(plan, out, device, overwrite, stream, to, format)
 
 
 def _size(text: str) -> int:
@@ -161,7 +173,10 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, device: str, overwrite: bool, stream: bool, format: Format) -> int:
+def _repair(
+    plan: Plan, out: Path, device: str, overwrite: bool, stream: bool, to: Destination | None, format: Format
+) -> int:
+    from .publish import publish
     from .supply import carry_out, check_space, to_fetch
     from .write import pick_device
 
@@ -171,14 +186,21 @@ def _repair(plan: Plan, out: Path, device: str, overwrite: bool, stream: bool, f
     total = plan.bytes_written + sum(to_fetch(plan).values())
     with _progress(f"writing {out}", total, quiet=format is Format.json) as step:
         result = carry_out(plan, out, device=chosen, overwrite=overwrite, stream=stream, progress=step)
+    pushed = None
+    if to is not None and result.written:
+        quiet = format is Format.json or not sys.stderr.isatty()
+        with _progress(f"checking {out}", plan.bytes_written, quiet=quiet) as step:
+            pushed = publish(out, to, step, quiet=quiet)
     if format is Format.json:
-        from .report_json import repair_document
+        from .report_json import pushed_document, repair_document
 
-        _print_json(repair_document(result))
+        _print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
         return 0
-    from .report import repair_report, show
+    from .report import pushed_line, repair_report, show
 
     show(_stdout(), repair_report(result))
+    if to:
+        print(pushed_line(pushed))
     return 0
 
 

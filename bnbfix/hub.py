@@ -1,4 +1,4 @@
-"""A checkpoint on the Hugging Face Hub, read by byte ranges. The one module that imports huggingface_hub.
+"""A checkpoint on the Hugging Face Hub, read by byte ranges.
 
 Its settings are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
 
@@ -13,53 +13,32 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_session,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
-from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from . import __version__
-from .errors import HubError, InputError, UsageError
-from .ranges import Span, merge, misfit
-from .refusals import LOG_IN, Asked, refusal
-from .source import MAX_DEPTH, NOT_OURS, LocalSource, read_exactly
+from .errors import HubError, InputError
+from .hub_client import Again, asked_for, counting, patiently, refused
+from .ranges import Span, follow, merge, misfit, origin_of, safe_name
+from .refusals import refusal
+from .source import NOT_OURS, LocalSource, read_exactly
 
 WORKERS = 16  # requests at a time
-TRIES = 5
-FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
-PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
 TIMEOUT = 15.0  # seconds without a byte
 REDIRECTS = 10
 CHUNK = 64 << 10
-RETRIED = (408, 429, 500, 502, 503, 504)
 KEPT = 1 << 20  # bytes; what was read in shorter pieces is kept, since a plan reads headers and quant states again
 
 T = TypeVar("T")
-
-
-class _Again(Exception):
-    """A try that failed and may be repeated after `wait` seconds (None: as usual); `error` is what it comes to."""
-
-    def __init__(self, error: HubError, wait: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error, self.wait = error, wait
 
 
 @dataclass(frozen=True)
@@ -80,9 +59,9 @@ class HubSource:
     def open(cls, repo: str, revision: str | None = None) -> HubSource:
         """Asks the Hub for the commit and its files; offline, the local cache. Raises HubError, UsageError."""
         name = f"{repo}@{revision}" if revision else repo
-        asked = _asked(repo, revision)
+        asked = asked_for(repo, revision)
         try:
-            info = _patiently(
+            info = patiently(
                 lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT), asked
             )
         except OfflineModeIsEnabled:
@@ -93,7 +72,7 @@ class HubSource:
         for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
             if not set(NOT_OURS).isdisjoint(sibling.rfilename.split("/")):
                 continue
-            files[_safe(sibling.rfilename, repo)] = _size(sibling, repo)
+            files[safe_name(sibling.rfilename, repo)] = _size(sibling, repo)
             if sibling.lfs is not None:
                 hashes[sibling.rfilename] = sibling.lfs.sha256
         return cls(repo, info.sha, name, MappingProxyType(files), hashes)
@@ -165,9 +144,9 @@ class HubSource:
         """
         if self.path(file) is not None:
             return
-        asked = _asked(self.repo, self.revision, file)
-        found = Path(_patiently(lambda: hf_hub_download(
-            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=_counting(step)), asked,
+        asked = asked_for(self.repo, self.revision, file)
+        found = Path(patiently(lambda: hf_hub_download(
+            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
         ))  # fmt: skip
         if found.stat().st_size != self.files[file]:
             raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
@@ -181,7 +160,7 @@ class HubSource:
 
     def _fetch(self, job: tuple[str, Span]) -> bytes:
         file, span = job
-        return _patiently(lambda: self._once(file, span.offset, span.length), _asked(self.repo, self.revision, file))
+        return patiently(lambda: self._once(file, span.offset, span.length), asked_for(self.repo, self.revision, file))
 
     def _once(self, file: str, offset: int, length: int) -> bytes:
         """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""
@@ -189,15 +168,15 @@ class HubSource:
         place = self._places.get(file)
         url = place or home
         for _ in range(REDIRECTS):
-            at_home = _origin(url) == _origin(home)
+            at_home = origin_of(url) == origin_of(home)
             headers = build_hf_headers(token=None if at_home else False, library_name="bnbfix",
                                        library_version=__version__)  # fmt: skip
             headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-            asked = _asked(self.repo, self.revision, file)
+            asked = asked_for(self.repo, self.revision, file)
             with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
                     self._check_promise(file, answer.headers)
-                    url = _next(url, answer.headers.get("Location", ""), asked)
+                    url = follow(url, answer.headers.get("Location", ""), asked.where)
                     continue
                 if answer.status_code in (200, 206):
                     if at_home:
@@ -207,8 +186,8 @@ class HubSource:
                     return data
                 if url == place:  # a signed address runs out after a while: ask the Hub for another
                     self._places.pop(file, None)
-                    raise _Again(refusal(answer.status_code, None, asked), 0)
-                raise _refused(answer, asked)
+                    raise Again(refusal(answer.status_code, None, asked), 0)
+                raise refused(answer, asked)
         raise HubError(f"redirects more than {REDIRECTS} times", where=asked.where)
 
     def _check_promise(self, file: str, headers: Mapping[str, str]) -> None:
@@ -245,45 +224,6 @@ class HubSource:
         return bytes(data)
 
 
-def _counting(step: Callable[[int], None]) -> type[tqdm]:
-    """A progress bar that shows nothing and counts."""
-
-    class Counting(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> None:
-            step(int(n or 0))
-
-    return Counting
-
-
-def _asked(repo: str, revision: str | None, file: str | None = None) -> Asked:
-    parts = urlsplit(constants.ENDPOINT)
-    return Asked(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file)
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
-
-
-def _next(url: str, location: str, asked: Asked) -> str:
-    target = urljoin(url, location)
-    old, new = urlsplit(url), urlsplit(target)
-    if not location or new.scheme not in ("https", "http") or (old.scheme, new.scheme) == ("https", "http"):
-        raise HubError("redirects to where nothing safe can be read", where=asked.where)
-    return target
-
-
-def _safe(name: str, repo: str) -> str:
-    """A listed name, which will name a file here; raises HubError for one that could leave its folder."""
-    parts = name.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name or len(parts) > MAX_DEPTH:
-        raise HubError(f"lists {name[:300]!r}, which is no name for a file", where=repo)
-    return name
-
-
 def _size(sibling: Any, repo: str) -> int:
     size = sibling.lfs.size if sibling.lfs is not None else sibling.size
     if type(size) is not int or size < 0:
@@ -312,64 +252,3 @@ def _in_parallel(work: Callable[[Any], T], jobs: Sequence[Any]) -> list[T]:
         return [f.result() for f in futures]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _patiently(work: Callable[[], T], asked: Asked) -> T:
-    """Does it, again after failures that may pass; raises HubError, and OfflineModeIsEnabled.
-
-    What others raised is never chained: their words may hold signed addresses or a header with the token.
-    """
-    error, pause = HubError("no answer", where=asked.where), FIRST_WAIT
-    for left in reversed(range(TRIES)):
-        wait = None
-        try:
-            return work()
-        except OfflineModeIsEnabled:
-            raise
-        except _Again as e:
-            error, wait = e.error, e.wait
-        except HfHubHTTPError as e:
-            again = _refused(e.response, asked)
-            if isinstance(again, HubError):
-                raise again from None
-            error, wait = again.error, again.wait
-        except HFValidationError:
-            raise UsageError("is no name that a model on the Hub can have", where=asked.repo) from None
-        except NoAnswer as e:
-            error = _no_answer(e, asked)
-        except UnicodeEncodeError:
-            raise HubError("HF_TOKEN holds characters that no token has", where=asked.where, hint=LOG_IN) from None
-        except LocalEntryNotFoundError as e:
-            if isinstance(e.__cause__, OfflineModeIsEnabled):
-                raise e.__cause__ from None
-            raise _no_answer(e.__cause__ or e, asked) from None
-        if left:
-            time.sleep(pause if wait is None else wait)
-            pause = min(LAST_WAIT, pause * 2)
-    raise error from None
-
-
-def _no_answer(error: BaseException, asked: Asked) -> HubError:
-    if isinstance(error, HfHubHTTPError):
-        found = _refused(error.response, asked)
-        return found if isinstance(found, HubError) else found.error
-    words = scrubbed(str(error)) or type(error).__name__
-    hint = "Is there a network? HF_HUB_OFFLINE=1 uses what is in the local cache."
-    return HubError(f"no answer from {asked.endpoint} ({words})", where=asked.where, hint=hint)
-
-
-def _refused(answer: Any, asked: Asked) -> HubError | _Again:
-    """What a status means: an error at once, or one that may pass."""
-    headers, status = answer.headers, answer.status_code
-    after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")) or re.search(
-        r"r=0\b.*?\bt=(\d+)", headers.get("RateLimit", "")
-    )
-    wait = float(after[1]) if after and status in (429, 503) else None
-    error = refusal(status, headers.get("X-Error-Code"), asked, wait)
-    return _Again(error, wait) if status in RETRIED and (wait or 0) <= PATIENCE else error
-
-
-def scrubbed(text: str) -> str:
-    """Without the token, which a client quotes when it cannot be sent."""
-    token = get_token()
-    return text.replace(token, "***") if token else text

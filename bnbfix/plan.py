@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import json_edit
+from . import card, json_edit
 from .assemble import repaired_shards, unpacked_shards
 from .checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from .codes import Code, Severity
@@ -62,7 +62,7 @@ class Plan:
     scan: ScanResult
     edits: tuple[Edit, ...]
     shards: tuple[ShardPlan, ...]
-    texts: Mapping[str, str]  # files written from text: config.json and the index, where they change
+    texts: Mapping[str, str]  # files written from text: the card; config.json and the index, where they change
     copied: tuple[str, ...]  # other files, copied as they are
     remaining: tuple[Finding, ...]  # what counts against the checkpoint and no file can mend
     options: Options
@@ -137,12 +137,13 @@ def _plan(
     options: Options,
 ) -> Plan:
     _check_names(target, shards)
-    texts = _texts(checkpoint, mend, shards)
+    edits = tuple(_edits(checkpoint, mend))
+    texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, target, edits, options)
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
     copied = tuple(f for f in checkpoint.source.files if f not in written)
-    return Plan(checkpoint, target, scan, tuple(_edits(checkpoint, mend)), shards, texts, copied, remaining, options)
+    return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,20 @@ def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) ->
         if index != checkpoint.index and (len(shards) > 1 or kept or strays):
             out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return out
+
+
+def _card(source: Source, target: Target, edits: Sequence[Edit], options: Options) -> dict[str, str]:
+    """README.md with its section; nothing where the file is no text that a section could go into."""
+    old = None
+    if (size := source.files.get(card.CARD)) is not None:
+        if size > card.MAX_CARD:
+            return {}
+        try:
+            old = source.read(card.CARD, [(0, size)])[0].decode("utf-8")
+        except UnicodeDecodeError:
+            return {}
+    section = card.describe(target, [(e.action, e.name) for e in edits], bf16=options.bf16)
+    return {card.CARD: card.with_section(old, section, quantized=not options.bf16)}
 
 
 def _index(old: Mapping[str, Any], shards: tuple[ShardPlan, ...]) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Byte ranges as HTTP knows them: near ones merged into one request, and what a server says of them, checked. Pure."""
+"""Byte ranges as HTTP knows them: near ones merged into one request, and what a server says, checked. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+from .errors import HubError
+from .source import MAX_DEPTH
 
 # Bytes that may lie unasked between two ranges of one request. A request costs a round trip, in which a usual line
 # carries more than this; of 600 quant states no more than 40 MB could be wasted, 0.2% of a 20 GB checkpoint.
@@ -48,3 +52,26 @@ def misfit(content_range: str | None, offset: int, length: int, size: int) -> st
     if m[3] != "*" and int(m[3]) != size:
         return f"says that the file has {int(m[3]):,} bytes, the listing said {size:,}: it changed meanwhile"
     return None
+
+
+def origin_of(url: str) -> tuple[str, str | None, int | None]:
+    """(scheme, host, port): what a token may be sent to is one of these."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+
+
+def follow(url: str, location: str, where: str) -> str:
+    """The address that a redirect leads to. Raises HubError for one that is no HTTP, or gives up on encryption."""
+    target = urljoin(url, location)
+    old, new = urlsplit(url), urlsplit(target)
+    if not location or new.scheme not in ("https", "http") or (old.scheme, new.scheme) == ("https", "http"):
+        raise HubError("redirects to where nothing safe can be read", where=where)
+    return target
+
+
+def safe_name(name: str, where: str) -> str:
+    """A listed name, which will name a file here; raises HubError for one that could leave its folder."""
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name or len(parts) > MAX_DEPTH:
+        raise HubError(f"lists {name[:300]!r}, which is no name for a file", where=where)
+    return name

@@ -10,6 +10,7 @@ from typing import Any
 
 from .installed import LoadResult, ProbeResult
 from .plan import Plan
+from .publish import Pushed
 from .scanner import SCHEMA, Finding, ReleaseVerdict, ScanResult
 from .verifier import VerifyResult
 from .vllm_releases import ReleaseRange
@@ -55,6 +56,11 @@ def repair_document(result: RepairResult) -> dict[str, Any]:
     """The plan's document with {out, sha256}; out is null when there was nothing to do."""
     out = str(result.out) if result.out else None
     return plan_document(result.plan) | {"out": out, "sha256": dict(result.files)}
+
+
+def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
+    """{pushed: {repo, url, commit}}; null where there was nothing to push."""
+    return {"pushed": vars(pushed) if pushed else None}
 
 
 def verify_document(result: VerifyResult) -> dict[str, Any]:

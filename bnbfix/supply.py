@@ -67,13 +67,13 @@ def check_space(plan: Plan, out: Path, *, stream: bool = False) -> None:
     together = Counter[int]()
     for folder, n in needs:
         together[os.stat(folder).st_dev] += n
-    for folder, _ in needs:
+    for (folder, _), where in zip(needs, (out, source and source.store), strict=False):
         needed, free = together[os.stat(folder).st_dev], shutil.disk_usage(folder).free
         if needed > free:
             what = f", {sum(missing.values()):,} of them for the download" if missing and not stream else ""
             hint = None if stream or not missing else "With --stream the source never lies whole on disk."
             raise OutputError(
-                f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(folder), hint=hint
+                f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(where), hint=hint
             )
 
 

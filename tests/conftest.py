@@ -98,7 +98,7 @@ def _hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (root / "uploads").mkdir()
     server = FakeHub(root / "uploads")
     hub = Hub(server, root / "home", None)  # type: ignore[arg-type]  # it is made with its own environment
-    command = [sys.executable, str(Path(__file__).parent / "hub_client.py")]
+    command = [sys.executable, str(Path(__file__).parent / "hub_runner.py")]
     pipes: dict[str, IO[Any] | int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
     client = subprocess.Popen(command, text=True, env=hub.environment | {"PYTHONPATH": path}, **pipes)  # type: ignore

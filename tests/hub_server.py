@@ -384,7 +384,8 @@ class FakeHub:
             return await self._spoiled(fault)
         if no := self._may_write(request):
             return no
-        stored = {b.oid for r in self.repos.values() for files in r.commits.values() for b in files.values()}
+        repo = self.repos["{org}/{name}".format(**request.path_params)]
+        stored = {b.oid for files in repo.commits.values() for b in files.values()}
         objects = []
         for o in (await request.json())["objects"]:
             entry = {"oid": o["oid"], "size": o["size"]}

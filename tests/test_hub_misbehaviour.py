@@ -141,8 +141,8 @@ def test_listed_names_cannot_leave_their_folder(hub: Hub, repo: str, name: str) 
 def test_nobody_listens(hub: Hub) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
-    code = "import sys; from bnbfix import hub, cli; hub.FIRST_WAIT = 0; sys.argv[1:] = ['scan', 'org/x']; cli.main()"
-    done = process(hub, code, HF_ENDPOINT=f"http://user:secret@127.0.0.1:{port}")
+    code = "import sys; from bnbfix import cli, hub_client as h; h.FIRST_WAIT = 0; sys.argv[1:] = ['scan', 'org/x']"
+    done = process(hub, code + "; cli.main()", HF_ENDPOINT=f"http://user:secret@127.0.0.1:{port}")
     assert f"error: org/x: no answer from http://127.0.0.1:{port} (" in done and "HF_HUB_OFFLINE=1" in done
     assert "secret" not in done
 
@@ -166,7 +166,7 @@ def test_the_token_is_in_no_traceback(hub: Hub, repo: str) -> None:
     for fault in ({"kind": 500}, {"kind": 401, "origin": "hub"}, {"kind": "hangs up"}):
         hub.server.reset()
         hub.server.fault(**fault)  # type: ignore[arg-type]
-        code = "import bnbfix, bnbfix.hub as h; h.FIRST_WAIT = 0.01; bnbfix.scan('org/model')"
+        code = "import bnbfix, bnbfix.hub_client as h; h.FIRST_WAIT = 0.01; bnbfix.scan('org/model')"
         said = process(hub, code, HF_TOKEN=TOKEN)
         assert "HubError" in said and "Traceback" in said
         assert TOKEN not in said and "signature=" not in said

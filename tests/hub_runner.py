@@ -13,9 +13,9 @@ import os
 import sys
 import traceback
 
-from bnbfix import cli, hub
+from bnbfix import cli, hub_client
 
-hub.FIRST_WAIT = 0.01  # seconds; the server's faults pass at once, or never
+hub_client.FIRST_WAIT = 0.01  # seconds; the server's faults pass at once, or never
 
 
 def set_environment(env: dict[str, str | None]) -> None:
