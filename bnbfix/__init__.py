@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import (
         BnbfixError,
         HeaderError,
+        HubError,
         InputError,
         NotApplicable,
         OutputError,
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from .write import RepairResult
 
 __all__ = [
-    "BnbfixError", "Code", "Edit", "Finding", "HeaderError", "InputError", "NotApplicable", "OutputError", "Plan",
-    "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Severity",
+    "BnbfixError", "Code", "Edit", "Finding", "HeaderError", "HubError", "InputError", "NotApplicable", "OutputError",
+    "Plan", "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Severity",
     "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult", "plan_repair", "repair", "scan", "verify",
 ]  # fmt: skip
 
@@ -48,8 +49,8 @@ _HOME = {
     for module, names in {
         "api": ("plan_repair", "repair", "scan", "verify"),
         "codes": ("Code", "Severity"),
-        "errors": ("BnbfixError", "HeaderError", "InputError", "NotApplicable", "OutputError", "QuantStateError",
-                   "Unrepairable", "UsageError", "VerifyError"),
+        "errors": ("BnbfixError", "HeaderError", "HubError", "InputError", "NotApplicable", "OutputError",
+                   "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
         "plan": ("Edit", "Plan"),
         "scanner": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier": ("Problem", "VerifyResult"),

@@ -27,12 +27,12 @@ def with_section(card: str | None, section: str, *, quantized: bool) -> str:
     """
     if card is None or not card.strip():
         return _NEW.format(tag="- bitsandbytes\n" if quantized else "") + section
+    newline = "\r\n" if "\r\n" in card else "\n"
+    section = section.replace("\n", newline)
     if (old := list(_SECTION.finditer(card))) != []:
         begin, end = old[-1].span()
-        return card[:begin] + section.rstrip("\n") + card[end:]
-    newline = "\r\n" if "\r\n" in card else "\n"
-    gap = newline if card.endswith(newline) else newline * 2
-    return card + gap + section.replace("\n", newline)
+        return card[:begin] + section.removesuffix(newline) + card[end:]
+    return card + (newline if card.endswith(newline) else newline * 2) + section
 
 
 def describe(target: Target, edits: Iterable[tuple[str, str]], *, bf16: bool) -> str:

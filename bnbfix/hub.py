@@ -21,13 +21,21 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from . import __version__
 from .errors import HubError, InputError
-from .hub_client import Again, asked_for, counting, patiently, refused
+from .hub_client import Again, asked_for, counting, patiently, refused, scrubbed
 from .ranges import Span, follow, merge, misfit, origin_of, safe_name
 from .refusals import refusal
 from .source import NOT_OURS, LocalSource, read_exactly
@@ -59,12 +67,14 @@ class HubSource:
     def open(cls, repo: str, revision: str | None = None) -> HubSource:
         """Asks the Hub for the commit and its files; offline, the local cache. Raises HubError, UsageError."""
         name = f"{repo}@{revision}" if revision else repo
-        asked = asked_for(repo, revision)
-        try:
-            info = patiently(
-                lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT), asked
-            )
-        except OfflineModeIsEnabled:
+
+        def look() -> ModelInfo | None:
+            try:
+                return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+            except OfflineModeIsEnabled:
+                return None
+
+        if (info := patiently(look, asked_for(repo, revision))) is None:
             return cls._cached(repo, revision, name)
         if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
             raise HubError("the Hub names no commit", where=repo, hint="Is HF_ENDPOINT a Hub?")
@@ -145,9 +155,13 @@ class HubSource:
         if self.path(file) is not None:
             return
         asked = asked_for(self.repo, self.revision, file)
-        found = Path(patiently(lambda: hf_hub_download(
-            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
-        ))  # fmt: skip
+        try:
+            found = Path(patiently(lambda: hf_hub_download(
+                self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
+            ))  # fmt: skip
+        except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; what hf_xet says when it gives up
+            words = scrubbed(str(getattr(e, "strerror", None) or e))
+            raise HubError(f"cannot be downloaded ({words})", where=asked.where) from None
         if found.stat().st_size != self.files[file]:
             raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
         self._paths[file] = found

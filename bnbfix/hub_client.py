@@ -51,14 +51,16 @@ def asked_for(repo: str, revision: str | None, file: str | None = None) -> Asked
 
 
 def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES) -> T:
-    """Does it, again after failures that may pass; raises HubError, UsageError for a name, and OfflineModeIsEnabled."""
+    """Does it, again after failures that may pass. Raises HubError, and UsageError for a name that cannot be."""
     error, pause = HubError("no answer", where=asked.where), FIRST_WAIT
     for left in reversed(range(tries)):
         wait = None
         try:
             return work()
         except OfflineModeIsEnabled:
-            raise
+            raise HubError(
+                "offline mode is on (HF_HUB_OFFLINE)", where=asked.where, hint="Unset HF_HUB_OFFLINE."
+            ) from None
         except Again as e:
             error, wait = e.error, e.wait
         except HfHubHTTPError as e:
@@ -73,8 +75,6 @@ def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES) -> T:
         except UnicodeEncodeError:
             raise HubError("HF_TOKEN holds characters that no token has", where=asked.where, hint=LOG_IN) from None
         except LocalEntryNotFoundError as e:
-            if isinstance(e.__cause__, OfflineModeIsEnabled):
-                raise e.__cause__ from None
             raise no_answer(e.__cause__ or e, asked) from None
         if left:
             time.sleep(pause if wait is None else wait)

@@ -38,6 +38,7 @@ def test_a_section_is_replaced_where_it_stands() -> None:
 def test_line_ends_stay() -> None:
     out = with_section("# Model\r\n", SECTION, quantized=True)
     assert out == "# Model\r\n\r\n" + SECTION.replace("\n", "\r\n")
+    assert with_section(out, SECTION, quantized=True) == out
 
 
 @pytest.mark.parametrize("card", [None, "", " \n"])

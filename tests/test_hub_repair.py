@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Hub, Make
+from hub_server import TOKEN
 
 import bnbfix
 from bnbfix.plan import RECORD
@@ -63,8 +64,10 @@ def test_a_repair_of_a_repo_equals_the_repair_of_its_folder(
     hub: Hub, source: Path, repo: str, mended: dict[str, bytes], tmp_path: Path, stream: list[str]
 ) -> None:
     out = tmp_path / "out"
-    done = hub.run("repair", repo, "--out", out, *TARGET, *stream)
+    done = hub.run("repair", repo, "--out", out, *TARGET, *stream, token=TOKEN)
     assert (done.code, done.err) == (0, "")
+    assert {s.authorization for s in hub.server.seen if s.origin == "hub"} == {f"Bearer {TOKEN}"}
+    assert {s.authorization for s in hub.server.seen if s.origin == "cdn"} == {None}
     assert contents(out) == mended
     assert os.listdir(tmp_path) == ["out"]
     sha = hub.server.repos[repo].refs["main"]
