@@ -157,9 +157,11 @@ def _size(text: str) -> int:
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
+    from .supply import to_fetch
     from .write import RepairResult, disk_space
 
     needed, free = disk_space(plan, out)
+    needed += sum(to_fetch(plan).values())
     if format is Format.json:
         from .report_json import plan_document
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -172,9 +173,10 @@ class HubSource:
             del self._paths[file]
             path.unlink()
 
-    def _fetch(self, job: tuple[str, Span]) -> bytes:
+    def _fetch(self, job: tuple[str, Span], stop: threading.Event) -> bytes:
         file, span = job
-        return patiently(lambda: self._once(file, span.offset, span.length), asked_for(self.repo, self.revision, file))
+        asked = asked_for(self.repo, self.revision, file)
+        return patiently(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
 
     def _once(self, file: str, offset: int, length: int) -> bytes:
         """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""
@@ -195,10 +197,11 @@ class HubSource:
                 if answer.status_code in (200, 206):
                     if at_home:
                         self._check_promise(file, answer.headers)
-                    data = self._body(file, offset, length, answer, urlsplit(url).netloc)
+                    data = self._body(file, offset, length, answer, urlsplit(url).netloc.rpartition("@")[2])
                     self._places[file] = url
                     return data
-                if url == place:  # a signed address runs out after a while: ask the Hub for another
+                # A signed address runs out after a while: ask the Hub for another.
+                if url == place and answer.status_code in (400, 401, 403, 404, 410):
                     self._places.pop(file, None)
                     raise Again(refusal(answer.status_code, None, asked), 0)
                 raise refused(answer, asked)
@@ -256,13 +259,15 @@ def _read_local(path: Path, file: str, ranges: Sequence[tuple[int, int]]) -> lis
         os.close(fd)
 
 
-def _in_parallel(work: Callable[[Any], T], jobs: Sequence[Any]) -> list[T]:
-    """The results in order; the first error, or an interrupt, stops what has not begun."""
+def _in_parallel(work: Callable[[Any, threading.Event], T], jobs: Sequence[Any]) -> list[T]:
+    """The results in order; the first error, or an interrupt, stops what has not begun or waits for another try."""
+    stop = threading.Event()
     if len(jobs) < 2:
-        return [work(job) for job in jobs]
+        return [work(job, stop) for job in jobs]
     pool = ThreadPoolExecutor(min(WORKERS, len(jobs)), thread_name_prefix="bnbfix-hub")
     try:
-        futures = [pool.submit(work, job) for job in jobs]
+        futures = [pool.submit(work, job, stop) for job in jobs]
         return [f.result() for f in futures]
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -7,7 +7,7 @@ words may hold signed addresses, or a header with the token.
 from __future__ import annotations
 
 import re
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +46,18 @@ class Again(Exception):
 
 
 def asked_for(repo: str, revision: str | None, file: str | None = None) -> Asked:
+    """What is about to be asked of the Hub, for the words of an error."""
     parts = urlsplit(constants.ENDPOINT)
     return Asked(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file)
 
 
-def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES) -> T:
-    """Does it, again after failures that may pass. Raises HubError, and UsageError for a name that cannot be."""
+def patiently(
+    work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: threading.Event | None = None
+) -> T:
+    """Does it, again after failures that may pass, until `stop` is set. Raises HubError, and UsageError for a name
+    that cannot be.
+    """
+    stop = stop or threading.Event()
     error, pause = HubError("no answer", where=asked.where), FIRST_WAIT
     for left in reversed(range(tries)):
         wait = None
@@ -76,13 +82,14 @@ def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES) -> T:
             raise HubError("HF_TOKEN holds characters that no token has", where=asked.where, hint=LOG_IN) from None
         except LocalEntryNotFoundError as e:
             raise no_answer(e.__cause__ or e, asked) from None
-        if left:
-            time.sleep(pause if wait is None else wait)
-            pause = min(LAST_WAIT, pause * 2)
+        if left and stop.wait(pause if wait is None else wait):
+            break
+        pause = min(LAST_WAIT, pause * 2)
     raise error from None
 
 
 def no_answer(error: BaseException, asked: Asked) -> HubError:
+    """The error for what a client raised instead of an answer, or around one."""
     if isinstance(error, HfHubHTTPError):
         found = refused(error.response, asked)
         return found if isinstance(found, HubError) else found.error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -105,10 +106,16 @@ def carry_out(
 
 def fetch(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
     """Downloads files into the Hub's cache, the largest first; the first error stops what has not begun."""
+    lock = threading.Lock()
+
+    def one_at_a_time(n: int) -> None:
+        with lock:
+            step(n)
+
     pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
     try:
         names = sorted(files, key=lambda f: -files[f])
-        for done in [pool.submit(source.fetch, name, None, step) for name in names]:
+        for done in [pool.submit(source.fetch, name, None, one_at_a_time) for name in names]:
             done.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -166,8 +166,7 @@ def test_the_token_is_in_no_traceback(hub: Hub, repo: str) -> None:
     for fault in ({"kind": 500}, {"kind": 401, "origin": "hub"}, {"kind": "hangs up"}):
         hub.server.reset()
         hub.server.fault(**fault)  # type: ignore[arg-type]
-        code = "import bnbfix, bnbfix.hub_client as h; h.FIRST_WAIT = 0.01; bnbfix.scan('org/model')"
-        said = process(hub, code, HF_TOKEN=TOKEN)
+        said = hub.run(script="import bnbfix; bnbfix.scan('org/model')", token=TOKEN).err
         assert "HubError" in said and "Traceback" in said
         assert TOKEN not in said and "signature=" not in said
 

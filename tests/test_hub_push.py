@@ -165,6 +165,14 @@ def test_no_token_is_said_before_the_work(hub: Hub, source: str, to: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
+    source = pristine("dense31b", "skip")
+    command = ("repair", source, "--out", tmp_path / "out", "--vllm", "0.32.0", "--push-to", to)
+    done = hub.process(*command, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    assert done.code == 2 and done.err.startswith(f"error: {to}: offline mode is on (HF_HUB_OFFLINE)")
+    assert hub.server.seen == [] and (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("fault", "words"), [
     ({"kind": 403, "path": "/api/repos/create", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
     ({"kind": 403, "path": "/commit/", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
