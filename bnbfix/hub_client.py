@@ -173,4 +173,11 @@ def counting(step: Callable[[int], None]) -> type[tqdm]:
         def update(self, n: float | None = 1) -> None:
             step(int(n or 0))
 
+        # With these, downloads through Xet use one bar for what arrives and what is put together of it, not two.
+        def update_transfer(self, n: float | None = 1) -> None:
+            pass
+
+        def set_transfer_postfix_str(self, postfix: str, refresh: bool = False) -> None:
+            pass
+
     return Counting

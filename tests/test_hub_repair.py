@@ -181,6 +181,28 @@ def test_the_inputs_of_a_plan_are_what_its_files_are_made_from(source: Path) -> 
     assert all(read[name] == (name,) for name in plan.copied)
 
 
+XET = """
+from types import SimpleNamespace
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+from bnbfix.hub_client import counting
+
+counted = []
+with XetDownloadProgressReporter(
+    reconstruction_desc="", total=100, log_level=30, tqdm_class=counting(counted.append)
+) as reporter:
+    for n in (10, 60, 100):
+        reporter.update_progress(SimpleNamespace(
+            total_bytes_completed=n, total_transfer_bytes_completed=n // 2, total_bytes=100,
+            total_bytes_completion_rate=1.0, total_transfer_bytes_completion_rate=None))
+print(counted)
+"""
+
+
+def test_downloads_through_xet_are_counted_once_too(hub: Hub) -> None:
+    done = hub.run(script=XET)
+    assert (done.out, done.err) == ("[10, 50, 40]\n", "")
+
+
 SPACE = """
 import shutil, sys
 from collections import namedtuple
