@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         BnbfixError,
         FindingsRemain,
         HeaderError,
+        HubError,
         InputError,
         NotApplicable,
         OutputError,
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
     from .write import RepairResult
 
 __all__ = [
-    "BnbfixError", "Code", "Edit", "Finding", "FindingsRemain", "HeaderError", "InputError", "NotApplicable",
-    "OutputError", "Plan", "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult",
-    "Severity", "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult", "check_before_upload",
-    "plan_repair", "repair", "scan", "verify",
+    "BnbfixError", "Code", "Edit", "Finding", "FindingsRemain", "HeaderError", "HubError", "InputError",
+    "NotApplicable", "OutputError", "Plan", "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict",
+    "RepairResult", "ScanResult", "Severity", "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult",
+    "check_before_upload", "plan_repair", "repair", "scan", "verify",
 ]  # fmt: skip
 
 _HOME = {
@@ -50,8 +51,8 @@ _HOME = {
     for module, names in {
         "api": ("check_before_upload", "plan_repair", "repair", "scan", "verify"),
         "codes": ("Code", "Severity"),
-        "errors": ("BnbfixError", "FindingsRemain", "HeaderError", "InputError", "NotApplicable", "OutputError",
-                   "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
+        "errors": ("BnbfixError", "FindingsRemain", "HeaderError", "HubError", "InputError", "NotApplicable",
+                   "OutputError", "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
         "plan": ("Edit", "Plan"),
         "scanner": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier": ("Problem", "VerifyResult"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .source import Source
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 64_000_000  # bytes of config or index; real ones stay below one megabyte
+HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     config_text, config = _json(source, CONFIG)
     index = _json(source, INDEX)[1] if INDEX in source.files else None
     names = _shard_names(source, index)
-    shards = {name: _header(source, name) for name in names}
+    shards = _headers(source, names)
     tensors, duplicates = _tensors(shards, _weight_map(index) if index else {})
     weights, orphans, damaged = _group(source, tensors)
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
@@ -170,11 +171,16 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
     return names
 
 
-def _header(source: Source, name: str) -> st.Header:
-    size = source.files[name]
-    first = source.read(name, [(0, min(st.LENGTH_BYTES, size))])[0]
-    length = st.header_length(first, size, name)
-    return st.parse_header(source.read(name, [(st.LENGTH_BYTES, length)])[0], size, name)
+def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
+    """The header of every shard, in two rounds of reads at most."""
+    sizes = {name: source.files[name] for name in names}
+    found = source.read_many({n: [(0, min(HEADER_GUESS, sizes[n]))] for n in names})
+    begun = {name: part for name, (part,) in found.items()}
+    ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
+    rest = {n: [(len(begun[n]), ends[n] - len(begun[n]))] for n in names if ends[n] > len(begun[n])}
+    for name, (part,) in source.read_many(rest).items():
+        begun[name] += part
+    return {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
 
 
 def _tensors(
@@ -249,14 +255,14 @@ def _state(
 
 
 def _read_states(source: Source, siblings: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
-    """The JSON bytes of every quant state, by (weight, suffix), with one call for each shard."""
+    """The JSON bytes of every quant state, by (weight, suffix), all in one call."""
     wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
     for name, own in siblings.items():
         for suffix in qs.STATE_SUFFIXES:
             if (t := own.get(suffix)) is not None and t.info.nbytes <= qs.MAX_STATE_JSON:
                 wanted.setdefault(t.shard, []).append((name, suffix, t))
     out: dict[tuple[str, str], bytes] = {}
-    for shard, items in wanted.items():
-        parts = source.read(shard, [(t.offset, t.info.nbytes) for _, _, t in items])
-        out |= {(name, suffix): part for (name, suffix, _), part in zip(items, parts, strict=True)}
+    found = source.read_many({s: [(t.offset, t.info.nbytes) for _, _, t in items] for s, items in wanted.items()})
+    for shard, parts in found.items():
+        out |= {(name, suffix): part for (name, suffix, _), part in zip(wanted[shard], parts, strict=True)}
     return out

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .cli_scan import Vllm, scan
+from .cli_scan import Revision, Vllm, scan
 from .errors import BnbfixError, UsageError
 from .terminal import complain
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .plan import Plan
+    from .publish import Destination
     from .write import How, Progress
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -53,7 +54,9 @@ class Ragged(str, Enum):
     quantize = "quantize"
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
+]
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
 
 
@@ -65,6 +68,10 @@ def repair(
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
     vllm: Vllm = None,
+    revision: Revision = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
@@ -76,28 +83,40 @@ def repair(
     hardlink: Annotated[bool, typer.Option("--hardlink", help="Link untouched shards, not copy them.")] = False,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Shards written side by side.")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to use at most: 2GB.")] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="REPO", help="Then verify DIR and upload it to this Hub repo.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Push as a pull request, onto the source repo unless --push-to.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push-to a private one.")] = False,
     format: AsFormat = Format.table,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
     from .destination import check_destination
+    from .locate import open_source
     from .plan import Options, plan_checkpoint
-    from .source import LocalSource
+    from .publish import destination, require_login
     from .vllm_releases import find_installed, resolve_target
     from .write import How
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
-    source = LocalSource.open(model)
+    source = open_source(model, revision)
+    to = destination(source, push_to, create_pr=create_pr, private=private)
+    if to is not None:
+        require_login()
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
     options = Options(bf16, _size(max_shard_size, "--max-shard-size"), ragged.value)
     how = How(device, hardlink, workers, _size(max_memory, "--max-memory") if max_memory else None)
     plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
-        _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
+        beside = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
+        _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, how, overwrite, format)
+    return _repair(plan, out, how, overwrite, stream, to, format)
 
 
 def _size(text: str, option: str) -> int:
@@ -112,9 +131,11 @@ def _size(text: str, option: str) -> int:
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
     from .destination import disk_space
+    from .supply import to_fetch
     from .write import RepairResult
 
     needed, free = disk_space(plan, out)
+    needed += sum(to_fetch(plan).values())
     if format is Format.json:
         from .report_json import plan_document
 
@@ -128,13 +149,17 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, how: How, overwrite: bool, format: Format) -> int:
+def _repair(
+    plan: Plan, out: Path, how: How, overwrite: bool, stream: bool, to: Destination | None, format: Format
+) -> int:
     from .destination import unfinished
-    from .write import write_plan
+    from .publish import publish
+    from .supply import carry_out, to_fetch
 
+    total = plan.bytes_written + sum(to_fetch(plan).values())
     try:
-        with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
-            result = write_plan(plan, out, how, overwrite=overwrite, progress=step)
+        with _progress(f"writing {out}", total, quiet=format is Format.json) as step:
+            result = carry_out(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
@@ -142,31 +167,43 @@ def _repair(plan: Plan, out: Path, how: How, overwrite: bool, format: Format) ->
         sys.exit(TERMINATED if _terminated else INTERRUPTED)
     if result.kept:
         print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
+    pushed = None
+    if to is not None and result.written:
+        quiet = format is Format.json or not sys.stderr.isatty()
+        with _progress(f"checking {out}", plan.bytes_written, quiet=quiet) as step:
+            pushed = publish(out, to, step, quiet=quiet)
     if format is Format.json:
-        from .report_json import repair_document
+        from .report_json import pushed_document, repair_document
 
-        _print_json(repair_document(result))
+        _print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
         return 0
-    from .report import repair_report, show
+    from .report import pushed_line, repair_report, show
 
     show(_stdout(), repair_report(result))
+    if to:
+        print(pushed_line(pushed))
     return 0
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bnbfix repair` wrote.")],
-    source: Annotated[Path | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    revision: Revision = None,
     load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
+    from .locate import open_source
     from .verifier import verify_output
 
+    if revision and not source:
+        raise UsageError("--revision belongs to a --source on the Hub")
+    origin = open_source(source, revision) if source else None
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
-        result = verify_output(folder, source, progress=step)
+        result = verify_output(folder, origin, progress=step)
     loaded = None
     if load:
         from .installed import load as run

@@ -41,7 +41,9 @@ class Level(str, Enum):
 Render = Callable[[Iterable[Outcome]], Iterator[str]]
 # fmt: off
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL...", help="Folders with config.json and safetensors files.")]
+    list[str] | None, typer.Argument(metavar="MODEL...", help="Folders, or repos on the Hub: org/name[@revision].")]
+Revision = Annotated[str | None, typer.Option(
+    "--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")]
 From = Annotated[str | None, typer.Option(
     "--from", metavar="FILE", help="Scan the models that FILE names, one a line; - is stdin.")]
 Vllm = Annotated[str | None, typer.Option(
@@ -70,6 +72,7 @@ def scan(
     models: Models = None,
     source: From = None,
     vllm: Vllm = None,
+    revision: Revision = None,
     format: AsFormat = Format.table,
     output: Output = None,
     select: Select = None,
@@ -91,7 +94,7 @@ def scan(
     render = _renderer(format, several)
     target = resolve_target(vllm, None if vllm else find_installed())
     seen: list[Outcome] = []
-    outcomes = _kept(examine(names, target, selection, with_grid=map or format is Format.html), seen)
+    outcomes = _kept(examine(names, target, selection, revision=revision, with_grid=map or format is Format.html), seen)
     if output is None and format is not Format.table:
         write_text(render(outcomes))
     else:
@@ -113,7 +116,7 @@ def _names(models: list[str], source: str | None) -> list[str]:
             raise UsageError(f"--from cannot be read ({getattr(e, 'strerror', None) or e})", where=source) from e
         models = models + read_names(text, "stdin" if source == "-" else source)
     if not models:
-        raise UsageError("Missing argument 'MODEL'", hint="Name folders, or a file that names them with --from FILE.")
+        raise UsageError("Missing argument 'MODEL'", hint="Name folders or repos, or a file of them: --from FILE.")
     return list(dict.fromkeys(models))
 
 

@@ -35,7 +35,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (p.resolve() for p in _scratch(real(out))):
+        for scratch in (p.resolve() for p in (*_scratch(real(out)), fetched_folder(out))):
             if here == scratch or scratch in here.parents:
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
@@ -53,7 +53,7 @@ def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
     """(bytes needed, bytes free) where `out` will lie. What an interrupted repair left counts as free."""
     folder = unfinished(out)
     left = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder else 0
-    return plan.bytes_written + SLACK, shutil.disk_usage(_existing_parent(out)).free + left
+    return plan.bytes_written + SLACK, shutil.disk_usage(existing_parent(out)).free + left
 
 
 def check_space(plan: Plan, out: Path) -> None:
@@ -73,7 +73,13 @@ def _scratch(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
 
 
-def _existing_parent(path: Path) -> Path:
+def fetched_folder(out: Path) -> Path:
+    """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
+    return real(out).with_name(f".{real(out).name}.bnbfix-source")
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder that `path` will lie in, or the nearest one above that exists."""
     path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent

@@ -10,6 +10,7 @@ BnbfixError                  2
 ├── Unrepairable             1   findings remain that no edit of the files can mend for this target
 ├── VerifyError              1   an output differs from what its plan says
 ├── EngineError              2   the installed vLLM gives no answer
+├── HubError                 2   the Hub refuses, cannot be reached, or sends something else than it announced
 └── OutputError              2   the output cannot be written: exists, no space, I/O error
 """
 
@@ -78,6 +79,10 @@ class VerifyError(BnbfixError):
 
 class EngineError(BnbfixError):
     """The installed vLLM gave no answer: it took too long, was killed, or the machine is too small."""
+
+
+class HubError(BnbfixError):
+    """The Hub refuses, cannot be reached, or sends something else than it announced."""
 
 
 class OutputError(BnbfixError):

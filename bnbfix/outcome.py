@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import BnbfixError, InputError, UsageError
 from .gemma4 import read_model
+from .locate import open_source
 from .scanner import Finding, ScanResult, scan_checkpoint
 from .selection import Selection, findings_code
-from .source import LocalSource, Source
+from .source import Source
 from .vllm_releases import Target
 
 if TYPE_CHECKING:
@@ -48,12 +48,13 @@ class Outcome:
 
 
 def examine(
-    models: Iterable[str], target: Target, selection: Selection | None = None, *, with_grid: bool = False
-) -> Iterator[Outcome]:
-    """The outcome of each model, in order, as soon as it is known."""
+    models: Iterable[str], target: Target, selection: Selection | None = None, *, revision: str | None = None,
+    with_grid: bool = False,
+) -> Iterator[Outcome]:  # fmt: skip
+    """The outcome of each model, in order, as soon as it is known. `revision` is that of every repo."""
     for model in models:
         try:
-            yield _outcome(model, target, selection or Selection(), with_grid)
+            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid)
         except BnbfixError as e:
             yield Outcome(model, error=e)
         except OSError as e:
@@ -61,8 +62,8 @@ def examine(
             yield Outcome(model, error=error)
 
 
-def _outcome(model: str, target: Target, selection: Selection, with_grid: bool) -> Outcome:
-    checkpoint = open_checkpoint(open_source(model))
+def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> Outcome:
+    checkpoint = open_checkpoint(source)
     result = scan_checkpoint(checkpoint, target)
     chosen = selection.of(result.findings)
     grid = None
@@ -74,11 +75,6 @@ def _outcome(model: str, target: Target, selection: Selection, with_grid: bool) 
         model, replace(result, findings=chosen), None, len(result.findings) - len(chosen),
         {name: file for f in chosen for name, file in _files(checkpoint, f.tensors)}, grid,
     )  # fmt: skip
-
-
-def open_source(model: str) -> Source:
-    """Where the bytes of a MODEL come from: the one place that turns its name into a source."""
-    return LocalSource.open(Path(model))
 
 
 def _files(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from .codes import Code
 from .installed import LoadResult, ProbeResult
 from .layout import Dequantize
 from .plan import Plan
+from .publish import Pushed
 from .verifier import VerifyResult
 from .vllm_releases import ReleaseRange
 from .words import SHOWN, collapse, plain
@@ -96,6 +97,11 @@ def repair_report(result: RepairResult) -> Iterable[RenderableType]:
     yield Text(
         f"Wrote {plain(str(result.out))}, {_mb(plan.bytes_written)} MB, for {plan.target.name}.", style="bold green"
     )
+
+
+def pushed_line(pushed: Pushed | None) -> str:
+    """Where a repair was pushed to, in a line that no terminal may cut; None where there was nothing to push."""
+    return f"Pushed: {plain(pushed.url)}" if pushed else "Nothing was pushed."
 
 
 def verify_report(result: VerifyResult) -> Iterable[RenderableType]:

@@ -15,6 +15,7 @@ from .scanner import SCHEMA, Finding, ReleaseVerdict, ScanResult
 if TYPE_CHECKING:  # a scan needs none of these
     from .installed import LoadResult, ProbeResult
     from .plan import Plan
+    from .publish import Pushed
     from .verifier import VerifyResult
     from .vllm_releases import ReleaseRange
     from .write import RepairResult
@@ -83,6 +84,11 @@ def repair_document(result: RepairResult) -> dict[str, Any]:
     out = str(result.out) if result.out else None
     done = {"sha256": dict(result.files), "linked": list(result.linked), "resumed": list(result.kept)}
     return plan_document(result.plan) | {"out": out} | done
+
+
+def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
+    """{pushed: {repo, url, commit}}; null where there was nothing to push."""
+    return {"pushed": vars(pushed) if pushed else None}
 
 
 def verify_document(result: VerifyResult) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from .errors import InputError, UsageError
 
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
+NOT_OURS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
 
 class Source(Protocol):
@@ -34,8 +35,17 @@ class Source(Protocol):
         """What changes when the files do: a commit, or sizes and times."""
         ...
 
+    @property
+    def origin(self) -> Mapping[str, str] | None:
+        """Where it was published: {"repo": "org/name", "revision": commit sha}; None for a folder."""
+        ...
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, length); raises InputError when the file ends before."""
+        ...
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        """The same of several files at once, which a remote source fetches together."""
         ...
 
     def local_path(self, file: str) -> Path | None:
@@ -45,6 +55,28 @@ class Source(Protocol):
     def check_unchanged(self) -> None:
         """Raises InputError when a file is no longer the one that was listed."""
         ...
+
+
+class RemoteSource(Source, Protocol):
+    """A source elsewhere, whose files can be fetched whole."""
+
+    @property
+    def store(self) -> Path:
+        """The folder that fetched files go to."""
+        ...
+
+    def fetch(self, file: str, folder: Path | None, step: Callable[[int], None]) -> None:
+        """Brings a file here whole, to the store or to `folder`; `step` counts bytes. Nothing when it is here."""
+        ...
+
+    def forget(self, file: str, folder: Path) -> None:
+        """Deletes a file that was fetched to `folder`, and no other."""
+        ...
+
+
+def remote(source: Source) -> RemoteSource | None:
+    """The source as one that is elsewhere, if it is."""
+    return cast(RemoteSource, source) if source.origin is not None else None
 
 
 class Stamp(NamedTuple):
@@ -87,6 +119,10 @@ class LocalSource:
     def stamp(self) -> str:
         return repr([(name, *stamp) for name, stamp in self.stamps.items()])
 
+    @property
+    def origin(self) -> None:
+        return None
+
     def local_path(self, file: str) -> Path:
         return self.path / file
 
@@ -108,6 +144,9 @@ class LocalSource:
             return [read_exactly(fd, offset, length, file) for offset, length in ranges]
         finally:
             os.close(fd)
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
 
 
 def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
@@ -132,7 +171,7 @@ def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp]]:
     out: list[tuple[str, Stamp]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name
-        if entry.name in (".git", ".cache"):  # version control and huggingface_hub's download records
+        if entry.name in NOT_OURS:
             continue
         if entry.is_dir(follow_symlinks=False):
             out += _walk(root, rel + "/")

@@ -206,6 +206,7 @@ def test_a_plan_with_options_is_what_a_repair_with_them_writes(
 EXIT_CODES = {
     "BnbfixError": 2, "UsageError": 2, "InputError": 2, "HeaderError": 2, "QuantStateError": 2, "NotApplicable": 3,
     "Unrepairable": 1, "VerifyError": 1, "OutputError": 2,
+    "HubError": 2,
 }  # fmt: skip
 
 
