@@ -33,7 +33,6 @@ app = typer.Typer(
     help="Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers right.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -53,7 +52,9 @@ class Ragged(str, Enum):
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
-
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="No progress, and no word where all is well.")
+]
 
 app.command()(scan)
 
@@ -63,7 +64,9 @@ def repair(
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
     vllm: Vllm = None,
-    device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
+    device: Annotated[
+        str, typer.Option(envvar="BNBFIX_DEVICE", help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
@@ -72,6 +75,7 @@ def repair(
         Ragged, typer.Option(help="Fused groups partly packed: keep their precision, or their size.")
     ] = Ragged.dequantize,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
     from .plan import Options, plan_checkpoint
@@ -90,7 +94,7 @@ def repair(
         _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, device, overwrite, format)
+    return _repair(plan, out, device, overwrite, format, quiet)
 
 
 def _size(text: str) -> int:
@@ -120,22 +124,22 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format) -> int:
+def _repair(plan: Plan, out: Path, device: str, overwrite: bool, format: Format, quiet: bool) -> int:
     from .write import check_space, pick_device, write_plan
 
     if not plan.nothing_to_do:
         check_space(plan, out)
     chosen = pick_device(plan, device)
-    with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
+    with _progress(f"writing {out}", plan.bytes_written, quiet=quiet or format is Format.json) as step:
         result = write_plan(plan, out, device=chosen, overwrite=overwrite, progress=step)
     if format is Format.json:
         from .report_json import repair_document
 
         _print_json(repair_document(result))
-        return 0
-    from .report import repair_report, show
+    elif not quiet:
+        from .report import repair_report, show
 
-    show(_stdout(), repair_report(result))
+        show(_stdout(), repair_report(result))
     return 0
 
 
@@ -146,12 +150,13 @@ def verify(
     load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
     from .verifier import verify_output
 
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
-    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
+    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
         result = verify_output(folder, source, progress=step)
     loaded = None
     if load:
@@ -165,8 +170,9 @@ def verify(
     else:
         from .report import load_report, show, verify_report
 
-        show(_stdout(), verify_report(result))
-        if loaded:
+        if not (quiet and result.ok):
+            show(_stdout(), verify_report(result))
+        if loaded and not (quiet and loaded.ok):
             show(_stdout(), load_report(loaded))
     return 0 if result.ok and (loaded is None or loaded.ok) else 1
 

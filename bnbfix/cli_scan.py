@@ -41,7 +41,7 @@ class Level(str, Enum):
 Render = Callable[[Iterable[Outcome]], Iterator[str]]
 # fmt: off
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL...", help="Folders with config.json and safetensors files.")]
+    list[str] | None, typer.Argument(metavar="MODEL", help="Folders with config.json and safetensors files.")]
 From = Annotated[str | None, typer.Option(
     "--from", metavar="FILE", help="Scan the models that FILE names, one a line; - is stdin.")]
 Vllm = Annotated[str | None, typer.Option(

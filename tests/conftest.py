@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import tiny_gemma4
 
 Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No BNBFIX_* of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("BNBFIX_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
