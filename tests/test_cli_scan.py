@@ -21,6 +21,7 @@ from bnbfix.report_json import render_lines
 from bnbfix.report_table import table
 from bnbfix.terminal import write_lines
 
+FISH = "_TYPER_COMPLETE_FISH_ACTION"
 FORMATS = ("table", "json", "jsonl", "markdown", "github", "sarif", "html")
 
 
@@ -251,7 +252,7 @@ def test_long_names_are_broken_in_the_summary() -> None:
     [
         ("bash", {"COMP_WORDS": "bnbfix sc", "COMP_CWORD": "1"}, "scan"),
         ("bash", {"COMP_WORDS": "bnbfix scan --fail", "COMP_CWORD": "2"}, "--fail-on"),
-        ("powershell", {"_TYPER_COMPLETE_ARGS": "bnbfix scan --format sa"}, "sarif"),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "bnbfix scan --format sa", FISH: "get-args"}, "sarif"),
     ],
 )
 def test_shells_complete_commands_options_and_values(
