@@ -36,7 +36,6 @@ app = typer.Typer(
     help="Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers right.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -58,7 +57,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
 ]
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
-
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="No progress, and no word where all is well.")
+]
 
 app.command()(scan)
 
@@ -69,10 +70,10 @@ def repair(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
     vllm: Vllm = None,
     revision: Revision = None,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
+    stream: Annotated[bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk.")] = False,
+    device: Annotated[
+        str, typer.Option(envvar="BNBFIX_DEVICE", help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
@@ -91,6 +92,7 @@ def repair(
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repo of --push-to a private one.")] = False,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
     from .destination import check_destination
@@ -116,7 +118,7 @@ def repair(
         _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, how, overwrite, stream, to, format)
+    return _repair(plan, out, how, overwrite, stream, to, format, quiet)
 
 
 def _size(text: str, option: str) -> int:
@@ -150,38 +152,39 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
 
 
 def _repair(
-    plan: Plan, out: Path, how: How, overwrite: bool, stream: bool, to: Destination | None, format: Format
+    plan: Plan, out: Path, how: How, overwrite: bool, stream: bool, to: Destination | None, format: Format, quiet: bool
 ) -> int:
     from .destination import unfinished
     from .publish import publish
     from .supply import carry_out, to_fetch
 
     total = plan.bytes_written + sum(to_fetch(plan).values())
+    silent = quiet or format is Format.json
     try:
-        with _progress(f"writing {out}", total, quiet=format is Format.json) as step:
+        with _progress(f"writing {out}", total, quiet=silent) as step:
             result = carry_out(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
         complain("interrupted; nothing was published", hint)
         sys.exit(TERMINATED if _terminated else INTERRUPTED)
-    if result.kept:
+    if result.kept and not quiet:
         print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
     pushed = None
     if to is not None and result.written:
-        quiet = format is Format.json or not sys.stderr.isatty()
-        with _progress(f"checking {out}", plan.bytes_written, quiet=quiet) as step:
-            pushed = publish(out, to, step, quiet=quiet)
+        silent = silent or not sys.stderr.isatty()
+        with _progress(f"checking {out}", plan.bytes_written, quiet=silent) as step:
+            pushed = publish(out, to, step, quiet=silent)
     if format is Format.json:
         from .report_json import pushed_document, repair_document
 
         _print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
-        return 0
-    from .report import pushed_line, repair_report, show
+    elif not quiet:
+        from .report import pushed_line, repair_report, show
 
-    show(_stdout(), repair_report(result))
-    if to:
-        print(pushed_line(pushed))
+        show(_stdout(), repair_report(result))
+        if to:
+            print(pushed_line(pushed))
     return 0
 
 
@@ -193,6 +196,7 @@ def verify(
     load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
     from .locate import open_source
@@ -202,7 +206,7 @@ def verify(
         raise UsageError("--revision belongs to a --source on the Hub")
     origin = open_source(source, revision) if source else None
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
-    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
+    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
         result = verify_output(folder, origin, progress=step)
     loaded = None
     if load:
@@ -216,8 +220,9 @@ def verify(
     else:
         from .report import load_report, show, verify_report
 
-        show(_stdout(), verify_report(result))
-        if loaded:
+        if not (quiet and result.ok):
+            show(_stdout(), verify_report(result))
+        if loaded and not (quiet and loaded.ok):
             show(_stdout(), load_report(loaded))
     return 0 if result.ok and (loaded is None or loaded.ok) else 1
 

@@ -41,7 +41,7 @@ class Level(str, Enum):
 Render = Callable[[Iterable[Outcome]], Iterator[str]]
 # fmt: off
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL...", help="Folders, or repos on the Hub: org/name[@revision].")]
+    list[str] | None, typer.Argument(metavar="MODEL", help="Folders, or repos on the Hub: org/name[@revision].")]
 Revision = Annotated[str | None, typer.Option(
     "--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")]
 From = Annotated[str | None, typer.Option(

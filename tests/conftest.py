@@ -22,6 +22,13 @@ from hub_server import FakeHub
 Make = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No BNBFIX_* of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("BNBFIX_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`pristine("dense31b", "skip", shards=2)`: a checkpoint shared by all tests; nobody may change it."""
