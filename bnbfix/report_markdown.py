@@ -85,7 +85,8 @@ def escape(text: str) -> str:
     """Text that stays text: no markup, no HTML, no mentions and no links."""
     text = re.sub(r"([\\`*_\[\]#~])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"@(?=\w)", "@\u200b", text).replace("://", ":\u200b//")
+    text = re.sub(r"@(?=\w)", "@\u200b", text)
+    return re.sub(r"(?i)(://|www\.)", "\u200b\\1\u200b", text)
 
 
 def code(text: str) -> str:

@@ -87,6 +87,8 @@ def scan_lines(outcome: Outcome, result: ScanResult, layout: Layout) -> Iterator
     if outcome.grid is not None:
         from .report_map import map_lines
 
+        if notes and not layout.verbose:
+            yield ()
         yield from map_lines(outcome.grid, layout)
         yield ()
     last = conclude(outcome)
