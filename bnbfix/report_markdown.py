@@ -19,11 +19,11 @@ def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """A section for each model, and for several a summary."""
     seen = []
     for o in outcomes:
-        seen.append(o)
+        seen.append(summarize(o))
         yield from (line + "\n" for line in _section(o))
     if len(seen) > 1:
         yield "## Summary\n\n"
-        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in map(summarize, seen)]
+        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
         yield from (line + "\n" for line in _table(("model", "verdict", "because of"), rows))
         yield f"\n{totals(seen)}\n"
 
