@@ -249,7 +249,7 @@ def test_markdown_tells_the_matrix_the_findings_and_the_command(pristine: Make) 
     assert "Mend it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
     assert "## Summary" not in text
     text = "".join(report_markdown.render(outcomes(source, "/nowhere", pristine("e4b", "all"), target="0.32.0")))
-    assert "| `/nowhere` | \u26d4 error | /nowhere: no such folder |" in text
+    assert "| `/nowhere` | \u26d4 error | no such folder |" in text
     assert text.endswith("\n3 models: 1 loads, 1 wrong, 1 error\n")
 
 
