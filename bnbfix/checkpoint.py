@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from . import quant_state as qs
@@ -95,8 +96,8 @@ class Checkpoint:
             raise InputError("llm_int8_skip_modules is not a list of names", where=CONFIG)
         return tuple(value)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name; of one that lies in several shards, that which `open_checkpoint` chose."""
         out = dict(self.orphans)
         for w in self.weights.values():

@@ -52,13 +52,16 @@ class Hit:
 
 Rule = Callable[[Case], Iterator[Hit]]
 RULES: dict[Code, Rule] = {}
+OF_FILES: set[Code] = set()  # rules that ask the checkpoint alone: their answer is the same for every release
 
 
-def rule(code: Code) -> Callable[[Rule], Rule]:
-    """Registers the function that looks for a code."""
+def rule(code: Code, *, of_files: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the function that looks for a code; `of_files`: it does not look at the release."""
 
     def register(function: Rule) -> Rule:
         RULES[code] = function
+        if of_files:
+            OF_FILES.add(code)
         return function
 
     return register
@@ -173,7 +176,7 @@ def packed_but_skipped(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, _names([m for m, _ in hits]), f"packed, but skipped by {', '.join(entries)}")
 
 
-@rule(Code.PACKED_SHAPE)
+@rule(Code.PACKED_SHAPE, of_files=True)
 def packed_shape(case: Case) -> Iterator[Hit]:
     hits = [w for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype == "U8"]
     names = tuple(w.name for w in hits if w.tensor.info.shape != (w.tensor.info.nbytes, 1))
@@ -181,7 +184,7 @@ def packed_shape(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, names, "packed, but not as a column [N, 1]")
 
 
-@rule(Code.PACKED_STORAGE)
+@rule(Code.PACKED_STORAGE, of_files=True)
 def packed_storage(case: Case) -> Iterator[Hit]:
     said = case.checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
     packed = [w for w in case.checkpoint.weights.values() if w.state]
@@ -191,14 +194,14 @@ def packed_storage(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, tuple(stored), f"packed bytes stored as {what}; vLLM takes uint8 alone")
 
 
-@rule(Code.QUANT_STATE)
+@rule(Code.QUANT_STATE, of_files=True)
 def quant_state(case: Case) -> Iterator[Hit]:
     for error in case.checkpoint.damaged:
         where = (error.where or "").split(": ", 1)
         yield Hit(Severity.FAILS, tuple(where[1:]), str(error), "the quant state is lost; quantize the model again")
 
 
-@rule(Code.ORPHANS)
+@rule(Code.ORPHANS, of_files=True)
 def orphans(case: Case) -> Iterator[Hit]:
     bound: list[str] = []
     lost: list[str] = []
@@ -214,7 +217,7 @@ def orphans(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.NOTE, tuple(lost), "statistics that belong to no packed weight; they are ignored")
 
 
-@rule(Code.INDEX)
+@rule(Code.INDEX, of_files=True)
 def index(case: Case) -> Iterator[Hit]:
     c = case.checkpoint
     if c.index is None:
@@ -233,7 +236,7 @@ def index(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.NOTE, (), f"{INDEX} says total_size {said}, the shards hold {size}")
 
 
-@rule(Code.DUPLICATE)
+@rule(Code.DUPLICATE, of_files=True)
 def duplicate(case: Case) -> Iterator[Hit]:
     for name, shards in case.checkpoint.duplicates.items():
         yield Hit(Severity.WRONG, (name,), f"lies in {' and '.join(shards)}")
@@ -320,7 +323,7 @@ def plugin(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, (), "vllm-bnb-plugin is installed, which this release cannot bear", reason)
 
 
-@rule(Code.TRANSFORMERS_REPACKS)
+@rule(Code.TRANSFORMERS_REPACKS, of_files=True)
 def transformers_repacks(case: Case) -> Iterator[Hit]:
     entries = case.checkpoint.skip_modules
     hits = [
