@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import plan_repair, repair, scan, verify
+    from .api import check_before_upload, plan_repair, repair, scan, verify
     from .codes import Code, Severity
     from .errors import (
         BnbfixError,
+        FindingsRemain,
         HeaderError,
+        HubError,
         InputError,
         NotApplicable,
         OutputError,
@@ -38,18 +40,19 @@ if TYPE_CHECKING:
     from .write import RepairResult
 
 __all__ = [
-    "BnbfixError", "Code", "Edit", "Finding", "HeaderError", "InputError", "NotApplicable", "OutputError", "Plan",
-    "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Severity",
-    "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult", "plan_repair", "repair", "scan", "verify",
+    "BnbfixError", "Code", "Edit", "Finding", "FindingsRemain", "HeaderError", "HubError", "InputError",
+    "NotApplicable", "OutputError", "Plan", "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict",
+    "RepairResult", "ScanResult", "Severity", "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult",
+    "check_before_upload", "plan_repair", "repair", "scan", "verify",
 ]  # fmt: skip
 
 _HOME = {
     name: module
     for module, names in {
-        "api": ("plan_repair", "repair", "scan", "verify"),
+        "api": ("check_before_upload", "plan_repair", "repair", "scan", "verify"),
         "codes": ("Code", "Severity"),
-        "errors": ("BnbfixError", "HeaderError", "InputError", "NotApplicable", "OutputError", "QuantStateError",
-                   "Unrepairable", "UsageError", "VerifyError"),
+        "errors": ("BnbfixError", "FindingsRemain", "HeaderError", "HubError", "InputError", "NotApplicable",
+                   "OutputError", "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
         "plan": ("Edit", "Plan"),
         "scanner": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier": ("Problem", "VerifyResult"),

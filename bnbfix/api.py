@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import open_checkpoint
-from .errors import UsageError
-from .scanner import ScanResult, scan_checkpoint
+from .checkpoint import CONFIG, INDEX, open_checkpoint
+from .codes import Code
+from .errors import FindingsRemain, NotApplicable, UsageError
+from .gemma4 import Model, read_model
+from .locate import open_source
+from .scanner import Finding, ScanResult, scan_checkpoint, target_ranges
 from .source import LocalSource
 from .vllm_releases import Target, find_installed, resolve_target
 
@@ -22,32 +25,78 @@ MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 
 
 def _target(vllm: str | None) -> Target:
-    return resolve_target(vllm, find_installed())
+    return resolve_target(vllm, None if vllm else find_installed())
 
 
-def scan(path: StrPath, vllm: str | None = None) -> ScanResult:
+def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
     """Says what would go wrong with a checkpoint, where, and what mends it. Reads headers, never weights.
 
-    `path` is a folder with config.json and safetensors files. `vllm` is a release ("0.22.1") or "portable"; left out,
-    the vLLM installed beside bnbfix, else "portable". `result.ok` says that nothing counts against the target;
-    damaged quant states are findings (BNB201), not errors.
+    `path` is a folder with config.json and safetensors files, or a string that names a repo on the Hub,
+    `org/name[@revision]`, of which it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or
+    commit. `vllm` is a release ("0.22.1") or "portable"; left out, the vLLM installed beside bnbfix, else "portable".
+    `result.ok` says that nothing counts against the target; damaged quant states are findings (BNB201), not errors.
 
     Raises UsageError for a path or a release that makes no sense, InputError for files that are missing or broken,
-    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint.
+    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint, HubError when the Hub does not serve it.
     """
-    return scan_checkpoint(open_checkpoint(LocalSource.open(Path(path))), _target(vllm))
+    return scan_checkpoint(open_checkpoint(open_source(path, revision)), _target(vllm))
+
+
+def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
+    """Raises FindingsRemain, with the findings, when a checkpoint about to be uploaded would not load in the target;
+    returns its scan otherwise.
+
+    None is returned for whatever bnbfix has no say in, since a pipeline uploads other things too: other models,
+    unquantized ones, adapters, folders without a model. A folder that holds packed Gemma4 weights and does not say so
+    in config.json is no such thing, and raises NotApplicable. `vllm` and the other errors are those of `scan`.
+    """
+    source = LocalSource.open(Path(folder))
+    weights = [name for name in source.files if name.endswith((".safetensors", INDEX)) and "/" not in name]
+    if CONFIG not in source.files or not weights:
+        return None
+    target = _target(vllm)
+    try:
+        checkpoint = open_checkpoint(source)
+        model = read_model(checkpoint.config)
+    except NotApplicable:
+        return None
+    try:
+        result = scan_checkpoint(checkpoint, target)
+    except NotApplicable:
+        if any(w.packed for w in checkpoint.weights.values()):
+            raise
+        return None
+    # Whether the plugin is installed here says nothing of the checkpoint.
+    if remaining := tuple(f for f in result.findings if f.remains and f.code is not Code.PLUGIN):
+        raise _remain(str(folder), model, target, remaining)
+    return result
+
+
+def _remain(folder: str, model: Model, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
+    """The error in a few words: each code once, and what to do."""
+    codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
+    words = ", ".join(
+        f"{code.value} {code.explanation.title}" + (f" ({n} tensor{'s' if n != 1 else ''})" if n else "")
+        for code, n in codes.items()
+    )
+    name = f"vLLM {target.name}" if len(target_ranges(target, model)) == 1 else "every vLLM release"
+    hint = f"See `bnbfix scan {folder} --vllm {target.name}`"
+    if all(f.reason is None for f in findings):
+        hint = f"Upload what `bnbfix repair {folder} --out DIR --vllm {target.name}` writes. {hint}"
+    return FindingsRemain(f"is not fit for {name}: {words}", findings, where=folder, hint=hint + ".")
 
 
 def plan_repair(
     path: StrPath,
     vllm: str | None = None,
     *,
+    revision: str | None = None,
     bf16: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     ragged: str = "dequantize",
 ) -> Plan:
     """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
-    nothing to do.
+    nothing to do. `path` and `revision` are those of `scan`; of a repo it reads what a scan reads.
 
     `bf16` dequantizes everything and drops quantization_config, in shards of at most `max_shard_size` bytes.
     `ragged` says what becomes of fused groups that are partly packed: "dequantize" their packed members, or
@@ -58,7 +107,7 @@ def plan_repair(
     """
     from .plan import plan_checkpoint
 
-    return plan_checkpoint(LocalSource.open(Path(path)), _target(vllm), _options(bf16, max_shard_size, ragged))
+    return plan_checkpoint(open_source(path, revision), _target(vllm), _options(bf16, max_shard_size, ragged))
 
 
 def _options(bf16: bool, max_shard_size: int, ragged: str) -> Options:
@@ -76,6 +125,8 @@ def repair(
     out: StrPath,
     vllm: str | None = None,
     *,
+    revision: str | None = None,
+    stream: bool = False,
     device: str = "auto",
     overwrite: bool = False,
     bf16: bool = False,
@@ -88,32 +139,40 @@ def repair(
 ) -> RepairResult:
     """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
+    `path` and `revision` are those of `scan`. A repo is planned from byte ranges, then downloaded to the Hub's cache;
+    with `stream` each of its shards is fetched when it is needed and deleted after its last use.
     `bf16`, `max_shard_size` and `ragged` are those of `plan_repair`. `device` is where weights are dequantized:
     "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `hardlink` makes untouched shards hard links
     to the source's, which are not hashed. `workers` shards are written side by side, in at most `max_memory` bytes of
-    RAM. `progress` is called with the number of bytes just written, by one thread at a time. With nothing to repair
-    nothing is written, and `result.written` is False. An interrupted repair is taken up again by the next one.
+    RAM. `progress` is called with the number of bytes just fetched or written, by one thread at a time. With nothing to
+    repair nothing is fetched or written, and `result.written` is False. An interrupted repair is taken up again by the
+    next one.
 
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
     from .destination import check_destination
     from .plan import plan_checkpoint
-    from .write import How, write_plan
+    from .supply import carry_out
+    from .write import How
 
-    source = LocalSource.open(Path(path))
+    source = open_source(path, revision)
     check_destination(source, Path(out), overwrite=overwrite)
     plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
     how = How(device, hardlink, workers, max_memory)
-    return write_plan(plan, Path(out), how, overwrite=overwrite, progress=progress)
+    return carry_out(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
 
 
-def verify(out: StrPath, source: StrPath | None = None, *, progress: Progress | None = None) -> VerifyResult:
+def verify(
+    out: StrPath, source: StrPath | None = None, *, revision: str | None = None, progress: Progress | None = None
+) -> VerifyResult:
     """Proves a repair: every file against the hashes in its record, a fresh scan for its target, and, with `source`,
-    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode.
+    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode. `source` and
+    `revision` are what `scan` takes; a repo is downloaded to the Hub's cache.
 
     Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
     """
     from .verifier import verify_output
 
-    return verify_output(Path(out), Path(source) if source is not None else None, progress=progress)
+    found = open_source(source, revision) if source is not None else None
+    return verify_output(Path(out), found, progress=progress)

@@ -6,10 +6,10 @@ Opening reads headers and the JSON of each quant state, never the weights.
 from __future__ import annotations
 
 import json
-import os
+import ntpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import cached_property
 from typing import Any
 
 from . import quant_state as qs
@@ -20,10 +20,11 @@ from .source import Source
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 # What bounds time and memory, an order of magnitude above the largest real ones: 26B with its experts one by one.
-MAX_JSON: Mapping[str, int] = MappingProxyType({CONFIG: 4_000_000, INDEX: 64_000_000})  # bytes
+MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
 MAX_HEADERS = 100_000_000  # bytes of all headers together
 MAX_TENSORS = 500_000
-MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is held against each module
+MAX_SKIP = 2_000  # entries of llm_int8_skip_modules, each of which is held against each module
+HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,8 @@ class Checkpoint:
             raise InputError(f"llm_int8_skip_modules has {len(value):,} entries, more than any model", where=CONFIG)
         return tuple(value)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by name; of one that lies in several shards, that which `open_checkpoint` chose."""
         out = dict(self.orphans)
         for w in self.weights.values():
@@ -137,7 +138,7 @@ def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     size = source.files[name]
-    if size > MAX_JSON[name]:
+    if size > (MAX_CONFIG if name == CONFIG else MAX_JSON):
         raise InputError(f"{size:,} bytes are too many for such a file", where=name)
     try:
         text = source.read(name, [(0, size)])[0].decode("utf-8")
@@ -167,7 +168,7 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
         return names
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if name != os.path.basename(name) or "\\" in name or name in ("", ".", "..") or "\0" in name:
+        if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are no names
             raise InputError(f"weight_map names {name!r}, which is not a file beside it", where=INDEX)
         if name not in source.files:
             raise InputError(
@@ -178,12 +179,17 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
 
 
 def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
+    """The header of every shard, in two rounds of reads at most."""
     sizes = {name: source.files[name] for name in names}
-    firsts = {n: source.read(n, [(0, min(st.LENGTH_BYTES, sizes[n]))])[0] for n in names}
-    lengths = {n: st.header_length(firsts[n], sizes[n], n) for n in names}
-    if (total := sum(lengths.values())) > MAX_HEADERS:
+    found = source.read_many({n: [(0, min(HEADER_GUESS, sizes[n]))] for n in names})
+    begun = {name: part for name, (part,) in found.items()}
+    ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
+    if (total := sum(ends.values())) > MAX_HEADERS:
         raise InputError(f"{total:,} bytes of headers are more than any model has", where=source.name)
-    out = {n: st.parse_header(source.read(n, [(st.LENGTH_BYTES, lengths[n])])[0], sizes[n], n) for n in names}
+    rest = {n: [(len(begun[n]), ends[n] - len(begun[n]))] for n in names if ends[n] > len(begun[n])}
+    for name, (part,) in source.read_many(rest).items():
+        begun[name] += part
+    out = {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
     if (count := sum(len(h.tensors) for h in out.values())) > MAX_TENSORS:
         raise InputError(f"{count:,} tensors are more than any model has", where=source.name)
     return out
@@ -261,14 +267,14 @@ def _state(
 
 
 def _read_states(source: Source, siblings: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
-    """The JSON bytes of every quant state, by (weight, suffix), with one call for each shard."""
+    """The JSON bytes of every quant state, by (weight, suffix), all in one call."""
     wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
     for name, own in siblings.items():
         for suffix in qs.STATE_SUFFIXES:
             if (t := own.get(suffix)) is not None and t.info.nbytes <= qs.MAX_STATE_JSON:
                 wanted.setdefault(t.shard, []).append((name, suffix, t))
     out: dict[tuple[str, str], bytes] = {}
-    for shard, items in wanted.items():
-        parts = source.read(shard, [(t.offset, t.info.nbytes) for _, _, t in items])
-        out |= {(name, suffix): part for (name, suffix, _), part in zip(items, parts, strict=True)}
+    found = source.read_many({s: [(t.offset, t.info.nbytes) for _, _, t in items] for s, items in wanted.items()})
+    for shard, parts in found.items():
+        out |= {(name, suffix): part for (name, suffix, _), part in zip(wanted[shard], parts, strict=True)}
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_scan import Revision, Vllm, scan
 from .errors import BnbfixError, UsageError
+from .terminal import complain
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .plan import Plan
+    from .publish import Destination
     from .write import How, Progress
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -32,7 +36,6 @@ app = typer.Typer(
     help="Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers right.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -50,44 +53,15 @@ class Ragged(str, Enum):
     quantize = "quantize"
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files.")]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
-        "--vllm", metavar="TARGET",
-        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
-        "Left out: the vLLM installed here, else portable.",
-    ),
-]  # fmt: skip
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
+]
 AsFormat = Annotated[Format, typer.Option("--format", help="How the result is written.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor, and notes too.")]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="No progress, and no word where all is well.")
+]
 
-
-@app.command()
-def scan(
-    model: Model,
-    vllm: Vllm = None,
-    format: AsFormat = Format.table,
-    verbose: Verbose = False,
-    exit_zero: ExitZero = False,
-) -> int:
-    """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
-    from .api import scan as run
-
-    result = run(model, vllm)
-    if format is Format.json:
-        from .report_json import scan_document
-
-        _print_json(scan_document(result))
-    else:
-        from .report import scan_report, show
-
-        show(_stdout(), scan_report(result, verbose=verbose))
-    if damaged := [f for f in result.findings if f.code.value == "BNB201"]:
-        _complain(damaged[0].message, "Quantize the model again, or fetch the file again.")
-        return 2
-    return 0 if result.ok or exit_zero else 1
+app.command()(scan)
 
 
 @app.command()
@@ -95,7 +69,11 @@ def repair(
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
     vllm: Vllm = None,
-    device: Annotated[str, typer.Option(help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")] = "auto",
+    revision: Revision = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk.")] = False,
+    device: Annotated[
+        str, typer.Option(envvar="BNBFIX_DEVICE", help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
@@ -106,45 +84,60 @@ def repair(
     hardlink: Annotated[bool, typer.Option("--hardlink", help="Link untouched shards, not copy them.")] = False,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Shards written side by side.")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to use at most: 2GB.")] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="REPO", help="Then verify DIR and upload it to this Hub repo.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Push as a pull request, onto the source repo unless --push-to.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push-to a private one.")] = False,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
     from .destination import check_destination
+    from .locate import open_source
     from .plan import Options, plan_checkpoint
-    from .source import LocalSource
+    from .publish import destination, require_login
     from .vllm_releases import find_installed, resolve_target
     from .write import How
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
-    source = LocalSource.open(model)
+    source = open_source(model, revision)
+    to = destination(source, push_to, create_pr=create_pr, private=private)
+    if to is not None:
+        require_login()
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
     options = Options(bf16, _size(max_shard_size, "--max-shard-size"), ragged.value)
     how = How(device, hardlink, workers, _size(max_memory, "--max-memory") if max_memory else None)
     plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
-        _show_plan(plan, out or model.parent / (model.name + "-mended"), format)
+        beside = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
+        _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
         return 0
     assert out is not None
-    return _repair(plan, out, how, overwrite, format)
+    return _repair(plan, out, how, overwrite, stream, to, format, quiet)
 
 
 def _size(text: str, option: str) -> int:
     """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(m[1]) * units[m[2].upper()]) if m and m[2].upper() in units else 0
-    if size < 1:
+    size = float(m[1]) * units[m[2].upper()] if m and m[2].upper() in units else 0
+    if not 1 <= size < 2**63:
         raise UsageError(f"{option} {text!r} is not a size like 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
     from .destination import disk_space
+    from .supply import to_fetch
     from .write import RepairResult
 
     needed, free = disk_space(plan, out)
+    needed += sum(to_fetch(plan).values())
     if format is Format.json:
         from .report_json import plan_document
 
@@ -158,45 +151,63 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
         show(_stdout(), plan_report(plan, needed=needed, free=free))
 
 
-def _repair(plan: Plan, out: Path, how: How, overwrite: bool, format: Format) -> int:
+def _repair(
+    plan: Plan, out: Path, how: How, overwrite: bool, stream: bool, to: Destination | None, format: Format, quiet: bool
+) -> int:
     from .destination import unfinished
-    from .write import write_plan
+    from .publish import publish
+    from .supply import carry_out, to_fetch
 
+    total = plan.bytes_written + sum(to_fetch(plan).values())
+    silent = quiet or format is Format.json
     try:
-        with _progress(f"writing {out}", plan.bytes_written, quiet=format is Format.json) as step:
-            result = write_plan(plan, out, how, overwrite=overwrite, progress=step)
+        with _progress(f"writing {out}", total, quiet=silent) as step:
+            result = carry_out(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
-        _complain("interrupted; nothing was published", hint)
+        complain("interrupted; nothing was published", hint)
         sys.exit(TERMINATED if _terminated else INTERRUPTED)
-    if result.kept:
+    if result.kept and not quiet:
         print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
+    pushed = None
+    if to is not None and result.written:
+        silent = silent or not sys.stderr.isatty()
+        with _progress(f"checking {out}", plan.bytes_written, quiet=silent) as step:
+            pushed = publish(out, to, step, quiet=silent)
     if format is Format.json:
-        from .report_json import repair_document
+        from .report_json import pushed_document, repair_document
 
-        _print_json(repair_document(result))
-        return 0
-    from .report import repair_report, show
+        _print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
+    elif not quiet:
+        from .report import pushed_line, repair_report, show
 
-    show(_stdout(), repair_report(result))
+        show(_stdout(), repair_report(result))
+        if to:
+            print(pushed_line(pushed))
     return 0
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bnbfix repair` wrote.")],
-    source: Annotated[Path | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was repaired from.")] = None,
+    revision: Revision = None,
     load: Annotated[bool, typer.Option("--load", help="Also load DIR in the vLLM installed here, and run it.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="How long --load may take.")] = 1800,
     format: AsFormat = Format.table,
+    quiet: Quiet = False,
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
+    from .locate import open_source
     from .verifier import verify_output
 
+    if revision and not source:
+        raise UsageError("--revision belongs to a --source on the Hub")
+    origin = open_source(source, revision) if source else None
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
-    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=format is Format.json) as step:
-        result = verify_output(folder, source, progress=step)
+    with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
+        result = verify_output(folder, origin, progress=step)
     loaded = None
     if load:
         from .installed import load as run
@@ -209,8 +220,9 @@ def verify(
     else:
         from .report import load_report, show, verify_report
 
-        show(_stdout(), verify_report(result))
-        if loaded:
+        if not (quiet and result.ok):
+            show(_stdout(), verify_report(result))
+        if loaded and not (quiet and loaded.ok):
             show(_stdout(), load_report(loaded))
     return 0 if result.ok and (loaded is None or loaded.ok) else 1
 
@@ -289,21 +301,23 @@ def _options(
 def main() -> None:
     """Runs the command line and exits with its code. No traceback reaches a user for what an input caused."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer catches the interrupt itself
             raise KeyboardInterrupt
     except BnbfixError as e:
-        _complain(str(e), e.hint)
+        complain(str(e), e.hint)
         code = e.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was published", None)
+        complain("interrupted; nothing was published", None)
         code = TERMINATED if _terminated else INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as e:
-        _complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
+        complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
         code = 2
     except Exception as e:
         code = _usage(e)
@@ -323,14 +337,6 @@ def _usage(error: Exception) -> int:
         raise error
     show()
     return int(getattr(error, "exit_code", 2))
-
-
-def _complain(message: str, hint: str | None) -> None:
-    from .report import plain
-
-    print(f"error: {plain(message)}", file=sys.stderr)
-    if hint:
-        print(f"  {plain(hint)}", file=sys.stderr)
 
 
 def _stdout() -> Console:

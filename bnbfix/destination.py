@@ -35,7 +35,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (p.resolve() for p in _scratch(real(out))):
+        for scratch in (p.resolve() for p in (*_scratch(real(out)), fetched_folder(out))):
             if here == scratch or scratch in here.parents:
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
@@ -53,7 +53,7 @@ def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
     """(bytes needed, bytes free) where `out` will lie. What an interrupted repair left counts as free."""
     folder = unfinished(out)
     left = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder else 0
-    return plan.bytes_written + SLACK, shutil.disk_usage(_existing_parent(out)).free + left
+    return plan.bytes_written + SLACK, shutil.disk_usage(existing_parent(out)).free + left
 
 
 def check_space(plan: Plan, out: Path) -> None:
@@ -73,7 +73,13 @@ def _scratch(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
 
 
-def _existing_parent(path: Path) -> Path:
+def fetched_folder(out: Path) -> Path:
+    """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
+    return real(out).with_name(f".{real(out).name}.bnbfix-source")
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder that `path` will lie in, or the nearest one above that exists."""
     path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent
@@ -99,6 +105,15 @@ class Staging:
         self._digest = plan_digest
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._open()
+        try:
+            self._take_up()
+        except BaseException:
+            self.discard()
+            self.close()
+            raise
+
+    def _take_up(self) -> None:
+        """Keeps what belongs to this plan, clears the rest, and begins the journal anew."""
         if not os.path.lexists(self.out) and self._old.is_dir():
             self._old.rename(self.out)  # an earlier run was killed between its two renames
         self.kept = dict(self._journaled())
@@ -106,7 +121,7 @@ class Staging:
         for entry in os.scandir(self.path):
             if entry.name not in self.kept:
                 _clear(Path(entry.path))
-        self._note({"plan": plan_digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
+        self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
 
     def _open(self) -> int:
         import fcntl

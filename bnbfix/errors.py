@@ -6,13 +6,17 @@ BnbfixError                  2
 │   ├── HeaderError          2   a safetensors header is not what the format allows
 │   └── QuantStateError      2   a packed weight and its quant state do not belong together
 ├── NotApplicable            3   nothing here to check: not a bitsandbytes Gemma4 checkpoint
+├── FindingsRemain           1   a check before upload found what keeps the checkpoint from loading
 ├── Unrepairable             1   findings remain that no edit of the files can mend for this target
 ├── VerifyError              1   an output differs from what its plan says
 ├── EngineError              2   the installed vLLM gives no answer
+├── HubError                 2   the Hub refuses, cannot be reached, or sends something else than it announced
 └── OutputError              2   the output cannot be written: exists, no space, I/O error
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class BnbfixError(Exception):
@@ -51,6 +55,16 @@ class NotApplicable(BnbfixError):
     exit_code = 3
 
 
+class FindingsRemain(BnbfixError):
+    """A checkpoint is not fit to be uploaded; `findings` says what counts against it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, findings: tuple[Any, ...], *, where: str, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.findings = findings  # bnbfix.Finding, a layer above this one
+
+
 class Unrepairable(BnbfixError):
     """The checkpoint cannot be made to load in the target."""
 
@@ -65,6 +79,10 @@ class VerifyError(BnbfixError):
 
 class EngineError(BnbfixError):
     """The installed vLLM gave no answer: it took too long, was killed, or the machine is too small."""
+
+
+class HubError(BnbfixError):
+    """The Hub refuses, cannot be reached, or sends something else than it announced."""
 
 
 class OutputError(BnbfixError):

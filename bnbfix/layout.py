@@ -88,6 +88,16 @@ class Quantize:
 Op = Copy | Dequantize | Quantize
 
 
+def tensors_read(op: Op) -> list[Tensor]:
+    """The tensors of the source that an operation reads, siblings included."""
+    if isinstance(op, Copy):
+        return [op.origin]
+    if isinstance(op, Quantize) and isinstance(op.values, Slice):
+        return [op.values.tensor]
+    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
+    return [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """One tensor of an output shard and what it is made from. All tensors of one Quantize lie side by side."""

@@ -15,9 +15,9 @@ from . import quant_state as qs
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
 from .experts import ExpertMend, decide_experts
-from .gemma4 import Model
+from .gemma4 import Model, axial_rope, older_form
 from .parameters import Member, by_layer, is_packable, module_of, parameters, projections
-from .rules import axial_rope, hf_linears, is_explicit_v, missing_shared, older_form
+from .rules import hf_linears, is_explicit_v, missing_shared
 from .skip_modules import cover, honoured, transformers_skips, vllm_skips
 from .vllm_releases import ReleaseRange
 
@@ -244,7 +244,7 @@ def older_config(checkpoint: Checkpoint, model: Model, releases: Sequence[Releas
     """The older form of what transformers 5.19 writes in a newer, where a release of the target does not read that."""
     if all(r.per_layer_config == "read" for r in releases):
         return
-    if axial_rope(checkpoint):
+    if axial_rope(checkpoint.config):
         yield ConfigEdit(("vision_config", "rope_parameters", "rope_type"), "default", Code.PER_LAYER_CONFIG)
     if (old := older_form(model)) is not None:
         at = () if model.text_only else ("text_config",)

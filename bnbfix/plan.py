@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import json_edit
+from . import card, json_edit
 from .assemble import repaired_shards, unpacked_shards
-from .checkpoint import CONFIG, INDEX, Checkpoint, Weight, open_checkpoint
+from .beside import is_pickle
+from .checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import InputError, Unrepairable
-from .layout import Copy, Dequantize, Quantize, ShardPlan, Slice, TensorPlan
+from .layout import Copy, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
 from .mend import Mend, decide
 from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from .source import Source
@@ -62,7 +63,7 @@ class Plan:
     scan: ScanResult
     edits: tuple[Edit, ...]
     shards: tuple[ShardPlan, ...]
-    texts: Mapping[str, str]  # files written from text: config.json and the index, where they change
+    texts: Mapping[str, str]  # files written from text: the card; config.json and the index, where they change
     copied: tuple[str, ...]  # other files, copied as they are
     remaining: tuple[Finding, ...]  # what counts against the checkpoint and no file can mend
     options: Options
@@ -137,12 +138,19 @@ def _plan(
     options: Options,
 ) -> Plan:
     _check_names(target, shards)
-    texts = _texts(checkpoint, mend, shards)
+    edits = tuple(_edits(checkpoint, mend))
+    texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, target, edits, options)
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
-    copied = tuple(f for f in checkpoint.source.files if f not in written)
-    return Plan(checkpoint, target, scan, tuple(_edits(checkpoint, mend)), shards, texts, copied, remaining, options)
+    copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
+    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
+    if leaving := sorted(checkpoint.source.outside & {*copied, *texts}):
+        raise InputError(
+            "is a link out of the model folder; a repair would copy what it leads to", where=leaving[0],
+            hint="Put the file itself in its place. Weights alone may lie elsewhere.",
+        )  # fmt: skip
+    return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,22 @@ class PlannedSource:
     def stamp(self) -> str:
         return self.plan.checkpoint.source.stamp
 
+    @property
+    def outside(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def origin(self) -> Mapping[str, str] | None:
+        return self.plan.checkpoint.source.origin
+
     def local_path(self, file: str) -> None:
         """Nowhere yet."""
 
     def check_unchanged(self) -> None:
         """Nothing to check: what does not exist does not change."""
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Bytes of a text, a header, or a copied tensor; dequantized bytes do not exist yet."""
@@ -220,13 +239,9 @@ def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
 
 def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
     op = run[0].op
-    if isinstance(op, Copy):
-        return op.origin.info.nbytes
     if isinstance(op, Quantize) and isinstance(op.values, Slice):
         return op.values.nbytes
-    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
-    parts = [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
-    return sum(t.info.nbytes for t in parts)
+    return sum(t.info.nbytes for t in tensors_read(op))
 
 
 def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
@@ -248,6 +263,20 @@ def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) ->
         if index != checkpoint.index and (len(shards) > 1 or kept or strays):
             out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return out
+
+
+def _card(source: Source, target: Target, edits: Sequence[Edit], options: Options) -> dict[str, str]:
+    """README.md with its section; nothing where the file is no text that a section could go into."""
+    old = None
+    if (size := source.files.get(card.CARD)) is not None:
+        if size > card.MAX_CARD:
+            return {}
+        try:
+            old = source.read(card.CARD, [(0, size)])[0].decode("utf-8")
+        except UnicodeDecodeError:
+            return {}
+    section = card.describe(target, [(e.action, e.name) for e in edits], bf16=options.bf16)
+    return {card.CARD: card.with_section(old, section, quantized=not options.bf16)}
 
 
 def _index(old: Mapping[str, Any], shards: tuple[ShardPlan, ...]) -> dict[str, Any]:

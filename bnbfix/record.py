@@ -12,10 +12,15 @@ from .plan import Plan
 
 
 def record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
-    """The bytes of bnbfix.json. `files` has the SHA-256 of each file; those in `linked` are hard links without one."""
+    """The bytes of bnbfix.json. `files` has the SHA-256 of each file; those in `linked` are hard links without one.
+
+    A repo's repair differs from a folder's in the key "source" alone: {"repo", "revision"}.
+    """
+    origin = plan.checkpoint.source.origin
     doc: dict[str, Any] = {
         "schema": 1,
         "bnbfix": __version__,
+        **({"source": dict(origin)} if origin else {}),
         "target": plan.target.name,
         "releases": [r.name for r in plan.target.ranges],
         "options": vars(plan.options),

@@ -1,9 +1,11 @@
-"""Results for people: tables and a few sentences, good at 80 columns and in a pipe. Nothing is decided here."""
+"""Results for people: tables and a few sentences, good at 80 columns and in a pipe. Nothing is decided here.
+
+A scan's is in report_table.py.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
@@ -12,22 +14,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .codes import Code, Severity
+from .codes import Code
 from .installed import LoadResult, ProbeResult
 from .layout import Dequantize
 from .plan import Plan
-from .scanner import Finding, ReleaseVerdict, ScanResult
+from .publish import Pushed
 from .verifier import VerifyResult
 from .vllm_releases import ReleaseRange
+from .words import SHOWN, collapse, plain
 from .write import RepairResult
-
-COLOURS = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.NOTE: "cyan"}
-SHOWN = 4  # name patterns of a finding, without --verbose
-
-
-def plain(text: str) -> str:
-    """Text from a checkpoint made harmless: control characters and terminal escapes are spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(console: Console, parts: Iterable[RenderableType]) -> None:
@@ -41,123 +36,6 @@ def show(console: Console, parts: Iterable[RenderableType]) -> None:
     console.file.write(text)
 
 
-def scan_report(result: ScanResult, *, verbose: bool) -> Iterable[RenderableType]:
-    """The matrix of releases, then every finding of the target."""
-    counts = ", ".join(f"{n} {form}" for form, n in result.counts)
-    shards = f"{result.shards} shard{'s' if result.shards != 1 else ''}"
-    yield Text(plain(result.model), style="bold")
-    yield Text(f"{result.family}, {shards}, {counts}")
-    yield ""
-    yield _matrix(result.releases)
-    yield ""
-    for code in dict.fromkeys(f.code for f in result.findings):
-        same = [f for f in result.findings if f.code is code and (f.remains or verbose)]
-        if same:
-            yield from _code(same, verbose)
-    notes = [f for f in result.findings if not f.remains]
-    if notes and not verbose:
-        codes = ", ".join(sorted({f.code.value for f in notes}))
-        yield Text(f"{len(notes)} note{'s' if len(notes) != 1 else ''} ({codes}), shown with --verbose", style="dim")
-    yield _conclusion(result)
-
-
-def _matrix(verdicts: Sequence[ReleaseVerdict]) -> Table:
-    table = _table()
-    table.add_column("vLLM", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("tensors", justify="right", no_wrap=True)
-    table.add_column("because of")
-    for group in _alike(verdicts):
-        v, codes = group[0], " ".join(c.value for c in group[0].codes)
-        name = _range_name([g.release for g in group])
-        table.add_row(name, Text(v.verdict, style=_style(v.severity)), str(v.tensors or ""), codes)
-    return table
-
-
-def _alike(verdicts: Sequence[ReleaseVerdict]) -> list[list[ReleaseVerdict]]:
-    """Neighbouring ranges that say the same, together."""
-    groups: list[list[ReleaseVerdict]] = []
-    for v in verdicts:
-        if groups and _same(groups[-1][-1], v):
-            groups[-1].append(v)
-        else:
-            groups.append([v])
-    return groups
-
-
-def _same(a: ReleaseVerdict, b: ReleaseVerdict) -> bool:
-    return (a.severity, a.codes, a.tensors) == (b.severity, b.codes, b.tensors)
-
-
-def _range_name(releases: Sequence[ReleaseRange]) -> str:
-    first, last = releases[0].first, releases[-1].last
-    return first if first == last else f"{first}-{last}"
-
-
-def _code(findings: Sequence[Finding], verbose: bool) -> Iterable[RenderableType]:
-    """All findings of one code: what each range of releases makes of which tensors, and the fix once."""
-    worst = max(f.severity for f in findings)
-    head = Text()
-    head.append(findings[0].code.value, style="bold")
-    head.append(f" {worst.label}", style=_style(worst))
-    head.append(f": {findings[0].code.explanation.title}")
-    yield head
-    shown: tuple[str, ...] | None = None
-    for f in findings:
-        yield _indented(f"{_runs(f.releases)} {f.severity.label}: {plain(f.message)}")
-        if f.tensors != shown:
-            yield from _names(f.tensors, verbose)
-        shown = f.tensors
-    for words in dict.fromkeys(f"No fix here: {plain(f.reason)}" if f.reason else f"Fix: {f.fix}" for f in findings):
-        yield _indented(words)
-    yield ""
-
-
-def _names(tensors: Sequence[str], verbose: bool) -> Iterable[RenderableType]:
-    names = [plain(n) for n in tensors] if verbose else _collapse(tensors)
-    shown = names if verbose else names[:SHOWN]
-    for name in shown:
-        yield _indented(name, 4)
-    if more := len(names) - len(shown):
-        yield _indented(f"and {more} more pattern{'s' if more != 1 else ''}; --verbose shows all", 4)
-
-
-def _runs(releases: Sequence[ReleaseRange]) -> str:
-    from .vllm_releases import ranges
-
-    table, runs = list(ranges()), list[list[ReleaseRange]]()
-    for r in releases:
-        if runs and table.index(runs[-1][-1]) + 1 == table.index(r):
-            runs[-1].append(r)
-        else:
-            runs.append([r])
-    return "vLLM " + ", ".join(_range_name(run) for run in runs)
-
-
-def _collapse(names: Sequence[str]) -> list[str]:
-    """Names with their numbers taken out, and how many stand behind each."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", plain(n)) for n in names)
-    return [f"{name} x{n}" if n > 1 else name for name, n in counts.items()]
-
-
-def _conclusion(result: ScanResult) -> Text:
-    name = "every release" if len(result.target.ranges) > 1 else f"vLLM {result.target.name}"
-    known = [v for v in result.releases if Code.UNKNOWN_CLASS not in v.codes]
-    if len(result.target.ranges) > 1 and len(known) < len(result.releases):
-        name = "every release that knows the model"
-    if result.ok:
-        return Text(f"Loads in {name}.", style="bold green")
-    fixable = [f for f in result.findings if f.remains and f.reason is None]
-    words = {
-        Severity.FAILS: "Does not load", Severity.WRONG: "Loads with wrong weights", Severity.DEGRADED: "Degraded",
-    }[result.severity]  # fmt: skip
-    text = Text(f"{words} in {name}.", style=f"bold {_style(result.severity)}")
-    blocked = [f for f in result.findings if f.remains and f.reason is not None and f.code is not Code.PLUGIN]
-    if fixable and not blocked:
-        text.append(f" Mend it: bnbfix repair MODEL --out DIR --vllm {result.target.name}", style="not bold default")
-    return text
-
-
 def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableType]:
     """What every shard becomes, the change of config.json, and what it costs."""
     table = _table()
@@ -168,9 +46,10 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     for s in plan.shards:
         added = sum(t.info.name not in have for t in s.tensors)
         unpacked = sum(isinstance(t.op, Dequantize) for t in s.tensors)
-        size = plan.checkpoint.source.files[s.name]
-        mb = _mb(s.size) if s.copied else f"{_mb(size)} > {_mb(s.size)}"
-        cells = ("copied" if s.copied else "rewritten", str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
+        size = plan.checkpoint.source.files.get(s.name)  # a repair with --bf16 cuts shards of its own
+        mb = _mb(s.size) if s.copied or size is None else f"{_mb(size)} > {_mb(s.size)}"
+        becomes = "copied" if s.copied else "new" if size is None else "rewritten"
+        cells = (becomes, str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
         table.add_row(Text(plain(s.name)), *cells)
     yield table
     yield from _edit_lines(plan)
@@ -204,7 +83,7 @@ def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
         noun = "key" if action == "config" else "tensor" if action == "drop" else "weight"
         reason = f" ({codes})" if codes else ""
         yield Text(f"{len(edits)} {noun}{'s' if len(edits) != 1 else ''} {words}{reason}")
-        for name in _collapse([e.name for e in edits])[:SHOWN]:
+        for name in collapse([e.name for e in edits])[:SHOWN]:
             yield _indented(name, 4)
 
 
@@ -218,6 +97,11 @@ def repair_report(result: RepairResult) -> Iterable[RenderableType]:
     yield Text(
         f"Wrote {plain(str(result.out))}, {_mb(plan.bytes_written)} MB, for {plan.target.name}.", style="bold green"
     )
+
+
+def pushed_line(pushed: Pushed | None) -> str:
+    """Where a repair was pushed to, in a line that no terminal may cut; None where there was nothing to push."""
+    return f"Pushed: {plain(pushed.url)}" if pushed else "Nothing was pushed."
 
 
 def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
@@ -243,7 +127,7 @@ def load_report(result: LoadResult) -> Iterable[RenderableType]:
     for words, names in (("have no quant state", result.unbound), ("were quantized while loading", result.requantized)):
         if names:
             yield Text(f"{len(names)} parameters {words}:", style="red")
-            for line in _collapse(names)[:SHOWN]:
+            for line in collapse(names)[:SHOWN]:
                 yield _indented(line, 4)
     text = f"{name} loads it: {result.parameters} parameters came in, {result.packed} of them packed; it ran forward."
     yield Text(text, style="bold green" if result.ok else "bold red")
@@ -328,9 +212,6 @@ def _table() -> Table:
 def _indented(text: str, by: int = 2) -> Padding:
     return Padding(Text(text, overflow="fold"), (0, 0, 0, by), expand=False)
 
-
-def _style(severity: Severity) -> str:
-    return COLOURS[severity] if severity else "green"
 
 
 def _mb(n: int) -> str:

@@ -5,15 +5,43 @@ Shapes are told in README.md, under "JSON".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from .installed import LoadResult, ProbeResult
-from .plan import Plan
+from .outcome import Outcome
 from .scanner import SCHEMA, Finding, ReleaseVerdict, ScanResult
-from .verifier import VerifyResult
-from .vllm_releases import ReleaseRange
-from .write import RepairResult
+
+if TYPE_CHECKING:  # a scan needs none of these
+    from .installed import LoadResult, ProbeResult
+    from .plan import Plan
+    from .publish import Pushed
+    from .verifier import VerifyResult
+    from .vllm_releases import ReleaseRange
+    from .write import RepairResult
+
+
+def render(outcomes: Iterable[Outcome], *, several: bool) -> Iterator[str]:
+    """One document: a scan's, or for several models {schema, models: [a document for each]}."""
+    documents = [outcome_document(o) for o in outcomes]
+    whole = {"schema": SCHEMA, "models": documents} if several else documents[0]
+    yield json.dumps(whole, indent=2) + "\n"
+
+
+def render_lines(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """JSON Lines: a document for each model, in a line of its own, as soon as it is known."""
+    for outcome in outcomes:
+        yield json.dumps(outcome_document(outcome)) + "\n"
+
+
+def outcome_document(outcome: Outcome) -> dict[str, Any]:
+    """A scan's document, or {schema, model, error} where there was none."""
+    if outcome.result is not None:
+        return scan_document(outcome.result)
+    error = outcome.error
+    assert error is not None
+    told = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
+    return {"schema": SCHEMA, "model": outcome.model, "error": told}
 
 
 def scan_document(result: ScanResult) -> dict[str, Any]:
@@ -56,6 +84,11 @@ def repair_document(result: RepairResult) -> dict[str, Any]:
     out = str(result.out) if result.out else None
     done = {"sha256": dict(result.files), "linked": list(result.linked), "resumed": list(result.kept)}
     return plan_document(result.plan) | {"out": out} | done
+
+
+def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
+    """{pushed: {repo, url, commit}}; null where there was nothing to push."""
+    return {"pushed": vars(pushed) if pushed else None}
 
 
 def verify_document(result: VerifyResult) -> dict[str, Any]:

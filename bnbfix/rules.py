@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import gemma4
+from .beside import is_code, is_pickle
 from .checkpoint import INDEX, Checkpoint, weight_map
 from .codes import Code, Severity
-from .gemma4 import Model
+from .gemma4 import Model, axial_rope, older_form
 from .parameters import Member, Parameter, by_layer, damaged_weights, parameters
 from .quant_state import split_sibling
 from .skip_modules import honoured, transformers_skips, vllm_skips
-from .vllm_releases import Installed, ReleaseRange
+from .vllm_releases import Installed, ReleaseRange, unfit_plugin
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,16 @@ class Hit:
 
 Rule = Callable[[Case], Iterator[Hit]]
 RULES: dict[Code, Rule] = {}
+OF_FILES: set[Code] = set()  # rules that ask the checkpoint alone: their answer is the same for every release
 
 
-def rule(code: Code) -> Callable[[Rule], Rule]:
-    """Registers the function that looks for a code."""
+def rule(code: Code, *, of_files: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the function that looks for a code; `of_files`: it does not look at the release."""
 
     def register(function: Rule) -> Rule:
         RULES[code] = function
+        if of_files:
+            OF_FILES.add(code)
         return function
 
     return register
@@ -173,7 +177,7 @@ def packed_but_skipped(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, _names([m for m, _ in hits]), f"packed, but skipped by {', '.join(entries)}")
 
 
-@rule(Code.PACKED_SHAPE)
+@rule(Code.PACKED_SHAPE, of_files=True)
 def packed_shape(case: Case) -> Iterator[Hit]:
     hits = [w for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype == "U8"]
     names = tuple(w.name for w in hits if w.tensor.info.shape != (w.tensor.info.nbytes, 1))
@@ -181,7 +185,7 @@ def packed_shape(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, names, "packed, but not as a column [N, 1]")
 
 
-@rule(Code.PACKED_STORAGE)
+@rule(Code.PACKED_STORAGE, of_files=True)
 def packed_storage(case: Case) -> Iterator[Hit]:
     said = case.checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
     packed = [w for w in case.checkpoint.weights.values() if w.state]
@@ -191,14 +195,14 @@ def packed_storage(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, tuple(stored), f"packed bytes stored as {what}; vLLM takes uint8 alone")
 
 
-@rule(Code.QUANT_STATE)
+@rule(Code.QUANT_STATE, of_files=True)
 def quant_state(case: Case) -> Iterator[Hit]:
     for error in case.checkpoint.damaged:
         where = (error.where or "").split(": ", 1)
         yield Hit(Severity.FAILS, tuple(where[1:]), str(error), "the quant state is lost; quantize the model again")
 
 
-@rule(Code.ORPHANS)
+@rule(Code.ORPHANS, of_files=True)
 def orphans(case: Case) -> Iterator[Hit]:
     bound: list[str] = []
     lost: list[str] = []
@@ -214,7 +218,7 @@ def orphans(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.NOTE, tuple(lost), "statistics that belong to no packed weight; they are ignored")
 
 
-@rule(Code.INDEX)
+@rule(Code.INDEX, of_files=True)
 def index(case: Case) -> Iterator[Hit]:
     c = case.checkpoint
     if c.index is None:
@@ -233,10 +237,26 @@ def index(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.NOTE, (), f"{INDEX} says total_size {said}, the shards hold {size}")
 
 
-@rule(Code.DUPLICATE)
+@rule(Code.DUPLICATE, of_files=True)
 def duplicate(case: Case) -> Iterator[Hit]:
     for name, shards in case.checkpoint.duplicates.items():
         yield Hit(Severity.WRONG, (name,), f"lies in {' and '.join(shards)}")
+
+
+@rule(Code.PICKLES, of_files=True)
+def pickles(case: Case) -> Iterator[Hit]:
+    names = tuple(f for f in case.checkpoint.source.files if is_pickle(f))
+    if names:
+        yield Hit(Severity.NOTE, names, "a pickle by its name, which could run code as it is loaded; not opened")
+
+
+@rule(Code.CODE, of_files=True)
+def code(case: Case) -> Iterator[Hit]:
+    names = tuple(f for f in case.checkpoint.source.files if is_code(f))
+    if names:
+        yield Hit(Severity.NOTE, names, "a program by its name; not run")
+    if "auto_map" in case.checkpoint.config:
+        yield Hit(Severity.NOTE, (), "config.json: auto_map names code to run under trust_remote_code; not run")
 
 
 @rule(Code.SKIP_ENTRY)
@@ -258,7 +278,7 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
     text = case.model.text_config
     if case.release.per_layer_config == "read":
         return
-    if axial_rope(case.checkpoint):
+    if axial_rope(case.checkpoint.config):
         words = "config.json: vision_config's rope_type \"axial\" is unknown to the release's transformers"
         yield Hit(Severity.FAILS, (), words)
     if text.get("per_layer_config") is None:
@@ -270,32 +290,6 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
             return
     message = "config.json: text_config.per_layer_config is not read by the release's transformers"
     yield Hit(Severity.FAILS, (), message, None if old is not None else "it says more than the older keys can")
-
-
-def axial_rope(checkpoint: Checkpoint) -> bool:
-    """Does the vision tower's rope carry the name that transformers 5.19 gave it? Older ones call it "default"."""
-    vision = checkpoint.config.get("vision_config")
-    rope = vision.get("rope_parameters") if isinstance(vision, dict) else None
-    return isinstance(rope, dict) and rope.get("rope_type") == "axial"
-
-
-def older_form(model: Model) -> dict[str, int] | None:
-    """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
-
-    None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
-    """
-    per_layer = model.text_config.get("per_layer_config")
-    full = {str(i) for i, kind in enumerate(model.layer_types) if kind == gemma4.FULL}
-    if not isinstance(per_layer, dict) or set(per_layer) not in (full, set()):
-        return None
-    first, *others = per_layer.values() or ({},)
-    if not isinstance(first, dict) or any(v != first for v in others):
-        return None
-    # A layer without a head_dim of its own has that of the others; the older keys have another default.
-    old = {"head_dim": model.text_config.get("head_dim")} | first
-    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    out = {keys[k]: v for k, v in old.items() if k in keys and type(v) is int}
-    return out if len(out) == len(old) else None
 
 
 @rule(Code.UNKNOWN_CLASS)
@@ -310,13 +304,17 @@ def plugin(case: Case) -> Iterator[Hit]:
     here = case.installed
     if case.release.plugin == "required" and (here is None or here.plugin is None):
         severity = Severity.NOTE if here is None else Severity.FAILS
-        yield Hit(severity, (), "needs vllm-bnb-plugin", "not in the checkpoint: pip install vllm-bnb-plugin")
+        reason = "not in the checkpoint: pip install vllm-bnb-plugin; beside vLLM 0.28, 'vllm-bnb-plugin<0.0.3'"
+        yield Hit(severity, (), "needs vllm-bnb-plugin", reason)
+    if case.release.plugin == "required" and here is not None and (limit := unfit_plugin(here)) is not None:
+        words = f"vllm-bnb-plugin {here.plugin} is installed, which does not work with vLLM {here.version}"
+        yield Hit(Severity.FAILS, (), words, f"not in the checkpoint: pip install 'vllm-bnb-plugin<{limit}'")
     if case.release.plugin == "refused" and here is not None and here.plugin is not None:
         reason = "not in the checkpoint: pip uninstall vllm-bnb-plugin"
         yield Hit(Severity.FAILS, (), "vllm-bnb-plugin is installed, which this release cannot bear", reason)
 
 
-@rule(Code.TRANSFORMERS_REPACKS)
+@rule(Code.TRANSFORMERS_REPACKS, of_files=True)
 def transformers_repacks(case: Case) -> Iterator[Hit]:
     entries = case.checkpoint.skip_modules
     hits = [

@@ -9,7 +9,7 @@ from .codes import Code, Severity
 from .errors import NotApplicable
 from .gemma4 import Model, read_model
 from .parameters import projections
-from .rules import RULES, Case, Hit
+from .rules import OF_FILES, RULES, Case, Hit
 from .vllm_releases import ReleaseRange, Target, ranges
 
 SCHEMA = 1
@@ -21,7 +21,7 @@ class Finding:
 
     code: Code
     severity: Severity
-    tensors: tuple[str, ...]  # tensor names; for BNB301 skip entries
+    tensors: tuple[str, ...]  # tensor names; for BNB301 skip entries, for BNB205 and BNB206 files
     releases: tuple[ReleaseRange, ...]
     message: str
     fix: str | None  # what a repair does about it
@@ -97,9 +97,10 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
     members = tuple(projections(checkpoint))
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
+    known: dict[Code, list[Hit]] = {}
     for release in ranges():
         installed = target.installed if release in target.ranges else None
-        hits = find(Case.of(checkpoint, model, members, release, installed))
+        hits = find(Case.of(checkpoint, model, members, release, installed), known)
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(release)
         verdicts.append(_verdict(release, hits))
@@ -132,11 +133,22 @@ def target_ranges(target: Target, model: Model) -> tuple[ReleaseRange, ...]:
     return tuple(r for r in target.ranges if model.family.name in r.families)
 
 
-def find(case: Case) -> list[tuple[Code, Hit]]:
-    """Every hit of every rule; of a release that does not know the model's class, that one alone."""
+def find(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]]:
+    """Every hit of every rule; of a release that does not know the model's class, that one alone.
+
+    `known` keeps what rules of the files alone have answered, for the next release of the same checkpoint.
+    """
     if unknown := list(RULES[Code.UNKNOWN_CLASS](case)):
         return [(Code.UNKNOWN_CLASS, hit) for hit in unknown]
-    return [(code, hit) for code, function in RULES.items() for hit in function(case)]
+    out = []
+    for code, function in RULES.items():
+        hits = known.get(code)
+        if hits is None:
+            hits = list(function(case))
+            if code in OF_FILES:
+                known[code] = hits
+        out += [(code, hit) for hit in hits]
+    return out
 
 
 def _verdict(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:

@@ -18,7 +18,8 @@ from .errors import BnbfixError, InputError
 from .layout import Copy, Dequantize, Quantize, ShardPlan
 from .plan import RECORD, Options, Plan, plan_checkpoint
 from .scanner import scan_checkpoint
-from .source import LocalSource, Source
+from .source import LocalSource, Source, remote
+from .supply import fetch, to_fetch
 from .values import CHUNK, copy_range
 from .vllm_releases import Target, resolve_target
 from .write import Progress
@@ -54,7 +55,7 @@ class VerifyResult:
         return not self.problems
 
 
-def verify_output(out: Path, source: Path | None, progress: Progress | None = None) -> VerifyResult:
+def verify_output(out: Path, source: Source | None, progress: Progress | None = None) -> VerifyResult:
     """See `bnbfix.verify`. `progress` is called with the number of bytes just compared."""
     step = progress or (lambda n: None)
     output = LocalSource.open(out)
@@ -63,10 +64,12 @@ def verify_output(out: Path, source: Path | None, progress: Progress | None = No
     problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
     kept = decoded = 0
     if source is not None:
-        plan = plan_checkpoint(LocalSource.open(source), target, options)
+        plan = plan_checkpoint(source, target, options)
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
+            if (elsewhere := remote(source)) is not None:
+                fetch(elsewhere, to_fetch(plan), step)
             problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
 
@@ -60,16 +61,36 @@ class Target:
 
 
 @cache
+def _table() -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name("vllm_releases.json").read_text("utf-8")))
+
+
+@cache
 def ranges() -> tuple[ReleaseRange, ...]:
     """The table, oldest range first."""
-    doc = json.loads(resources.files(__package__).joinpath("vllm_releases.json").read_text("utf-8"))
     names = {f.name for f in fields(ReleaseRange)}
     rows = []
-    for row in doc["ranges"]:
+    for row in _table()["ranges"]:
         assert set(row) == names, f"vllm_releases.json: {row['first']} differs in {set(row) ^ names}"
-        row |= {"families": tuple(row["families"]), "packed": frozenset(row["packed"])}
+        row = row | {"families": tuple(row["families"]), "packed": frozenset(row["packed"])}
         rows.append(ReleaseRange(**row))
     return tuple(rows)
+
+
+@cache
+def plugin_bounds() -> tuple[tuple[str, str], ...]:
+    """(version of vllm-bnb-plugin, the oldest vLLM that it and newer ones work with), oldest first."""
+    return tuple(sorted((k, v) for k, v in _table()["plugins"].items() if k != "comment"))
+
+
+def unfit_plugin(installed: Installed) -> str | None:
+    """The version that the installed plugin has to be older than for the installed vLLM; None when the two fit."""
+    here, there = version_key(installed.plugin or ""), version_key(installed.version)
+    for plugin, vllm in plugin_bounds():
+        first, oldest = version_key(plugin), version_key(vllm)
+        if here and there and first and oldest and here >= first and there < oldest:
+            return plugin
+    return None
 
 
 def version_key(version: str) -> tuple[int, int, int] | None:
@@ -95,12 +116,13 @@ def find_range(version: str) -> ReleaseRange | None:
     return None
 
 
-def find_installed(version_of: Callable[[str], str] = metadata.version) -> Installed | None:
-    """The vLLM installed beside bnbfix, from its metadata; nothing is imported."""
+def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
+    """The vLLM installed beside bnbfix, from its metadata; nothing of it is imported."""
+    from importlib import metadata  # slow to import, and not needed where a release is named
 
     def look(name: str) -> str | None:
         try:
-            return version_of(name)
+            return (version_of or metadata.version)(name)
         except metadata.PackageNotFoundError:
             return None
 

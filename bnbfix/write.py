@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .values import CHUNK, plain_values, quantized_parts
 AHEAD = 4  # chunks made before their turn
 BASE_MEMORY = 400 << 20  # bytes that Python, torch and bitsandbytes take
 Progress = Callable[[int], None]  # called with the number of bytes just written
+Bring = Callable[[str], AbstractContextManager[None]]  # around the writing of a file: what it reads lies here meanwhile
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,13 @@ def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_me
 
 
 def write_plan(
-    plan: Plan, out: Path, how: How | None = None, *, overwrite: bool = False, progress: Progress | None = None
-) -> RepairResult:
+    plan: Plan, out: Path, how: How | None = None, *, overwrite: bool = False, progress: Progress | None = None,
+    bring: Bring | None = None,
+) -> RepairResult:  # fmt: skip
     """Writes the output of a plan to the directory `out`.
+
+    `bring` is entered, with the file's name, around the writing of each file that is made from the source's bytes, in
+    the order of `in_order`.
 
     Raises UsageError or OutputError when that is not possible, InputError when the source changes meanwhile,
     VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before. Finished
@@ -119,11 +125,13 @@ def write_plan(
         return RepairResult(plan, None, {})
     check_device(plan, how.device)
     workers = choose_workers(how.workers, len(plan.shards), os.cpu_count() or 1, worker_memory(plan), how.max_memory)
+    if bring is not None:
+        workers = 1  # what is brought for one file is gone before the next
     try:
         check_space(plan, out)
         staging = Staging(out, plan_digest(plan))
         try:
-            job = _Job(plan, how, staging, progress or (lambda n: None))
+            job = _Job(plan, how, staging, progress or (lambda n: None), bring)
             files = job.run(workers)
             plan.checkpoint.source.check_unchanged()
             _check_written(plan, staging.path)
@@ -150,6 +158,7 @@ class _Job:
     how: How
     staging: Staging
     progress: Progress
+    bring: Bring | None = None
     linked: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -166,7 +175,8 @@ class _Job:
                 finished = self._shards(workers, [s for s in plan.shards if s.name not in files], flush)
                 for name in plan.copied:
                     if name not in files:
-                        finished[name] = self._whole(name, source.files[name], flush)
+                        with self.bring(name) if self.bring else nullcontext():
+                            finished[name] = self._whole(name, source.files[name], flush)
                 files |= {name: done.result() for name, done in finished.items()}
             except BaseException:
                 self.stop.set()
@@ -191,8 +201,14 @@ class _Job:
         lots: list[list[ShardPlan]] = [[] for _ in range(min(workers, len(shards)))]
         for shard in sorted(shards, key=lambda s: -s.size):
             min(lots, key=lambda lot: sum(s.size for s in lot)).append(shard)
+        if self.bring is not None:
+            out: dict[str, Future[str]] = {}
+            for shard in in_order(shards):
+                with self.bring(shard.name):
+                    out |= self._lot([shard], flush)
+            return out
         if len(lots) <= 1:
-            return self._lot(list(shards), flush)
+            return self._lot(shards, flush)
         with ThreadPoolExecutor(len(lots), "bnbfix-shard") as pool:
             jobs = [pool.submit(self._lot, lot, flush) for lot in lots]
             try:
@@ -202,8 +218,7 @@ class _Job:
                 raise
 
     def _lot(self, shards: Sequence[ShardPlan], flush: ThreadPoolExecutor) -> dict[str, Future[str]]:
-        # Shards that only move come first: torch loads meanwhile.
-        ordered = sorted(shards, key=lambda s: not s.copied)
+        ordered = in_order(shards)
         made = Prefetch(made_chunks(self.plan.checkpoint.source, ordered, self.how.device), AHEAD)
         try:
             out = {}
@@ -255,6 +270,11 @@ class _Job:
                 while (chunk := next(made)) is not None:
                     out.append(chunk)
             return out.finish(flush)
+
+
+def in_order(shards: Sequence[ShardPlan]) -> list[ShardPlan]:
+    """Shards in the order they are written: those that only move come first, while torch loads."""
+    return sorted(shards, key=lambda s: not s.copied)
 
 
 def made_chunks(source: Source, shards: Sequence[ShardPlan], device: str) -> Iterator[bytes | memoryview | None]:

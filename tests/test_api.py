@@ -18,13 +18,14 @@ from conftest import Make
 
 import bnbfix
 from bnbfix.errors import BnbfixError
+from bnbfix.vllm_releases import Installed
 
 RESULTS = [
     "Edit", "Finding", "Plan", "Problem", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Target",
     "VerifyResult",
 ]  # fmt: skip
 ERRORS = sorted(n for n in bnbfix.__all__ if isinstance(getattr(bnbfix, n), type) and n.endswith("Error"))
-FUNCTIONS = ["plan_repair", "repair", "scan", "verify"]
+FUNCTIONS = ["check_before_upload", "plan_repair", "repair", "scan", "verify"]
 
 
 @pytest.mark.parametrize("name", bnbfix.__all__)
@@ -205,6 +206,7 @@ def test_a_plan_with_options_is_what_a_repair_with_them_writes(
 EXIT_CODES = {
     "BnbfixError": 2, "UsageError": 2, "InputError": 2, "HeaderError": 2, "QuantStateError": 2, "NotApplicable": 3,
     "Unrepairable": 1, "VerifyError": 1, "OutputError": 2,
+    "HubError": 2,
 }  # fmt: skip
 
 
@@ -259,3 +261,70 @@ def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
     assert json.dumps([finding.code.value, finding.severity.label, result.verdict])
     assert [r.release for r in result.releases] == list(result.target.ranges)
     assert pickle.loads(pickle.dumps(finding)) == finding
+
+
+# The check before an upload
+
+
+def test_a_check_before_upload_raises_with_the_findings(pristine: Make) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    with pytest.raises(bnbfix.FindingsRemain) as caught:
+        bnbfix.check_before_upload(source, "portable")
+    e = caught.value
+    assert e.exit_code == 1 and isinstance(e, BnbfixError)
+    assert e.findings == tuple(f for f in bnbfix.scan(source, "portable").findings if f.remains)
+    assert str(e) == (
+        f"{source}: is not fit for every vLLM release: BNB102 ordinary weight, packed parameter (16 tensors), "
+        "BNB103 fused group partly packed (5 tensors), BNB104 K serves as V, but V has no quant state (2 tensors)"
+    )
+    assert f"Upload what `bnbfix repair {source} --out DIR --vllm portable` writes." in str(e.hint)
+
+
+def test_a_check_before_upload_returns_the_scan_of_what_loads(pristine: Make) -> None:
+    source = pristine("e4b", "all", shards=2)
+    assert bnbfix.check_before_upload(source, "0.32.0") == bnbfix.scan(source, "0.32.0")
+
+
+def test_a_check_before_upload_does_not_hold_the_machine_against_the_checkpoint(
+    pristine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnbfix.api.find_installed", lambda: Installed("0.32.0", None))
+    source = pristine("e4b", "all", shards=2)
+    assert not bnbfix.scan(source).ok and bnbfix.check_before_upload(source) is not None
+
+
+def test_a_check_before_upload_passes_what_is_not_its_business(pristine: Make, tmp_path: Path) -> None:
+    assert bnbfix.check_before_upload(pristine("dense31b", "bf16"), "portable") is None
+    for name, files in {
+        "empty": {}, "no weights": {"config.json": "{"}, "no config": {"x.safetensors": ""},
+        "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+        "below": {"config.json": "{", "unet/model.safetensors": ""},
+    }.items():  # fmt: skip
+        for file, text in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        (tmp_path / name).mkdir(exist_ok=True)
+        assert bnbfix.check_before_upload(tmp_path / name, "portable") is None
+
+
+def test_a_check_before_upload_does_not_pass_packed_weights_that_no_config_tells_of(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(bnbfix.NotApplicable, match="has no bitsandbytes quantization_config"):
+        bnbfix.check_before_upload(source, "portable")
+    config["architectures"] = ["LlamaForCausalLM"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert bnbfix.check_before_upload(source, "portable") is None
+
+
+def test_a_check_before_upload_raises_what_a_scan_raises(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("dense31b", "all")
+    (source / "config.json").write_text("{")
+    with pytest.raises(bnbfix.InputError, match="is not valid JSON"):
+        bnbfix.check_before_upload(source, "portable")
+    with pytest.raises(bnbfix.UsageError, match="no such folder"):
+        bnbfix.check_before_upload(tmp_path / "nowhere", "portable")
+    with pytest.raises(bnbfix.UsageError, match=r"0\.1\.0"):
+        bnbfix.check_before_upload(source, "0.1.0")

@@ -28,6 +28,7 @@ from build import (
 from conftest import Make
 
 import bnbfix
+from bnbfix.card import CARD
 from bnbfix.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from bnbfix.codes import Code
 from bnbfix.errors import InputError, NotApplicable, Unrepairable
@@ -223,10 +224,10 @@ def test_a_repair_of_the_config_alone_copies_every_shard(pristine: Make) -> None
     source = pristine("dense31b", "skip", shards=3)
     plan = planned(source, "0.32.0")
     assert {e.action for e in plan.edits} == {"config"}
-    assert all(s.copied for s in plan.shards) and INDEX in plan.copied and set(plan.texts) == {CONFIG}
-    whole = sum(p.stat().st_size for p in source.iterdir()) - (source / CONFIG).stat().st_size
+    assert all(s.copied for s in plan.shards) and INDEX in plan.copied and set(plan.texts) == {CONFIG, CARD}
+    whole = sum(p.stat().st_size for p in source.iterdir() if p.name not in (CONFIG, CARD))
     assert plan.bytes_read == whole
-    assert plan.bytes_written == whole + len(plan.texts[CONFIG].encode())
+    assert plan.bytes_written == whole + sum(len(t.encode()) for t in plan.texts.values())
 
 
 def test_bytes_read_are_those_of_every_tensor_once_and_of_copies_again(pristine: Make) -> None:
@@ -235,7 +236,7 @@ def test_bytes_read_are_those_of_every_tensor_once_and_of_copies_again(pristine:
     tensors = read_tensors(source / SHARD)
     copies = [n for n in tensors for layer in (2, 5) if n.startswith(f"{L}{layer}.self_attn.k_proj.")]
     assert {e.action for e in plan.edits} == {"dequantize", "insert", "config"} and len(copies) == 12
-    others = sum(p.stat().st_size for p in source.iterdir() if p.name not in (SHARD, CONFIG))
+    others = sum(p.stat().st_size for p in source.iterdir() if p.name not in (SHARD, CONFIG, CARD))
     data = sum(len(t.data) for t in tensors.values()) + sum(len(tensors[n].data) for n in copies)
     assert plan.bytes_read == others + data
     assert plan.bytes_written == sum(PlannedSource(plan).files.values())
@@ -290,7 +291,7 @@ def test_every_file_is_either_written_or_copied(plan: Plan) -> None:
     shards, texts, copied = {s.name for s in plan.shards}, set(plan.texts), set(plan.copied)
     assert shards | texts | copied == set(plan.checkpoint.source.files)
     assert len(shards) + len(texts) + len(copied) == len(plan.checkpoint.source.files)
-    assert {"tokenizer.json", "README.md", "chat_template.jinja"} <= copied
+    assert {"tokenizer.json", "chat_template.jinja"} <= copied and CARD in texts
     assert set(PlannedSource(plan).files) == shards | texts | copied
     assert sum(PlannedSource(plan).files.values()) == plan.bytes_written
 

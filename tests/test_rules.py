@@ -28,9 +28,12 @@ from build import (
 )
 from conftest import Make
 
+from bnbfix.checkpoint import open_checkpoint
 from bnbfix.codes import EXPLANATIONS, Code, Severity
 from bnbfix.gemma4 import FULL, SLIDING, canonical, read_model
 from bnbfix.rules import RULES, older_form
+from bnbfix.scanner import scan_checkpoint
+from bnbfix.source import LocalSource
 from bnbfix.vllm_releases import Installed, Target, ranges, resolve_target
 
 NOTE, DEGRADED, WRONG, FAILS = Severity
@@ -595,3 +598,22 @@ def test_experts_are_never_counted_as_skipped(checkpoint: Make) -> None:
     set_skip(source, "experts", "moe", "language_model.model.layers.3.experts", "router.proj")
     found = codes(source, "0.32.0")
     assert Code.PACKED_BUT_SKIPPED not in found and Code.PACKED_IN_PLAIN not in found
+
+
+@pytest.mark.parametrize(
+    ("vllm", "plugin", "words"),
+    [
+        ("0.28.0", "0.0.3", "vllm-bnb-plugin 0.0.3 is installed, which does not work with vLLM 0.28.0"),
+        ("0.28.0", "0.0.4", "vllm-bnb-plugin 0.0.4 is installed, which does not work with vLLM 0.28.0"),
+        ("0.28.0", "0.0.2", None),
+        ("0.29.0", "0.0.3", None),
+        ("0.32.0", "0.0.3", None),
+    ],
+)
+def test_a_plugin_that_is_too_new_for_its_vllm_fails(
+    pristine: Make, vllm: str, plugin: str, words: str | None
+) -> None:
+    result = scan_checkpoint(open_checkpoint(LocalSource.open(pristine("e4b", "all"))), installed(vllm, plugin))
+    found = [(f.severity, f.message, f.reason) for f in result.findings if f.code is Code.PLUGIN]
+    reason = "not in the checkpoint: pip install 'vllm-bnb-plugin<0.0.3'"
+    assert found == ([(FAILS, words, reason)] if words else [])

@@ -264,12 +264,12 @@ def test_a_changed_copied_file_is_found(spoilt: Spoil) -> None:
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_copied_file_of_another_length_is_found(spoilt: Spoil, change: int) -> None:
     source, out, _ = spoilt
-    data = (out / "README.md").read_bytes()
-    (out / "README.md").write_bytes(data[:-1] if change < 0 else data + b"\n")
-    forge(out, "README.md")
+    data = (out / "chat_template.jinja").read_bytes()
+    (out / "chat_template.jinja").write_bytes(data[:-1] if change < 0 else data + b"\n")
+    forge(out, "chat_template.jinja")
     message = f"has {len(data) + change} bytes, the source {len(data)}"
     assert problems(out, None) == []
-    assert problems(out, source) == [("README.md", None, message)]
+    assert problems(out, source) == [("chat_template.jinja", None, message)]
 
 
 def test_a_missing_file_is_found(spoilt: Spoil) -> None:

@@ -17,7 +17,8 @@ for path in sorted(model.glob("*.safetensors")):
     for name in [n for n in tensors if ".quant_state." in n]:
         weight = name.split(".quant_state.")[0]
         parts = {n: tensors.pop(n) for n in list(tensors) if n.startswith(weight + ".")}
-        state = bnb.QuantState.from_dict({n.removeprefix(weight + "."): t for n, t in parts.items()}, torch.device("cpu"))
+        parts = {n.removeprefix(weight + "."): t for n, t in parts.items()}
+        state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
         tensors[weight] = bnb.dequantize_4bit(tensors[weight], state)
     save_file(tensors, out / path.name, metadata={"format": "pt"})
 config = json.loads((model / "config.json").read_text())

@@ -19,6 +19,7 @@ class MemorySource:
     name = "memory"
     stamp = ""
     origin = None
+    outside = frozenset[str]()
 
     @cached_property
     def files(self) -> dict[str, int]:

@@ -1,0 +1,149 @@
+"""Brings what a plan reads from the Hub to this machine: whole before the first write, or shard by shard.
+
+A file is fetched whole through huggingface_hub, and only then read; a folder's files are there already.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from .destination import SLACK, check_destination, existing_parent, fetched_folder
+from .errors import OutputError, UsageError
+from .layout import tensors_read
+from .plan import Plan
+from .source import RemoteSource, remote
+from .write import How, Progress, RepairResult, in_order, write_plan
+
+DOWNLOADS = 4  # files at a time; each is fetched in parallel pieces where huggingface_hub does so
+
+
+def inputs(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The files of the source that each file of the output is made from, in the order in which they are written."""
+    out: dict[str, tuple[str, ...]] = {}
+    for shard in in_order(plan.shards):
+        read = {t.shard for run in shard.runs() for t in tensors_read(run[0].op)}
+        out[shard.name] = (shard.name,) if shard.copied else tuple(sorted(read))
+    return out | {name: (name,) for name in plan.copied}
+
+
+def to_fetch(plan: Plan) -> dict[str, int]:
+    """Sizes of the files that a repair downloads: what it reads, and what is not on this machine yet."""
+    source = remote(plan.checkpoint.source)
+    if source is None or plan.nothing_to_do:
+        return {}
+    files = dict.fromkeys(f for read in inputs(plan).values() for f in read)
+    return {f: source.files[f] for f in files if source.local_path(f) is None}
+
+
+def streaming_peak(plan: Plan, missing: Mapping[str, int]) -> int:
+    """The most bytes that output and fetched files take together when each is fetched at its first use and deleted
+    after its last.
+    """
+    sizes = {s.name: s.size for s in plan.shards} | {f: plan.checkpoint.source.files[f] for f in plan.copied}
+    uses = Counter(f for read in inputs(plan).values() for f in read)
+    held, written, peak = set[str](), 0, 0
+    for name, read in inputs(plan).items():
+        held.update(f for f in read if f in missing)
+        written += sizes[name]
+        peak = max(peak, written + sum(missing[f] for f in held))
+        uses.subtract(read)
+        held = {f for f in held if uses[f] > 0}
+    return peak
+
+
+def check_space(plan: Plan, out: Path, *, stream: bool = False) -> None:
+    """Raises OutputError when output and download do not fit together, each where it will lie."""
+    source, missing = remote(plan.checkpoint.source), to_fetch(plan)
+    here = existing_parent(out)
+    if stream or source is None or not missing:
+        needs = [(here, max(plan.bytes_written, streaming_peak(plan, missing)) + SLACK)]
+    else:
+        needs = [(here, plan.bytes_written + SLACK), (existing_parent(source.store / "x"), sum(missing.values()))]
+    together = Counter[int]()
+    for folder, n in needs:
+        together[os.stat(folder).st_dev] += n
+    for (folder, _), where in zip(needs, (out, source and source.store), strict=False):
+        needed, free = together[os.stat(folder).st_dev], shutil.disk_usage(folder).free
+        if needed > free:
+            what = f", {sum(missing.values()):,} of them for the download" if missing and not stream else ""
+            hint = None if stream or not missing else "With --stream the source never lies whole on disk."
+            raise OutputError(
+                f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(where), hint=hint
+            )
+
+
+def carry_out(
+    plan: Plan, out: Path, how: How, *, overwrite: bool = False, stream: bool = False, progress: Progress | None = None
+) -> RepairResult:
+    """`write_plan`, with what it reads fetched from the Hub. Nothing is fetched when there is nothing to do.
+
+    `stream` fetches a file when an output shard first needs it and deletes it after its last use, in a folder beside
+    the output; else files go to the Hub's cache, and a repair that was killed finds those it had finished.
+    `progress` counts bytes fetched and bytes written. Raises what `write_plan` raises, and HubError.
+    """
+    source, step = remote(plan.checkpoint.source), progress or (lambda n: None)
+    check_destination(plan.checkpoint.source, out, overwrite=overwrite)
+    if stream and source is None:
+        raise UsageError("is a folder; --stream is for repos on the Hub", where=plan.checkpoint.source.name)
+    if plan.nothing_to_do or source is None:
+        return write_plan(plan, out, how, overwrite=overwrite, progress=progress)
+    check_space(plan, out, stream=stream)
+    with ExitStack() as stack:
+        bring = None
+        if stream:
+            bring = stack.enter_context(_streaming(plan, source, out, step))
+        else:
+            fetch(source, to_fetch(plan), step)
+        return write_plan(plan, out, how, overwrite=overwrite, progress=progress, bring=bring)
+
+
+def fetch(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
+    """Downloads files into the Hub's cache, the largest first; the first error stops what has not begun."""
+    lock = threading.Lock()
+
+    def one_at_a_time(n: int) -> None:
+        with lock:
+            step(n)
+
+    pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
+    try:
+        names = sorted(files, key=lambda f: -files[f])
+        for done in [pool.submit(source.fetch, name, None, one_at_a_time) for name in names]:
+            done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _streaming(
+    plan: Plan, source: RemoteSource, out: Path, step: Progress
+) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    folder = fetched_folder(out)
+    needed = inputs(plan)
+    uses = Counter(f for read in needed.values() for f in read)
+
+    @contextmanager
+    def bring(name: str) -> Iterator[None]:
+        for file in needed[name]:
+            source.fetch(file, folder, step)
+        yield
+        uses.subtract(needed[name])
+        for file in needed[name]:
+            if uses[file] == 0:
+                source.forget(file, folder)
+
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield bring
+    except OSError as e:
+        raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or folder)) from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
