@@ -17,12 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import OutputError, UsageError
-from .plan import Plan
+from .plan import JOURNAL, Plan
 from .source import LocalSource, Source
 from .syscalls import exchange
 
 SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
-JOURNAL = ".journal"  # in the staging folder: the plan, and each file that is finished
 PIECE = 4 << 20
 
 

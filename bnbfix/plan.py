@@ -26,6 +26,7 @@ from .unpack import decide_unpacked
 from .vllm_releases import Target
 
 RECORD = "bnbfix.json"
+JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _plan(
     _check_names(target, shards)
     edits = tuple(_edits(checkpoint, mend))
     texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, target, edits, options)
-    written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
+    written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
     copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))

@@ -221,15 +221,15 @@ def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(
 
     def interrupt(n: int) -> None:
         nonlocal left
-        if (tmp_path / ".out.bnbfix-partial" / ".journal").read_text().count("\n") > left:
+        if (tmp_path / ".out.bnbfix-partial" / ".bnbfix-journal").read_text().count("\n") > left:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         bnbfix.repair(source, tmp_path / "out", vllm=target, device="cpu", progress=interrupt)
     staging = tmp_path / ".out.bnbfix-partial"
-    names = [p.name for p in staging.iterdir() if p.name != ".journal"]
+    names = [p.name for p in staging.iterdir() if p.name != ".bnbfix-journal"]
     assert names
-    first = next(n for n in names if n in (staging / ".journal").read_text())
+    first = next(n for n in names if n in (staging / ".bnbfix-journal").read_text())
     if change == "other plan":
         target = "portable"
     elif change == "other source":
@@ -239,7 +239,7 @@ def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(
         data[-1] ^= 1
         (staging / first).write_bytes(data)
     else:
-        (staging / ".journal").write_bytes(b'\xff{"plan"')
+        (staging / ".bnbfix-journal").write_bytes(b'\xff{"plan"')
     result = bnbfix.repair(source, tmp_path / "out", vllm=target, device="cpu")
     assert first not in result.kept
     alone = bnbfix.repair(source, tmp_path / "alone", vllm=target, device="cpu")

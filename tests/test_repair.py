@@ -219,16 +219,16 @@ def test_untouched_shards_and_other_files_are_the_same_bytes(mended: Mended) -> 
 def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "assets" / "deep").mkdir(parents=True)
-    (source / "assets" / "deep" / "blob.bin").write_bytes(bytes(range(256)) * 40)
+    (source / "assets" / "deep" / "blob.dat").write_bytes(bytes(range(256)) * 40)
     (source / "empty.txt").touch()
-    (tmp_path / "elsewhere.jinja").write_text("from another folder")
+    (source / "assets" / "chat.jinja").write_text("from another folder")
     (source / "chat_template.jinja").unlink()
-    (source / "chat_template.jinja").symlink_to(tmp_path / "elsewhere.jinja")
+    (source / "chat_template.jinja").symlink_to("assets/chat.jinja")
     (source / ".cache").mkdir()
     (source / ".cache" / "download.lock").touch()
     fix(source, tmp_path / "out")
     out = tree(tmp_path / "out")
-    assert out["assets/deep/blob.bin"] == bytes(range(256)) * 40
+    assert out["assets/deep/blob.dat"] == bytes(range(256)) * 40
     assert out["empty.txt"] == b""
     assert out["chat_template.jinja"] == b"from another folder"
     assert not (tmp_path / "out" / "chat_template.jinja").is_symlink()

@@ -30,8 +30,8 @@ from conftest import Make
 
 from bnbfix.checkpoint import open_checkpoint
 from bnbfix.codes import EXPLANATIONS, Code, Severity
-from bnbfix.gemma4 import FULL, SLIDING, canonical, read_model
-from bnbfix.rules import RULES, older_form
+from bnbfix.gemma4 import FULL, SLIDING, canonical, older_form, read_model
+from bnbfix.rules import RULES
 from bnbfix.scanner import scan_checkpoint
 from bnbfix.source import LocalSource
 from bnbfix.vllm_releases import Installed, Target, ranges, resolve_target
@@ -230,6 +230,22 @@ def default_rope(folder: Path) -> None:
         config["vision_config"]["rope_parameters"]["rope_type"] = "default"
 
 
+def pickled(folder: Path) -> None:
+    for name in ("pytorch_model.bin", "training_args.bin", "old/consolidated.00.PTH", "binary", "bin.safetensors.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+
+def programs(folder: Path) -> None:
+    for name in ("modeling_gemma4.py", "convert.SH", "py", "python.txt"):
+        (folder / name).touch()
+
+
+def auto_map(folder: Path) -> None:
+    with json_of(folder) as config:
+        config["auto_map"] = {"AutoConfig": "configuration_gemma4.Gemma4Config"}
+
+
 def axial_rope(folder: Path) -> None:
     with json_of(folder) as config:
         config["vision_config"]["rope_parameters"]["rope_type"] = "axial"
@@ -300,6 +316,11 @@ FOUND = [
           tensors=rf"{L}9\..*"),
     Found(Code.ORPHANS, "dense31b", "single", "0.32.0", edit(bound_state), "beside plain", releases=ALL,
           tensors=rf"{L}0\.mlp\.up_proj\.weight\.quant_state\..*", others=1),
+    Found(Code.PICKLES, "text", "all", "portable", pickled, severity=NOTE, releases=ALL,
+          tensors=r"pytorch_model\.bin|training_args\.bin|old/consolidated\.00\.PTH"),
+    Found(Code.CODE, "text", "all", "portable", programs, severity=NOTE, releases=ALL,
+          tensors=r"modeling_gemma4\.py|convert\.SH"),
+    Found(Code.CODE, "text", "all", "portable", auto_map, "auto_map", severity=NOTE, releases=ALL),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", wrong_size, "size", severity=NOTE, releases=ALL),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", stale_tensor, "stale", severity=NOTE, releases=ALL,
           tensors=r".*stale"),
@@ -392,6 +413,8 @@ ABSENT = [
     Case(Code.INDEX, "dense31b", "all", "portable", no_total_size, "no total_size"),
     Case(Code.INDEX, "dense31b", "all", "portable", None, "", (("shards", 3),)),
     Case(Code.DUPLICATE, "dense31b", "all", "portable", None, "", (("shards", 3),)),
+    Case(Code.PICKLES, "text", "all", "portable", programs),
+    Case(Code.CODE, "text", "all", "portable", pickled),
     Case(Code.SKIP_ENTRY, "dense31b", "all", "portable"),
     Case(Code.SKIP_ENTRY, "text", "mixed", "portable"),
     Case(Code.SKIP_ENTRY, "dense31b", "skip", "0.22.1"),

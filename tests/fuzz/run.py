@@ -24,6 +24,7 @@ from fuzz.cases import case, corpus  # noqa: E402
 from fuzz.runner import Figures, run_cases  # noqa: E402
 
 BATCH = 2000
+SHOWN = 20  # failures told in full; all are counted
 MEMORY = 1 << 30  # bytes
 
 
@@ -58,9 +59,9 @@ def main() -> int:
     began, total = time.perf_counter(), Figures()
     with multiprocessing.get_context("fork").Pool(args.jobs, limit_memory) as pool:
         for done, figures in enumerate(pool.imap_unordered(batch, jobs), 1):
-            total += figures
-            for failure in figures.failures:
+            for failure in figures.failures[: max(0, SHOWN - len(total.failures))]:
                 print(failure, flush=True)
+            total += figures
             if done % 25 == 0:
                 took = time.perf_counter() - began
                 print(f"{done * BATCH:,} mutations in {took:.0f} s", file=sys.stderr, flush=True)
