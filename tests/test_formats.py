@@ -115,9 +115,10 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     whole = json.loads("".join(report_json.render(found, several=True)))
     assert whole["schema"] == 1
     assert whole["models"][0] == report_json.scan_document(scan(source))
+    hint = "MODEL is a folder, or a repo on the Hub: org/name[@revision]."
     assert whole["models"][1] == {
         "schema": 1, "model": str(tmp_path / "nowhere"),
-        "error": {"kind": "UsageError", "message": f"{tmp_path}/nowhere: no such folder", "hint": None, "exit_code": 2},
+        "error": {"kind": "UsageError", "message": f"{tmp_path}/nowhere: no such folder", "hint": hint, "exit_code": 2},
     }  # fmt: skip
     lines = list(report_json.render_lines(found))
     assert [json.loads(line) for line in lines] == whole["models"]
