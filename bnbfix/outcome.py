@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -73,14 +73,14 @@ def _outcome(source: Source, model: str, target: Target, selection: Selection, w
         grid = draw(checkpoint, read_model(checkpoint.config), chosen, mended(checkpoint.source))
     return Outcome(
         model, replace(result, findings=chosen), None, len(result.findings) - len(chosen),
-        {name: file for f in chosen for name, file in _files(checkpoint, f.tensors)}, grid,
+        _files(checkpoint, {name for f in chosen for name in f.tensors}), grid,
     )  # fmt: skip
 
 
-def _files(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    tensors = checkpoint.tensors
-    for name in names:
-        yield name, tensors[name].shard if name in tensors else CONFIG
+def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """The shard of each tensor; config.json for names that are none, such as skip entries."""
+    tensors = checkpoint.tensors if names else {}
+    return {name: tensors[name].shard if name in tensors else CONFIG for name in names}
 
 
 def mended(source: Source) -> frozenset[str]:

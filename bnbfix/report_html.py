@@ -62,9 +62,10 @@ form-action 'none'">
 
 
 def _summary(found: Sequence[Outcome]) -> Iterator[str]:
-    yield f'<section class="summary"><h1>{_e(totals(found))}</h1>\n<div class="scroll"><table class="list">'
+    rows = [summarize(o) for o in found]
+    yield f'<section class="summary"><h1>{_e(totals(rows))}</h1>\n<div class="scroll"><table class="list">'
     yield '<thead><tr><th scope="col">model<th scope="col">verdict<th scope="col">because of</thead><tbody>'
-    for i, row in enumerate(map(summarize, found), 1):
+    for i, row in enumerate(rows, 1):
         yield f'<tr><th scope="row"><a href="#m{i}">{_e(row.model)}</a><td>{_verdict(row.verdict)}'
         yield f"<td>{_e(row.because)}"
     yield "</tbody></table></div></section>"

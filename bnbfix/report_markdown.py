@@ -19,11 +19,11 @@ def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """A section for each model, and for several a summary."""
     seen = []
     for o in outcomes:
-        seen.append(o)
+        seen.append(summarize(o))
         yield from (line + "\n" for line in _section(o))
     if len(seen) > 1:
         yield "## Summary\n\n"
-        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in map(summarize, seen)]
+        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
         yield from (line + "\n" for line in _table(("model", "verdict", "because of"), rows))
         yield f"\n{totals(seen)}\n"
 
@@ -85,7 +85,8 @@ def escape(text: str) -> str:
     """Text that stays text: no markup, no HTML, no mentions and no links."""
     text = re.sub(r"([\\`*_\[\]#~])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"@(?=\w)", "@\u200b", text).replace("://", ":\u200b//")
+    text = re.sub(r"@(?=\w)", "@\u200b", text)
+    return re.sub(r"(?i)(://|www\.)", "\u200b\\1\u200b", text)
 
 
 def code(text: str) -> str:

@@ -35,24 +35,22 @@ VERDICTS = {s.verdict: style for s, style in STYLES.items()} | {"error": "red", 
 def table(outcomes: Iterable[Outcome], layout: Layout, *, several: bool, with_map: bool) -> Iterator[Line]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
     rows: list[Summary] = []
-    seen: list[Outcome] = []
     for outcome in outcomes:
         rows.append(summarize(outcome))
-        seen.append(Outcome(outcome.model, outcome.result, outcome.error))
         if layout.quiet:
-            yield from _quiet(rows[-1], layout)
+            if several or outcome.result is not None:  # of a single model's error, the command line itself tells
+                yield from _quiet(rows[-1])
         else:
             yield from _report(outcome if with_map else replace(outcome, grid=None), layout, several)
     if several:
         if not layout.quiet:
             yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], layout)
             yield ()
-        yield (Span(totals(seen), "bold"),)
+        yield (Span(totals(rows), "bold"),)
 
 
-def _quiet(row: Summary, layout: Layout) -> Iterator[Line]:
-    line = (Span(f"{row.model}: "), Span(row.verdict, VERDICTS[row.verdict]), Span(f" {row.because}"))
-    yield (*line[:-1], Span(line[-1].text.rstrip()))
+def _quiet(row: Summary) -> Iterator[Line]:
+    yield Span(f"{row.model}: "), Span(row.verdict, VERDICTS[row.verdict]), Span(f" {row.because}".rstrip())
 
 
 def _summary(row: Summary) -> list[Span]:
@@ -60,7 +58,7 @@ def _summary(row: Summary) -> list[Span]:
 
 
 def _report(outcome: Outcome, layout: Layout, several: bool) -> Iterator[Line]:
-    if outcome.result is None:  # of a single model, the command line itself tells
+    if outcome.result is None:
         if several:
             yield from _wrapped(plain(outcome.model), layout, "bold")
             yield from _wrapped(f"error: {plain(str(outcome.error))}", layout, "red")
@@ -87,6 +85,8 @@ def scan_lines(outcome: Outcome, result: ScanResult, layout: Layout) -> Iterator
     if outcome.grid is not None:
         from .report_map import map_lines
 
+        if notes and not layout.verbose:
+            yield ()
         yield from map_lines(outcome.grid, layout)
         yield ()
     last = conclude(outcome)

@@ -47,7 +47,7 @@ def _codes(option: str, given: Iterable[str]) -> frozenset[Code]:
         if not found:
             raise UsageError(
                 f"{option} {prefix!r} begins no finding's code",
-                hint="Codes are BNB101 to BNB405, or a beginning such as BNB1; see README.md or `bnbfix explain CODE`.",
+                hint=f"Codes are {', '.join(c.value for c in Code)}, or a beginning such as BNB1.",
             )
         out |= found
     return frozenset(out)

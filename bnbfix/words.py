@@ -140,14 +140,14 @@ def summarize(outcome: Outcome) -> Summary:
     """A model in a row."""
     if outcome.result is None:
         kind = "skipped" if outcome.error is not None and outcome.error.exit_code == 3 else "error"
-        return Summary(plain(outcome.model), kind, plain(str(outcome.error)))
+        return Summary(plain(outcome.model), kind, plain(str(outcome.error).removeprefix(f"{outcome.model}: ")))
     counting = sorted({f.code.value for f in outcome.result.findings if f.remains})
     return Summary(plain(outcome.model), outcome.result.verdict, " ".join(counting))
 
 
-def totals(outcomes: Iterable[Outcome]) -> str:
+def totals(rows: Iterable[Summary]) -> str:
     """`3 models: 1 loads, 2 fails`."""
-    counts = Counter(summarize(o).verdict for o in outcomes)
+    counts = Counter(row.verdict for row in rows)
     order = ("loads", "degraded", "wrong", "fails", "skipped", "error")
     parts = ", ".join(f"{counts[v]} {v}" for v in order if counts[v])
     return f"{count(sum(counts.values()), 'model')}: {parts}"

@@ -63,6 +63,12 @@ def test_the_exit_code_of_several(
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
 
+def test_an_error_of_a_single_model_is_told_once(run: Cli) -> None:  # noqa: F811
+    for options in ([], ["--quiet"]):
+        assert run("scan", "nowhere", *options) == Run(2, "", "error: nowhere: no such folder\n")
+    assert run("scan", "nowhere", "there", "-q").out.startswith("nowhere: error no such folder\nthere: error ")
+
+
 def test_models_come_from_stdin_too_each_once(
     run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:

@@ -115,10 +115,12 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     whole = json.loads("".join(report_json.render(found, several=True)))
     assert whole["schema"] == 1
     assert whole["models"][0] == report_json.scan_document(scan(source))
-    hint = "MODEL is a folder, or a repo on the Hub: org/name[@revision]."
     assert whole["models"][1] == {
         "schema": 1, "model": str(tmp_path / "nowhere"),
-        "error": {"kind": "UsageError", "message": f"{tmp_path}/nowhere: no such folder", "hint": hint, "exit_code": 2},
+        "error": {
+            "kind": "UsageError", "message": f"{tmp_path}/nowhere: no such folder", "exit_code": 2,
+            "hint": "MODEL is a folder, or a repo on the Hub: org/name[@revision].",
+        },
     }  # fmt: skip
     lines = list(report_json.render_lines(found))
     assert [json.loads(line) for line in lines] == whole["models"]
@@ -247,7 +249,7 @@ def test_markdown_tells_the_matrix_the_findings_and_the_command(pristine: Make) 
     assert "Mend it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
     assert "## Summary" not in text
     text = "".join(report_markdown.render(outcomes(source, "/nowhere", pristine("e4b", "all"), target="0.32.0")))
-    assert "| `/nowhere` | \u26d4 error | /nowhere: no such folder |" in text
+    assert "| `/nowhere` | \u26d4 error | no such folder |" in text
     assert text.endswith("\n3 models: 1 loads, 1 wrong, 1 error\n")
 
 
