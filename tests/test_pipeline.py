@@ -62,16 +62,22 @@ def test_closing_stops_a_maker_that_waits() -> None:
 def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Path) -> None:
     data = os.urandom(3_000_001)
     with (tmp_path / "file").open("w+b") as f:
-        hasher = Hasher(f.fileno())
+        stop = threading.Event()
+        hasher = Hasher(f.fileno(), stop)
         for at in range(0, len(data), 700_000):
             f.write(data[at : at + 700_000])
             f.flush()
             hasher.reach(f.tell())
         assert hasher.result() == hashlib.sha256(data).hexdigest()
-        short = Hasher(f.fileno())
+        short = Hasher(f.fileno(), stop)
         short.reach(len(data) + 1)
         with pytest.raises(OutputError, match=r"ended at byte 3,000,001"):
             short.result()
+        stop.set()
+        stopped = Hasher(f.fileno(), stop)
+        stopped.reach(len(data))
+        with pytest.raises(OutputError, match="stopped before a file was whole"):
+            stopped.result()
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
