@@ -6,7 +6,7 @@ Opening reads headers and the JSON of each quant state, never the weights.
 from __future__ import annotations
 
 import json
-import os
+import ntpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,11 @@ from .source import Source
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-MAX_JSON = 64_000_000  # bytes of config or index; real ones stay below one megabyte
+# What bounds time and memory, an order of magnitude above the largest real ones: 26B with its experts one by one.
+MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
+MAX_HEADERS = 100_000_000  # bytes of all headers together
+MAX_TENSORS = 500_000
+MAX_SKIP = 2_000  # entries of llm_int8_skip_modules, each of which is held against each module
 HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 
@@ -94,6 +98,8 @@ class Checkpoint:
         value = self.quantization.get("llm_int8_skip_modules") or []
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise InputError("llm_int8_skip_modules is not a list of names", where=CONFIG)
+        if len(value) > MAX_SKIP:
+            raise InputError(f"llm_int8_skip_modules has {len(value):,} entries, more than any model", where=CONFIG)
         return tuple(value)
 
     @cached_property
@@ -132,7 +138,7 @@ def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     size = source.files[name]
-    if size > MAX_JSON:
+    if size > (MAX_CONFIG if name == CONFIG else MAX_JSON):
         raise InputError(f"{size:,} bytes are too many for such a file", where=name)
     try:
         text = source.read(name, [(0, size)])[0].decode("utf-8")
@@ -162,7 +168,7 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
         return names
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if name != os.path.basename(name) or "\\" in name or name in ("", ".", "..") or "\0" in name:
+        if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are no names
             raise InputError(f"weight_map names {name!r}, which is not a file beside it", where=INDEX)
         if name not in source.files:
             raise InputError(
@@ -178,10 +184,15 @@ def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
     found = source.read_many({n: [(0, min(HEADER_GUESS, sizes[n]))] for n in names})
     begun = {name: part for name, (part,) in found.items()}
     ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
+    if (total := sum(ends.values())) > MAX_HEADERS:
+        raise InputError(f"{total:,} bytes of headers are more than any model has", where=source.name)
     rest = {n: [(len(begun[n]), ends[n] - len(begun[n]))] for n in names if ends[n] > len(begun[n])}
     for name, (part,) in source.read_many(rest).items():
         begun[name] += part
-    return {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
+    out = {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
+    if (count := sum(len(h.tensors) for h in out.values())) > MAX_TENSORS:
+        raise InputError(f"{count:,} tensors are more than any model has", where=source.name)
+    return out
 
 
 def _tensors(

@@ -61,6 +61,8 @@ class Code(Enum):
     ORPHANS = "BNB202"
     INDEX = "BNB203"
     DUPLICATE = "BNB204"
+    PICKLES = "BNB205"
+    CODE = "BNB206"
     SKIP_ENTRY = "BNB301"
     PER_LAYER_CONFIG = "BNB302"
     UNKNOWN_CLASS = "BNB303"
@@ -178,6 +180,19 @@ EXPLANATIONS = {
         "one tensor in two shards",
         "Two shards hold a tensor of the same name; which of them vLLM keeps depends on the order of the files.",
         "The one that the index names is kept.",
+    ),
+    Code.PICKLES: Explanation(
+        "pickled files beside the weights",
+        "Loading a pickle (*.bin, *.pt, *.pth, *.ckpt, *.pkl) runs whatever code its author put into it. vLLM and "
+        "transformers read safetensors where there are any, so these are a second, older copy of the weights, or what "
+        "a training run left. bnbfix never opens them.",
+        "A repair leaves them out.",
+    ),
+    Code.CODE: Explanation(
+        "programs beside the weights",
+        "Python files, and auto_map in config.json, are run by vLLM and transformers under trust_remote_code. No "
+        "Gemma4 needs that.",
+        "A repair copies them as they are, without the right to be executed, and runs nothing.",
     ),
     Code.SKIP_ENTRY: Explanation(
         "skip entry that vLLM does not understand",

@@ -117,6 +117,32 @@ def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
     return value
 
 
+def axial_rope(config: Mapping[str, Any]) -> bool:
+    """Does the vision tower's rope carry the name that transformers 5.19 gave it? Older ones call it "default"."""
+    vision = config.get("vision_config")
+    rope = vision.get("rope_parameters") if isinstance(vision, dict) else None
+    return isinstance(rope, dict) and rope.get("rope_type") == "axial"
+
+
+def older_form(model: Model) -> dict[str, int] | None:
+    """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
+
+    None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
+    """
+    per_layer = model.text_config.get("per_layer_config")
+    full = {str(i) for i, kind in enumerate(model.layer_types) if kind == FULL}
+    if not isinstance(per_layer, dict) or set(per_layer) not in (full, set()):
+        return None
+    first, *others = per_layer.values() or ({},)
+    if not isinstance(first, dict) or any(v != first for v in others):
+        return None
+    # A layer without a head_dim of its own has that of the others; the older keys have another default.
+    old = {"head_dim": model.text_config.get("head_dim")} | first
+    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    out = {keys[k]: v for k, v in old.items() if k in keys and type(v) is int}
+    return out if len(out) == len(old) else None
+
+
 # Roles: what decides which kind of parameter a tensor lands in. The first pattern that matches wins.
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."

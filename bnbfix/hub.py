@@ -39,7 +39,7 @@ from .errors import HubError, InputError
 from .hub_client import Again, asked_for, counting, patiently, refused, scrubbed
 from .ranges import Span, follow, merge, misfit, origin_of, safe_name
 from .refusals import refusal
-from .source import NOT_OURS, LocalSource, read_exactly
+from .source import NOT_OURS, LocalSource, open_regular, read_exactly
 
 WORKERS = 16  # requests at a time
 TIMEOUT = 15.0  # seconds without a byte
@@ -97,7 +97,8 @@ class HubSource:
                 hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
             )  # fmt: skip
         folder = LocalSource.open(Path(found).parent)
-        return cls(repo, folder.path.name, name, folder.files, {}, {f: folder.path / f for f in folder.files})
+        files = {f: size for f, size in folder.files.items() if f not in folder.outside}  # the cache makes no others
+        return cls(repo, folder.path.name, name, MappingProxyType(files), {}, {f: folder.path / f for f in files})
 
     @property
     def stamp(self) -> str:
@@ -105,6 +106,10 @@ class HubSource:
 
     def check_unchanged(self) -> None:
         """A commit does not change; what a server sends is checked as it comes."""
+
+    @property
+    def outside(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def origin(self) -> Mapping[str, str]:
@@ -256,10 +261,7 @@ def _size(sibling: Any, repo: str) -> int:
 
 
 def _read_local(path: Path, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise InputError(f"cannot be opened in the local cache ({e.strerror})", where=file) from e
+    fd = open_regular(path, file)
     try:
         return [read_exactly(fd, offset, length, file) for offset, length in ranges]
     finally:

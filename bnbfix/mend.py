@@ -15,9 +15,9 @@ from . import quant_state as qs
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
 from .experts import ExpertMend, decide_experts
-from .gemma4 import Model
+from .gemma4 import Model, axial_rope, older_form
 from .parameters import Member, by_layer, is_packable, module_of, parameters, projections
-from .rules import axial_rope, hf_linears, is_explicit_v, missing_shared, older_form
+from .rules import hf_linears, is_explicit_v, missing_shared
 from .skip_modules import cover, honoured, transformers_skips, vllm_skips
 from .vllm_releases import ReleaseRange
 
@@ -244,7 +244,7 @@ def older_config(checkpoint: Checkpoint, model: Model, releases: Sequence[Releas
     """The older form of what transformers 5.19 writes in a newer, where a release of the target does not read that."""
     if all(r.per_layer_config == "read" for r in releases):
         return
-    if axial_rope(checkpoint):
+    if axial_rope(checkpoint.config):
         yield ConfigEdit(("vision_config", "rope_parameters", "rope_type"), "default", Code.PER_LAYER_CONFIG)
     if (old := older_form(model)) is not None:
         at = () if model.text_only else ("text_config",)
@@ -264,8 +264,8 @@ def skip_list(
     Entries stay where they are, but for those that name a packed module; what is missing is added at the end, vLLM's
     spelling before transformers'.
     """
-    linears = hf_linears([m for m, _ in members], model)
-    hf = {gemma4.hf_module(model, m.place.module): packed for m, packed in members if m in linears}
+    linears = {m.place for m in hf_linears([m for m, _ in members], model)}
+    hf = {gemma4.hf_module(model, m.place.module): packed for m, packed in members if m.place in linears}
     spellings = [(hf, transformers_skips)]
     for release in reversed(releases):
         ours: dict[str, bool] = {}
@@ -280,7 +280,8 @@ def skip_list(
 
     out = [e for e in entries if not names_packed(e)]
     for modules, matches in spellings:
-        plain = [m for m, packed in modules.items() if not packed and not honoured(out, m, matches)]
+        so_far = tuple(out)
+        plain = [m for m, packed in modules.items() if not packed and not honoured(so_far, m, matches)]
         plain = [m for m in plain if m != "lm_head" or out]
         out += cover(plain, matches, names_packed)
     if out and not entries and "lm_head" not in out:

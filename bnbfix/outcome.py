@@ -78,9 +78,9 @@ def _outcome(source: Source, model: str, target: Target, selection: Selection, w
 
 
 def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """The shard of each tensor; config.json for names that are none, such as skip entries."""
-    tensors = checkpoint.tensors if names else {}
-    return {name: tensors[name].shard if name in tensors else CONFIG for name in names}
+    """The shard of each tensor; files are their own; config.json for names that are neither, such as skip entries."""
+    tensors, files = checkpoint.tensors if names else {}, checkpoint.source.files
+    return {n: tensors[n].shard if n in tensors else n if n in files else CONFIG for n in names}
 
 
 def mended(source: Source) -> frozenset[str]:

@@ -10,9 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from . import syscalls
-from .errors import InputError
 from .pipeline import Hasher
-from .source import Source
+from .source import Source, open_regular
 from .values import copy_range
 
 KERNEL_BYTES = 8 << 20  # moved by one call in the kernel
@@ -110,10 +109,7 @@ def write_small(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, where: str) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise InputError(f"cannot be opened ({e.strerror})", where=where) from e
+    fd = open_regular(path, where)
     try:
         yield fd
     finally:

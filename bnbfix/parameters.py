@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from . import gemma4
 from .checkpoint import Checkpoint, Weight
+from .errors import InputError
 from .gemma4 import Model, Place
 from .skip_modules import honoured, vllm_skips
 from .vllm_releases import ReleaseRange
+
+MAX_PROJECTIONS = 2_000  # beside experts; each may be held against every skip entry, and real models have hundreds
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class Parameter:
 
 
 def projections(checkpoint: Checkpoint) -> list[Member]:
-    """Every weight of a linear module: packed, or plain with two dimensions; damaged ones are neither. By name."""
+    """Every weight of a linear module: packed, or plain with two dimensions; damaged ones are neither. By name.
+
+    Raises InputError when there are more than any model has.
+    """
     out, damaged = [], damaged_weights(checkpoint)
     for weight in checkpoint.weights.values():
         if weight.name in damaged:
@@ -63,6 +69,8 @@ def projections(checkpoint: Checkpoint) -> list[Member]:
             place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2)
         ) or weight.packed:
             out.append(Member(weight, place))
+    if (count := sum(m.place.role != "expert" for m in out)) > MAX_PROJECTIONS:
+        raise InputError(f"{count:,} linear modules are more than any model has", where=checkpoint.source.name)
     return out
 
 
@@ -72,7 +80,9 @@ def damaged_weights(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(w.name for w in checkpoint.weights.values() if where and f"{w.tensor.shard}: {w.name}" in where)
 
 
-def parameters(members: Sequence[Member], model: Model, release: ReleaseRange, skip: Sequence[str]) -> list[Parameter]:
+def parameters(
+    members: Sequence[Member], model: Model, release: ReleaseRange, skip: tuple[str, ...]
+) -> list[Parameter]:
     """The release's parameters for these weights, in the order of their first member. What it drops is left out."""
     groups: dict[str, list[Member]] = {}
     for m in members:
@@ -99,13 +109,13 @@ def is_packable(place: Place, model: Model, release: ReleaseRange) -> bool:
 
 
 def _parameter(
-    module: str, members: list[Member], model: Model, release: ReleaseRange, skip: Sequence[str]
+    module: str, members: list[Member], model: Model, release: ReleaseRange, skip: tuple[str, ...]
 ) -> Parameter:
     place = members[0].place
     packable = is_packable(place, model, release)
     # Experts are made by another class, which no skip entry reaches.
-    skipped = honoured(skip, module, vllm_skips) if packable and place.role != "expert" else []
-    return Parameter(module, place.role, place.layer, tuple(members), packable, tuple(skipped))
+    skipped = honoured(skip, module, vllm_skips) if packable and place.role != "expert" else ()
+    return Parameter(module, place.role, place.layer, tuple(members), packable, skipped)
 
 
 def by_layer(members: Sequence[Member]) -> Mapping[tuple[int, str], Member]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import card, json_edit
 from .assemble import repaired_shards, unpacked_shards
+from .beside import is_pickle
 from .checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import InputError, Unrepairable
@@ -142,7 +143,13 @@ def _plan(
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
-    copied = tuple(f for f in checkpoint.source.files if f not in written)
+    copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
+    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
+    if leaving := sorted(checkpoint.source.outside & {*copied, *texts}):
+        raise InputError(
+            "is a link out of the model folder; a repair would copy what it leads to", where=leaving[0],
+            hint="Put the file itself in its place. Weights alone may lie elsewhere.",
+        )  # fmt: skip
     return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
 
 
@@ -165,6 +172,10 @@ class PlannedSource:
     @property
     def stamp(self) -> str:
         return self.plan.checkpoint.source.stamp
+
+    @property
+    def outside(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def origin(self) -> Mapping[str, str] | None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import gemma4
+from .beside import is_code, is_pickle
 from .checkpoint import INDEX, Checkpoint, weight_map
 from .codes import Code, Severity
-from .gemma4 import Model
+from .gemma4 import Model, axial_rope, older_form
 from .parameters import Member, Parameter, by_layer, damaged_weights, parameters
 from .quant_state import split_sibling
 from .skip_modules import honoured, transformers_skips, vllm_skips
@@ -242,6 +243,22 @@ def duplicate(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.WRONG, (name,), f"lies in {' and '.join(shards)}")
 
 
+@rule(Code.PICKLES, of_files=True)
+def pickles(case: Case) -> Iterator[Hit]:
+    names = tuple(f for f in case.checkpoint.source.files if is_pickle(f))
+    if names:
+        yield Hit(Severity.NOTE, names, "a pickle by its name, which could run code as it is loaded; not opened")
+
+
+@rule(Code.CODE, of_files=True)
+def code(case: Case) -> Iterator[Hit]:
+    names = tuple(f for f in case.checkpoint.source.files if is_code(f))
+    if names:
+        yield Hit(Severity.NOTE, names, "a program by its name; not run")
+    if "auto_map" in case.checkpoint.config:
+        yield Hit(Severity.NOTE, (), "config.json: auto_map names code to run under trust_remote_code; not run")
+
+
 @rule(Code.SKIP_ENTRY)
 def skip_entry(case: Case) -> Iterator[Hit]:
     plain = [m for p in case.params if p.packed for m in p.members if not m.packed]
@@ -261,7 +278,7 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
     text = case.model.text_config
     if case.release.per_layer_config == "read":
         return
-    if axial_rope(case.checkpoint):
+    if axial_rope(case.checkpoint.config):
         words = "config.json: vision_config's rope_type \"axial\" is unknown to the release's transformers"
         yield Hit(Severity.FAILS, (), words)
     if text.get("per_layer_config") is None:
@@ -273,32 +290,6 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
             return
     message = "config.json: text_config.per_layer_config is not read by the release's transformers"
     yield Hit(Severity.FAILS, (), message, None if old is not None else "it says more than the older keys can")
-
-
-def axial_rope(checkpoint: Checkpoint) -> bool:
-    """Does the vision tower's rope carry the name that transformers 5.19 gave it? Older ones call it "default"."""
-    vision = checkpoint.config.get("vision_config")
-    rope = vision.get("rope_parameters") if isinstance(vision, dict) else None
-    return isinstance(rope, dict) and rope.get("rope_type") == "axial"
-
-
-def older_form(model: Model) -> dict[str, int] | None:
-    """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
-
-    None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
-    """
-    per_layer = model.text_config.get("per_layer_config")
-    full = {str(i) for i, kind in enumerate(model.layer_types) if kind == gemma4.FULL}
-    if not isinstance(per_layer, dict) or set(per_layer) not in (full, set()):
-        return None
-    first, *others = per_layer.values() or ({},)
-    if not isinstance(first, dict) or any(v != first for v in others):
-        return None
-    # A layer without a head_dim of its own has that of the others; the older keys have another default.
-    old = {"head_dim": model.text_config.get("head_dim")} | first
-    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    out = {keys[k]: v for k, v in old.items() if k in keys and type(v) is int}
-    return out if len(out) == len(old) else None
 
 
 @rule(Code.UNKNOWN_CLASS)

@@ -21,7 +21,7 @@ class Finding:
 
     code: Code
     severity: Severity
-    tensors: tuple[str, ...]  # tensor names; for BNB301 skip entries
+    tensors: tuple[str, ...]  # tensor names; for BNB301 skip entries, for BNB205 and BNB206 files
     releases: tuple[ReleaseRange, ...]
     message: str
     fix: str | None  # what a repair does about it

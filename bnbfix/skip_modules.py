@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 Matches = Callable[[str, str], bool]
 MAX_PATTERN = 1000  # characters
@@ -18,7 +18,13 @@ GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?P=")  # a repeated group, or a ref
 
 def vllm_skips(entry: str, module: str) -> bool:
     """vLLM: the entry is one dotted component of the module's name, or a dotted prefix of it."""
-    return entry in module.split(".") or module == entry or module.startswith(entry + ".")
+    return entry in _vllm_names(module)
+
+
+@cache
+def _vllm_names(module: str) -> frozenset[str]:
+    parts = module.split(".")
+    return frozenset(parts) | {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
 def transformers_skips(entry: str, module: str) -> bool:
@@ -42,9 +48,10 @@ def _pattern(entry: str) -> Callable[[str], bool]:
     return lambda module: module.startswith(entry)
 
 
-def honoured(entries: Iterable[str], module: str, matches: Matches) -> list[str]:
+@lru_cache(1 << 14)  # every release asks the same again
+def honoured(entries: tuple[str, ...], module: str, matches: Matches) -> tuple[str, ...]:
     """The entries that name a module."""
-    return [e for e in entries if matches(e, module)]
+    return tuple(e for e in entries if matches(e, module))
 
 
 def cover(plain: Iterable[str], matches: Matches, names_packed: Callable[[str], bool]) -> list[str]:

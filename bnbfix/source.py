@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,11 @@ class Source(Protocol):
     @property
     def stamp(self) -> str:
         """What changes when the files do: a commit, or sizes and times."""
+        ...
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """Files that are links out of the checkpoint: weights may lie anywhere, what is copied as it is may not."""
         ...
 
     @property
@@ -94,10 +99,14 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A directory. Symlinks to files are followed, as the Hub cache needs."""
+    """A directory. Symlinks to files are followed; `outside` has those that leave the directory.
+
+    A snapshot of the Hub cache is links into the `blobs` folder of its repo, which counts as inside.
+    """
 
     path: Path
     stamps: Mapping[str, Stamp] = field(repr=False)
+    outside: frozenset[str] = field(repr=False, default=frozenset())
 
     @classmethod
     def open(cls, path: Path) -> LocalSource:
@@ -105,7 +114,9 @@ class LocalSource:
         if not path.is_dir():
             what = "is a file; name the folder it lies in" if path.exists() else "no such folder"
             raise UsageError(what, where=str(path))
-        return cls(path, MappingProxyType(dict(sorted(_walk(path)))))
+        entries = sorted(_walk(path))
+        outside = frozenset(_leaving(path, [name for name, _, link in entries if link]))
+        return cls(path, MappingProxyType({name: stamp for name, stamp, _ in entries}), outside)
 
     @property
     def name(self) -> str:
@@ -136,10 +147,7 @@ class LocalSource:
                 raise InputError("changed while it was being read", where=name, hint="Run it again.")
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        try:
-            fd = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise InputError(f"cannot be opened ({e.strerror})", where=file) from e
+        fd = open_regular(self.path / file, file)
         try:
             return [read_exactly(fd, offset, length, file) for offset, length in ranges]
         finally:
@@ -147,6 +155,18 @@ class LocalSource:
 
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
         return {file: self.read(file, ranges) for file, ranges in wanted.items()}
+
+
+def open_regular(path: Path, where: str) -> int:
+    """A file descriptor for reading; raises InputError for what is no regular file, without waiting for it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as e:
+        raise InputError(f"cannot be opened ({e.strerror})", where=where) from e
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InputError("is no regular file", where=where)
+    return fd
 
 
 def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
@@ -165,10 +185,11 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp]]:
+def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp, bool]]:
+    """(path relative to the root, stamp, is it a link?) of every file."""
     if prefix.count("/") > MAX_DEPTH:
         raise InputError(f"lies more than {MAX_DEPTH} folders deep", where=prefix)
-    out: list[tuple[str, Stamp]] = []
+    out: list[tuple[str, Stamp, bool]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name
         if entry.name in NOT_OURS:
@@ -182,5 +203,19 @@ def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp]]:
             raise InputError(f"cannot be looked at ({e.strerror}); a broken link?", where=rel) from e
         if not stat.S_ISREG(mode.st_mode):
             raise InputError("is neither a regular file nor a folder of its own", where=rel)
-        out.append((rel, Stamp.of(mode)))
+        out.append((rel, Stamp.of(mode), entry.is_symlink()))
     return out
+
+
+def _leaving(root: Path, links: Sequence[str]) -> Iterator[str]:
+    """Those of the links that lead neither into the root nor into the blobs of the Hub cache it lies in."""
+    real = os.path.realpath(root)
+    inside = [real]
+    snapshots = os.path.dirname(real)
+    if os.path.basename(snapshots) == "snapshots":
+        inside.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    for name in links:
+        # Both paths are resolved to the end, so that no link on the way leads out again.
+        target = os.path.realpath(root / name)
+        if not any(target.startswith(folder + os.sep) for folder in inside):
+            yield name

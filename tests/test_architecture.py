@@ -22,7 +22,7 @@ FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # From the ground up: a module imports from rows above its own alone. A new module needs a place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("safetensors_header", "source", "refusals", "json_edit", "skip_modules", "codes", "vllm_releases"),
+    ("safetensors_header", "source", "beside", "refusals", "json_edit", "skip_modules", "codes", "vllm_releases"),
     ("quant_state", "ranges", "card", "hub_client"),
     ("checkpoint", "hub"),
     ("locate",),

@@ -156,7 +156,7 @@ def test_nothing_is_quantized_but_experts(family: str, quant: str, target: str, 
 def assert_both_readers_agree(plan: Plan) -> None:
     """What is packed in the output is packed to vLLM and to transformers, and what is plain is plain."""
     checkpoint = after(plan)
-    new, model = list(checkpoint.skip_modules), gemma4.read_model(checkpoint.config)
+    new, model = checkpoint.skip_modules, gemma4.read_model(checkpoint.config)
     members = projections(checkpoint)
     for release in plan.target.ranges:
         if model.family.name in release.families:

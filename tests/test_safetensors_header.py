@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
+from fuzz.cases import SMALL_FILES
+from fuzz.judges import judge_header, library_accepts, parse_file
+from fuzz.structure import HOSTILE, mutated_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 from surgery import pack
 
 from bnbfix.errors import HeaderError
@@ -36,20 +38,6 @@ QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health
 def parse(raw: bytes, data: int = 0) -> Header:
     """The header of a file with these header bytes, and so many bytes of data."""
     return parse_header(raw, 8 + len(raw) + data, "m.safetensors")
-
-
-def parse_file(content: bytes) -> Header:
-    """The header of a whole file, read as `checkpoint` reads it."""
-    n = header_length(content[:8], len(content), "m.safetensors")
-    return parse_header(content[8 : 8 + n], len(content), "m.safetensors")
-
-
-def library_accepts(content: bytes) -> bool:
-    try:
-        deserialize(content)
-    except SafetensorError:
-        return False
-    return True
 
 
 def refused(raw: bytes, data: int, words: str) -> None:
@@ -442,136 +430,8 @@ def test_every_dtype_is_one_the_library_knows_at_the_same_size() -> None:
         assert library_accepts(build_header([info], {}) + bytes(bits)), dtype
 
 
-# The safetensors library as the judge: what it refuses is refused, and what is refused beyond that is on a short list.
-
-STRICTER = (  # the rules that the library does not have
-    "is in the header twice",
-    "needs exactly dtype, shape and data_offsets",
-    "has an unknown dtype (",  # it takes {"U8": null} for "U8"
-    "not a list of sizes",  # from 2**63 to 2**64
-    "not [begin, end]",
-    "must start with '{'",  # the format's rule; the library takes spaces before it
-)
-
-
-def judge(content: bytes, seen: Counter[str]) -> None:
-    """Holds both parsers against each other on a whole file."""
-    accepted = library_accepts(content)
-    try:
-        parse_file(content)
-    except HeaderError as e:
-        if accepted:
-            assert any(rule in str(e) for rule in STRICTER), f"refused though the library accepts it: {e}"
-        seen["stricter" if accepted else "both refuse"] += 1
-    else:
-        assert accepted, "accepted though the library refuses it"
-        seen["both accept"] += 1
-
-
-class Raw(str):
-    """JSON text that goes into a header as it is."""
-
-
-Pairs = list[tuple[str, Any]]  # an object whose keys may come twice
-
-
-def write_json(value: Any) -> str:
-    """JSON text of strings, numbers, lists, raw text, and objects as tuples of pairs."""
-    if isinstance(value, Raw):
-        return str(value)
-    if isinstance(value, tuple):
-        return "{" + ",".join(f"{write_json(k)}:{write_json(v)}" for k, v in value) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(write_json, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-HOSTILE_TEXT = r"""
-    -0 -1 -0.0 0.0 1.0 2e0 1E400 01 +1 0x1 1_0 NaN -Infinity true false null [] {} [[]] [0] [0,0] [0,1] [1,0]
-    [0,0,0] [-0,0] [1.0] [true] {"U8":null} {"a":1,"a":1} "U8" "u8" "F4" "F6_E2M3" "F8_E8M0" "BF16" "" "\ud800"
-    "\udc00x" "\ud83d\ude00" "\u0000" "\x" 2147483648 4294967296 9223372036854775807 9223372036854775808
-    18446744073709551615 18446744073709551616 36893488147419103232 99999999999999999999999999999999999999999
-    [9223372036854775807,0] [0,9223372036854775807] [4294967296,4294967296,0] [4294967296,4294967296]
-    [0,4294967296,4294967296] [2305843009213693952,8] [0,18446744073709551615] [18446744073709551616]
-"""
-NESTED = ["[" * 120 + "]" * 120, "[" * 130 + "]" * 130]  # around the library's limit of 128
-HOSTILE = [Raw(text) for text in (*HOSTILE_TEXT.split(), *NESTED, "7" * 5000, '"\x01"', '"\x7f"')]
-KEYS = [*"abx", "", "dtype", "shape", "data_offsets", "__metadata__", *map(Raw, (r'"\u0061"', r'"\ud800"', "1"))]
-
-
-def nodes(value: Any, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    """The path to every value inside."""
-    out = [path] if path else []
-    if isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            out += nodes(item[1] if isinstance(value, tuple) else item, (*path, i))
-    return out
-
-
-def at(value: Any, path: tuple[int, ...]) -> Any:
-    for i in path:
-        value = value[i][1] if isinstance(value, tuple) else value[i]
-    return value
-
-
-def put(value: Any, path: tuple[int, ...], new: list[Any]) -> Any:
-    """The value at a path replaced by any number of others: pairs in an object, items in a list."""
-    i, rest = path[0], path[1:]
-    items = list(value)
-    if rest and isinstance(value, tuple):
-        items[i] = (items[i][0], put(items[i][1], rest, new))
-    elif rest:
-        items[i] = put(items[i], rest, new)
-    else:
-        items[i : i + 1] = new
-    return tuple(items) if isinstance(value, tuple) else items
-
-
-def mutated(r: Random) -> bytes:
-    """A valid file, or one with a few things in its structure turned wrong."""
-    doc: Any = ()
-    size = 0
-    for name in r.sample(["a", "b", "w.weight", "\u00e9\U0001f600", 'q"\\\n', "", "dtype"], r.randrange(5)):
-        dtype, shape = r.choice(sorted(DTYPE_BITS)), [r.randrange(5) for _ in range(r.randrange(3))]
-        shape += [4] if DTYPE_BITS[dtype] < 8 else []
-        end = size + tensor_nbytes(dtype, shape)
-        doc += ((name, (("dtype", dtype), ("shape", shape), ("data_offsets", [size, end]))),)
-        size = end
-    if r.random() < 0.3:
-        doc += (("__metadata__", (("format", "pt"), ("", "\u00e9"))),)
-    for _ in range(r.choice([0, 1, 1, 1, 2, 3])):
-        if not (paths := nodes(doc)):
-            break
-        doc = mutate(r, doc, r.choice([p for p in paths if len(p) == 1] if r.random() < 0.3 else paths))
-    raw = (write_json(doc) + r.choice([*[""] * 20, " ", "\n\t\r ", "\0", "{}", ","])).encode("utf-8", "surrogatepass")
-    data = max(0, size + r.choice([*[0] * 20, -1, 1, 8]))
-    length = max(0, len(raw) + r.choice([*[0] * 40, -1, 1, 2**32, 2**63]))
-    return pack(raw, bytes(data), length=length)
-
-
-def mutate(r: Random, doc: Any, path: tuple[int, ...]) -> Any:
-    """One value exchanged, dropped, doubled, moved, given another key or a neighbour."""
-    old, parent = at(doc, path), at(doc, path[:-1])
-    new = [old]
-    kind = r.choice(["value", "number", "number", "drop", "twice", "key", "add", "shuffle"])
-    if kind == "value" or (kind == "number" and type(old) is not int):
-        new = [r.choice(HOSTILE)]
-    elif kind == "number":
-        new = [max(0, old + r.choice([-8, -4, -2, -1, 1, 2, 4, 8]))]
-    elif kind == "drop":
-        new = []
-    elif kind == "twice":
-        new = [old, old]
-    elif kind == "add":
-        new = [old, r.choice(HOSTILE)]
-    elif kind == "shuffle" and isinstance(old, (tuple, list)):
-        new = [type(old)(r.sample(old, len(old)))]
-    if isinstance(parent, tuple):
-        keys = [parent[path[-1]][0]] * len(new)
-        if kind in ("key", "add"):
-            keys[-1] = r.choice(KEYS)
-        new = list(zip(keys, new, strict=True))
-    return put(doc, path, new)
+# The safetensors library as the judge: what it refuses is refused, and what is refused beyond that is on a short list
+# (fuzz/judges.py). tests/test_fuzz.py does the same at length.
 
 
 def test_the_library_accepts_whatever_is_accepted_of_structures_turned_wrong() -> None:
@@ -580,74 +440,13 @@ def test_the_library_accepts_whatever_is_accepted_of_structures_turned_wrong() -
     @settings(QUICK, max_examples=3000)
     @given(st.randoms(use_true_random=True))
     def run(r: Random) -> None:
-        judge(mutated(r), seen)
+        seen[judge_header(mutated_file(r))] += 1
 
     run()
-    assert min(seen["both accept"], seen["both refuse"]) > 500 and seen["stricter"] > 50, seen
+    assert min(seen["accepted"], seen["refused"]) > 500 and seen["stricter"] > 50, seen
 
 
-FILES = [
-    pack(GOOD, b"xx"),
-    pack(
-        {
-            "__metadata__": {"format": "pt"},
-            "w.\u00e9": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
-        },
-        bytes(12),
-    ),
-    pack(
-        {
-            "b": {"dtype": "F4", "shape": [0, 7], "data_offsets": [4, 4]},
-            "a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
-        },
-        bytes(4),
-    ),
-    pack(b'{"a":{"data_offsets":[0,0],"shape":[0],"dtype":"I64"}}   ', b""),
-    pack(b"{}"),
-]
-FLIPS = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "set", "insert", "delete"]),
-        st.integers(0, 200),
-        st.sampled_from(list(b'{}[]":,.-+0123456789eE\\u \n\0\x7f\x80\xc3\xff')),
-        st.integers(0, 7),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-def damage(content: bytes, edits: list[tuple[str, int, int, int]]) -> bytes:
-    """Bytes changed here and there; the length is kept true where only what comes after it grew or shrank."""
-    out = bytearray(content)
-    for kind, where, byte, bit in edits:
-        i = where % len(out)
-        if kind == "flip":
-            out[i] ^= 1 << bit
-        elif kind == "set":
-            out[i] = byte
-        elif i >= 8:
-            grown = 1 if kind == "insert" else -1
-            out[i : i + (kind == "delete")] = bytes([byte] if kind == "insert" else [])
-            length = int.from_bytes(out[:8], "little")
-            if i < 8 + length < 2**32:
-                out[:8] = (length + grown).to_bytes(8, "little")
-    return bytes(out)
-
-
-def test_the_library_accepts_whatever_is_accepted_of_bytes_turned_wrong() -> None:
-    seen: Counter[str] = Counter()
-
-    @settings(QUICK, max_examples=1500)
-    @given(st.sampled_from(FILES), FLIPS)
-    def run(content: bytes, edits: list[tuple[str, int, int, int]]) -> None:
-        judge(damage(content, edits), seen)
-
-    run()
-    assert min(seen["both accept"], seen["both refuse"]) > 200, seen
-
-
-@pytest.mark.parametrize("content", FILES)
+@pytest.mark.parametrize("content", SMALL_FILES)
 def test_every_prefix_of_a_file_is_refused(content: bytes) -> None:
     for n in range(len(content)):
         assert not library_accepts(content[:n])
@@ -669,7 +468,7 @@ def test_the_library_accepts_whatever_is_accepted_of_one_hostile_value(place: st
         "metadata": f'{{"__metadata__":{value}}}',
         "key": f'{{"__metadata__":{{{value}:"x"}}}}',
     }.get(place, f'{{"a":{{{entry}}}}}')
-    judge(pack(text.encode("utf-8", "surrogatepass")), Counter())
+    judge_header(pack(text.encode("utf-8", "surrogatepass")))
 
 
 def test_safe_open_judges_files_as_deserialize_judges_bytes(tmp_path: Path) -> None:
@@ -678,7 +477,7 @@ def test_safe_open_judges_files_as_deserialize_judges_bytes(tmp_path: Path) -> N
     @settings(QUICK, max_examples=150)
     @given(st.randoms(use_true_random=True))
     def run(r: Random) -> None:
-        content = mutated(r)
+        content = mutated_file(r)
         path.write_bytes(content)
         try:
             with safe_open(path, "numpy") as f:

@@ -82,10 +82,10 @@ def test_an_entry_that_is_no_regex_counts_as_plain_text(entry: str) -> None:
 
 
 def test_honoured_keeps_the_order_of_the_list() -> None:
-    entries = ["qkv_proj", "o_proj", "model.language_model", "language_model.model.layers.3", "layers"]
-    assert honoured(entries, V_QKV, vllm_skips) == ["qkv_proj", "language_model.model.layers.3", "layers"]
-    assert honoured(entries, HF_Q, transformers_skips) == ["model.language_model"]
-    assert honoured([], HF_Q, transformers_skips) == []
+    entries = ("qkv_proj", "o_proj", "model.language_model", "language_model.model.layers.3", "layers")
+    assert honoured(entries, V_QKV, vllm_skips) == ("qkv_proj", "language_model.model.layers.3", "layers")
+    assert honoured(entries, HF_Q, transformers_skips) == ("model.language_model",)
+    assert honoured((), HF_Q, transformers_skips) == ()
 
 
 def covered(plain: list[str], packed: list[str], matches: Matches) -> list[str]:
@@ -141,7 +141,7 @@ MODULES = st.one_of(
 def test_cover_names_every_plain_module_and_no_packed_one(matches: Matches, states: dict[str, bool]) -> None:
     plain = [module for module, is_plain in states.items() if is_plain]
     packed = [module for module, is_plain in states.items() if not is_plain]
-    entries = covered(plain, packed, matches)
+    entries = tuple(covered(plain, packed, matches))
     assert [m for m in plain if not honoured(entries, m, matches)] == []
     assert [m for m in packed if honoured(entries, m, matches)] == []
     assert all(any(m == e or m.startswith(e + ".") for m in plain) for e in entries), "every entry is a prefix"
