@@ -152,6 +152,8 @@ class Staging:
     def _journaled(self) -> Iterator[tuple[str, str]]:
         """Finished files of an earlier run of the same plan that are what the journal says; top level alone."""
         try:
+            if not stat.S_ISREG(os.lstat(self.path / JOURNAL).st_mode):
+                return
             first, *lines = (self.path / JOURNAL).read_text("utf-8").splitlines()
             if json.loads(first) != {"plan": self._digest}:
                 return

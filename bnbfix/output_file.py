@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +21,17 @@ DIRTY = 256 << 20  # bytes of a file that may wait to be written to disk; what i
 class OutputFile:
     """A new file, that must not exist. Leaving its block without `finish` closes it, unfinished.
 
-    `step` is told of bytes as they are written, `finished` of the whole file's SHA-256, on another thread.
+    `step` is told of bytes as they are written, `finished` of the whole file's SHA-256, on another thread; `stop` makes
+    that thread give up.
     """
 
-    def __init__(self, path: Path, step: Callable[[int], None], finished: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event
+    ) -> None:
         self._step, self._finished, self._at = step, finished, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd)
+        self._hasher = Hasher(self._fd, stop)
         self._flushing = False
 
     def __enter__(self) -> OutputFile:

@@ -67,14 +67,17 @@ class Prefetch(Generic[T]):
 
 
 class Hasher:
-    """SHA-256 of a file that grows: reads back what was written, while it is still in memory, on its own thread."""
+    """SHA-256 of a file that grows: reads back what was written, while it is still in memory, on its own thread.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    Once `stop` is set it gives up; `result` then raises.
+    """
+
+    def __init__(self, fd: int, stop: threading.Event) -> None:
+        self._fd, self._stop = fd, stop
         self._digest = hashlib.sha256()
         self._ends: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._stop = False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="bnbfix-hash", daemon=True)
         self._thread.start()
 
@@ -92,7 +95,7 @@ class Hasher:
 
     def close(self) -> None:
         """Stops without a result."""
-        self._stop = True
+        self._closed = True
         self._ends.put(None)
         self._thread.join()
 
@@ -100,7 +103,9 @@ class Hasher:
         at, buffer = 0, memoryview(bytearray(PIECE))
         try:
             while (end := self._ends.get()) is not None:
-                while at < end and not self._stop:
+                while at < end and not self._closed:
+                    if self._stop.is_set():
+                        raise OutputError("stopped before a file was whole")
                     got = os.preadv(self._fd, [buffer[: end - at]], at)
                     if not got:
                         raise OutputError(f"a file being written ended at byte {at:,}; is something else writing it?")

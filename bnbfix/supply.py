@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from .destination import SLACK, check_destination, existing_parent, fetched_folder
+from .destination import SLACK, check_destination, disk_space, existing_parent, fetched_folder
 from .errors import OutputError, UsageError
 from .layout import tensors_read
 from .plan import Plan
 from .source import RemoteSource, remote
-from .write import How, Progress, RepairResult, in_order, write_plan
+from .write import How, Progress, RepairResult, check_device, in_order, write_plan
 
 DOWNLOADS = 4  # files at a time; each is fetched in parallel pieces where huggingface_hub does so
 
@@ -59,24 +59,31 @@ def streaming_peak(plan: Plan, missing: Mapping[str, int]) -> int:
 
 
 def check_space(plan: Plan, out: Path, *, stream: bool = False) -> None:
-    """Raises OutputError when output and download do not fit together, each where it will lie."""
+    """Raises OutputError when output and download do not fit together, each where it will lie.
+
+    What an interrupted repair left counts as free.
+    """
     source, missing = remote(plan.checkpoint.source), to_fetch(plan)
-    here = existing_parent(out)
-    if stream or source is None or not missing:
-        needs = [(here, max(plan.bytes_written, streaming_peak(plan, missing)) + SLACK)]
-    else:
-        needs = [(here, plan.bytes_written + SLACK), (existing_parent(source.store / "x"), sum(missing.values()))]
-    together = Counter[int]()
-    for folder, n in needs:
-        together[os.stat(folder).st_dev] += n
-    for (folder, _), where in zip(needs, (out, source and source.store), strict=False):
-        needed, free = together[os.stat(folder).st_dev], shutil.disk_usage(folder).free
-        if needed > free:
-            what = f", {sum(missing.values()):,} of them for the download" if missing and not stream else ""
-            hint = None if stream or not missing else "With --stream the source never lies whole on disk."
-            raise OutputError(
-                f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(where), hint=hint
-            )
+    needed, free = disk_space(plan, out)
+    download = 0 if stream else sum(missing.values())
+    if stream:
+        needed = max(needed, streaming_peak(plan, missing) + SLACK)
+    if source is not None and download:
+        store = existing_parent(source.store / "x")
+        if os.stat(store).st_dev == os.stat(existing_parent(out)).st_dev:
+            needed += download
+        else:
+            _compare(download, shutil.disk_usage(store).free, download, source.store)
+    _compare(needed, free, download, out)
+
+
+def _compare(needed: int, free: int, download: int, where: Path) -> None:
+    if needed > free:
+        what = f", {download:,} of them for the download" if download else ""
+        raise OutputError(
+            f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(where),
+            hint="With --stream the source never lies whole on disk." if download else None,
+        )  # fmt: skip
 
 
 def carry_out(
@@ -94,6 +101,7 @@ def carry_out(
         raise UsageError("is a folder; --stream is for repos on the Hub", where=plan.checkpoint.source.name)
     if plan.nothing_to_do or source is None:
         return write_plan(plan, out, how, overwrite=overwrite, progress=progress)
+    check_device(plan, how.device)
     check_space(plan, out, stream=stream)
     with ExitStack() as stack:
         bring = None

@@ -251,7 +251,7 @@ class _Job:
             with self.lock:
                 self.staging.finished(name, digest)
 
-        return OutputFile(self.staging.path / name, self.step, finished)
+        return OutputFile(self.staging.path / name, self.step, finished, self.stop)
 
     def _whole(self, name: str, size: int, flush: ThreadPoolExecutor) -> Future[str]:
         with self._file(name) as out:

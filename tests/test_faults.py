@@ -37,6 +37,8 @@ CALLS = {
     "lock": (fcntl, "flock", errno.EIO),
 }
 EVERY_CALL = bool(os.environ.get("BNBFIX_EVERY_CALL"))  # else a few of each: the first, the last, one in the middle
+# Calls that do not depend on what lies at the destination.
+SAME_EVERYWHERE = {"open", "pwrite", "write", "copy_file_range", "clone", "read back", "lock"}
 # Calls whose failure costs nothing: another way is taken, or what is left is cleared by the next run.
 HARMLESS = {"copy_file_range", "unlink", "rmdir"}
 
@@ -87,6 +89,8 @@ def run_with(
 def test_whichever_call_fails_nothing_is_lost(
     source: Path, tmp_path: Path, kind: str, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if how != "new" and kind in SAME_EVERYWHERE and not EVERY_CALL:
+        pytest.skip("BNBFIX_EVERY_CALL tries it")
     out, before = tmp_path / "out", tree(source)
 
     def fresh() -> None:
@@ -109,7 +113,7 @@ def test_whichever_call_fails_nothing_is_lost(
     if not calls:
         pytest.skip(f"a repair of this kind never calls {kind}")
     outcomes = {"error": 0, "right": 0}
-    for at in range(calls) if EVERY_CALL else sorted({0, 1, calls // 2, calls - 2, calls - 1} & set(range(calls))):
+    for at in range(calls) if EVERY_CALL else sorted({0, calls // 2, calls - 1}):
         fresh()
         error, _ = run_with(kind, at, run)
         assert tree(source) == before

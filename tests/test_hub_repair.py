@@ -125,6 +125,27 @@ def test_killed_and_run_again_finished_files_are_not_fetched_anew(hub: Hub, pris
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
+def test_a_killed_stream_goes_on_from_its_finished_shards(hub: Hub, pristine: Make, tmp_path: Path) -> None:
+    source = pristine("dense31b", "skip", shards=4)
+    hub.server.add("org/killed-stream", source)
+    hub.server.fault("slow", "model-00004")
+    command = ["repair", "org/killed-stream", "--out", str(tmp_path / "out"), *TARGET, "--stream"]
+    killed = subprocess.Popen([sys.executable, "-m", "bnbfix", *command], env=hub.environment)
+    journal = tmp_path / ".out.bnbfix-partial" / ".journal"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_text().count("model-")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out").exists()
+    hub.server.reset()
+    done = hub.run(*command)
+    assert done.code == 0 and "of an interrupted repair were taken up" in done.err
+    assert os.listdir(tmp_path) == ["out"]
+    bnbfix.repair(source, tmp_path / "local", "0.22.1")
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
 def test_a_stream_that_fails_leaves_nothing(hub: Hub, repo: str, tmp_path: Path) -> None:
     hub.server.fault(403, "model-00003", after=1)
     done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")

@@ -68,12 +68,13 @@ def originals(name: str, have: set[str]) -> list[str]:
 
 def unpacked(p: Any) -> Any:
     """A parameter's values in float32; None when it is packed and not every row has its quant state."""
-    import bitsandbytes.functional as bnb
     import torch
 
     data, states = p.data, getattr(p, "bnb_quant_state", None)
     if data.dtype not in (torch.uint8, torch.int8):
         return data.float().reshape(-1)
+    import bitsandbytes.functional as bnb  # here: what is in full precision is judged without it
+
     if states is None:
         return None
     if not isinstance(states, dict):

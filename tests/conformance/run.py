@@ -8,7 +8,8 @@
 
 It makes its checkpoints and, one release after another, its virtual environments below --work. Cells that
 WORK/cells.jsonl tells of are not run again: a run that was cut off goes on, and a new one needs a new --work. The exit
-status is 0 only when every prediction is right and every repaired checkpoint loads and answers right.
+status is 0 only when every prediction is right and every repaired checkpoint loads and answers right; 75 when an
+environment could not be built, so that nothing was judged in it.
 """
 
 from __future__ import annotations
@@ -246,6 +247,15 @@ def summary(cells: list[Cell]) -> str:
     return "\n".join(rows)
 
 
+def environment(release: str, folder: Path) -> Path:
+    """A release's interpreter. Ends with 75 where it cannot be built: no network, no disk."""
+    try:
+        return venvs.build(release, folder / release)
+    except (subprocess.CalledProcessError, OSError) as e:
+        print(f"the environment of vLLM {release} could not be built: {e}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,13 +271,13 @@ def main() -> None:
     names = a.cells.split(",") if a.cells else SMOKE if a.smoke else BOUNDARIES if a.boundaries else CELLS
     folder = a.venvs or a.work / "venvs"
     newest = releases[-1] if releases[-1] in SMOKE_RELEASES or a.smoke else REFERENCE
-    referee = venvs.build(newest, folder / newest)
+    referee = environment(newest, folder)
     log = a.work / "cells.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     done = read_log(log)
     cells: list[Cell] = []
     for release in releases:
-        python = venvs.build(release, folder / release)
+        python = environment(release, folder)
         for name in names:
             if (release, name) in done:
                 cells.append(done[release, name])
