@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .checkpoint import CONFIG
 from .codes import Code
 from .installed import LoadResult, ProbeResult
 from .layout import Dequantize
@@ -57,6 +58,8 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
         yield ""
         yield Padding(Text(plain_lines(diff)), (0, 0, 0, 2), expand=False)
         yield ""
+    if written := sorted(set(plan.texts) - {CONFIG}):
+        yield Text(f"Written as well: {', '.join(map(plain, written))}.")
     yield Text(
         f"Reads {_mb(plan.bytes_read)} MB, writes {_mb(plan.bytes_written)} MB; "
         f"needs {_mb(needed)} MB of disk, {_mb(free)} MB are free."
