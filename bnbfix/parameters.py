@@ -15,7 +15,7 @@ from .gemma4 import Model, Place
 from .skip_modules import honoured, vllm_skips
 from .vllm_releases import ReleaseRange
 
-MAX_PROJECTIONS = 2_000  # beside experts; each may be held against every skip entry, and real models have hundreds
+MAX_PROJECTIONS = 10_000  # beside experts; each is held against every skip entry, and real models have hundreds
 
 
 @dataclass(frozen=True)
