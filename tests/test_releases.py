@@ -70,7 +70,7 @@ def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
     assert not row.packed & {"router", "lm_head", "other", "fused_experts"}, "no release packs these"
 
 
-@pytest.mark.parametrize("trait", sorted(VALUES))
+@pytest.mark.parametrize("trait", sorted(set(VALUES) - {"evidence"}))
 def test_every_value_of_a_trait_is_found_in_some_row(trait: str) -> None:
     assert {getattr(r, trait) for r in ranges()} == VALUES[trait]
 
