@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
 MAX_HEADERS = 100_000_000  # bytes of all headers together
 MAX_TENSORS = 500_000
-MAX_SKIP = 2_000  # entries of llm_int8_skip_modules, each of which is held against each module
+MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is held against each module
 HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 

@@ -231,8 +231,9 @@ EXPLANATIONS = {
     Code.MOE_REFUSED: Explanation(
         "mixture of experts under bitsandbytes",
         "vLLM up to 0.24 refuses a mixture of experts under bitsandbytes: `MoE Model ... does not support "
-        "BitsAndBytes quantization yet`.",
-        "No 4-bit form exists for these releases; 0.25 and newer can load one.",
+        "BitsAndBytes quantization yet`. 0.31 takes them, but reports its experts under names that its bitsandbytes loader "
+        "does not know: `Following weights were not initialized`, whatever the checkpoint calls them.",
+        "No 4-bit form exists for these releases; 0.25 to 0.30 and 0.32 can load one.",
     ),
     Code.FUSED_EXPERTS: Explanation(
         "experts in three-dimensional tensors",
@@ -244,7 +245,7 @@ EXPLANATIONS = {
     Code.EXPERT_PREFIX: Explanation(
         "experts under another prefix",
         "The experts are stored one by one, under a prefix that this release does not look for: `moe.experts` up to "
-        "0.30, `experts` from 0.31 on.",
+        "0.30, `experts` from 0.32 on.",
         "They are renamed. No prefix serves both kinds of release.",
     ),
     Code.FP4_EXPERTS: Explanation(

@@ -15,7 +15,7 @@ from .gemma4 import Model, Place
 from .skip_modules import honoured, vllm_skips
 from .vllm_releases import ReleaseRange
 
-MAX_PROJECTIONS = 10_000  # beside experts; each is held against every skip entry, and real models have hundreds
+MAX_PROJECTIONS = 1_500  # beside experts; each may be held against every skip entry, and real models have hundreds
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,23 @@ def damaged_weights(checkpoint: Checkpoint) -> frozenset[str]:
     """Names of the weights whose quant state lies."""
     where = {e.where for e in checkpoint.damaged}
     return frozenset(w.name for w in checkpoint.weights.values() if where and f"{w.tensor.shard}: {w.name}" in where)
+
+
+def misshapen(members: Sequence[Member], model: Model) -> list[tuple[Member, str]]:
+    """Packed language weights whose quant state says a shape that the model cannot have, such as a transposed one.
+
+    The bytes do not tell: as many numbers are packed either way.
+    """
+    width, out = model.text_config.get("hidden_size"), []
+    for m in members:
+        side = 0 if m.place.part in ("o_proj", "down_proj") else 1
+        if m.weight.state is None or m.place.role not in ("attention", "mlp", "expert") or type(width) is not int:
+            continue
+        shape = m.weight.state.shape
+        if len(shape) != 2 or shape[side] != width:
+            which = ("rows", "columns")[side]
+            out.append((m, f"quant state says shape {list(shape)[:8]}; hidden_size asks for {width:,} {which}"))
+    return out
 
 
 def parameters(

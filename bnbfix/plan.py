@@ -111,8 +111,8 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     remaining = tuple(f for f in scan.findings if f.remains and f.reason is not None)
     blocking = [f for f in remaining if f.code is not Code.PLUGIN]
     if options.bf16:
-        if unknown := [f for f in blocking if f.code is Code.UNKNOWN_CLASS]:
-            _refuse(target, unknown, [])
+        if hopeless := [f for f in blocking if f.code in (Code.UNKNOWN_CLASS, Code.QUANT_STATE)]:
+            _refuse(target, hopeless, [])
         mend = decide_unpacked(checkpoint, model, target_ranges(target, model))
         shards = tuple(unpacked_shards(checkpoint, mend, options.max_shard_size))
         return _plan(checkpoint, target, scan, mend, shards, remaining, options)

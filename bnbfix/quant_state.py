@@ -92,6 +92,8 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
     def bad(why: str) -> QuantStateError:
         return QuantStateError(f"damaged quant state: {why}", where=where, hint="Quantize the model again.")
 
+    if not raw:
+        raise bad("empty")
     try:
         doc: Any = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as e:

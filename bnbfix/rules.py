@@ -10,10 +10,10 @@ from .beside import is_code, is_pickle
 from .checkpoint import INDEX, Checkpoint, weight_map
 from .codes import Code, Severity
 from .gemma4 import Model, axial_rope, older_form
-from .parameters import Member, Parameter, by_layer, damaged_weights, parameters
+from .parameters import Member, Parameter, by_layer, damaged_weights, misshapen, parameters
 from .quant_state import split_sibling
 from .skip_modules import honoured, transformers_skips, vllm_skips
-from .vllm_releases import Installed, ReleaseRange, unfit_plugin
+from .vllm_releases import Installed, ReleaseRange, ranges, unfit_plugin
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,10 @@ def quant_state(case: Case) -> Iterator[Hit]:
     for error in case.checkpoint.damaged:
         where = (error.where or "").split(": ", 1)
         yield Hit(Severity.FAILS, tuple(where[1:]), str(error), "the quant state is lost; quantize the model again")
+    for m, words in misshapen(case.members, case.model):
+        told = f"{m.weight.tensor.shard}: {m.weight.name}: {words}"
+        reason = "config.json or the quant state lies; quantize the model again"
+        yield Hit(Severity.FAILS, (m.weight.name,), told, reason)
 
 
 @rule(Code.ORPHANS, of_files=True)
@@ -344,7 +348,8 @@ def moe_refused(case: Case) -> Iterator[Hit]:
     if case.model.moe and case.release.moe is None:
         yield Hit(
             Severity.FAILS, (), "a mixture of experts, which the release refuses under bitsandbytes",
-            "no 4-bit form exists for this release; vLLM 0.25.0 and newer can load one, and --bf16 works everywhere",
+            "no 4-bit form exists for this release; vLLM "
+            f"{', '.join(r.name for r in ranges() if r.moe)} can load one, and --bf16 works everywhere",
         )  # fmt: skip
 
 

@@ -20,7 +20,11 @@ import surgery
 from conftest import Make
 from safetensors import safe_open
 
-from bnbfix import cli
+import bnbfix
+from bnbfix import cli, kernels
+from bnbfix.checkpoint import open_checkpoint
+from bnbfix.errors import QuantStateError, Unrepairable
+from bnbfix.source import LocalSource
 
 SHARD = "model.safetensors"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -451,7 +455,7 @@ STATE_CASES = (
     ),
     ("not JSON", raw_state(b"nf4"), "not JSON ("),
     ("not UTF-8", raw_state(b"\xff\xfe"), "not JSON ("),
-    ("empty", raw_state(b""), "not JSON ("),
+    ("empty", raw_state(b""), "damaged quant state: empty"),
     ("too deep", raw_state(b"[" * 4000), "not JSON ("),
     ("5 KB of state", raw_state(b" " * 5000), "its quant state has 5,000 bytes"),
     ("a second state", second_state, "it has both an nf4 and an fp4 quant state"),
@@ -475,6 +479,44 @@ def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, com
         assert in_json.code == 2 and [f["tensors"] for f in found] == [[W]] and found[0]["fix"] is None
     else:
         assert done.out == ""
+
+
+def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kernel(
+    pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("dequantize", "dequantize_int8", "quantize", "_bitsandbytes"):
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: calls.append(name))
+    messages: dict[str, list[str]] = {}
+    for name, damage, *_ in STATE_CASES:
+        source = Path(shutil.copytree(pristine("dense31b", "skip"), tmp_path / "source"))
+        damage(source)
+        (error,) = open_checkpoint(LocalSource.open(source)).damaged
+        messages.setdefault(str(error).removeprefix(f"{error.where}: "), []).append(name)
+        with pytest.raises(QuantStateError):
+            bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu")
+        shutil.rmtree(source)
+    for message, names in messages.items():
+        print(f"{', '.join(names)}: {message}")
+    # Each its own; without its quant state a weight is told of alike, whatever else is missing.
+    assert [names for names in messages.values() if len(names) > 1] == [["no quant state", "no sibling at all"]]
+    assert len(messages) == len(STATE_CASES) - 1
+    assert calls == []
+
+
+@pytest.mark.parametrize("shape", [[256, 128], [32768], [1, 128, 256], [64, 512]])
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"ragged": "quantize"}], ids=str)
+def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_are_packed(
+    checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
+) -> None:
+    source = checkpoint("dense31b", "skip")
+    state(shape=shape)(source)
+    assert not open_checkpoint(LocalSource.open(source)).damaged, "the sizes fit"
+    (found,) = [f for f in bnbfix.scan(source, "portable").findings if f.code.value == "BNB201"]
+    words = f"{SHARD}: {W}: quant state says shape {shape}; hidden_size asks for 128 rows"
+    assert (found.tensors, found.message, found.fix) == ((W,), words, None)
+    with pytest.raises(Unrepairable, match="hidden_size asks for 128 rows"):
+        bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", **options)
 
 
 @pytest.mark.parametrize(

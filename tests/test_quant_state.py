@@ -190,7 +190,6 @@ def test_an_offset_that_f32_can_hold_is_read(offset: float) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"",
         b"\0",
         b"nonsense",
         b"{",
@@ -208,6 +207,10 @@ def test_an_offset_that_f32_can_hold_is_read(offset: float) -> None:
 )
 def test_what_is_not_json(raw: bytes) -> None:
     refused("not JSON (", raw)
+
+
+def test_a_state_of_no_bytes() -> None:
+    refused("damaged quant state: empty", b"")
 
 
 @pytest.mark.parametrize("doc", [[], [SINGLE], "nf4", 64, None, True, {}])

@@ -460,6 +460,7 @@ def test_found(case: Found, pristine: Make, checkpoint: Make) -> None:
     source = case.make(pristine, checkpoint)
     findings = [f for f in scan(source, case.target).findings if f.code is case.code]
     names = {Code.SKIP_ENTRY: opened(source).skip_modules, Code.SHARED_WITHOUT_KV: MISSING}
+    names |= dict.fromkeys((Code.PICKLES, Code.CODE), tuple(opened(source).source.files))
     known = names.get(case.code) or opened(source).tensors
     named = {name for name in known if re.fullmatch(case.tensors, name)}
     assert bool(named) == bool(case.tensors), "the pattern means something"

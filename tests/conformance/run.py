@@ -50,7 +50,7 @@ BOUNDARIES = [
 SMOKE_RELEASES = ["0.22.1", "0.32.0"]
 REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
 SECONDS = 600
-OWN_ERROR = 1.5  # times what a release's outputs are off for the unquantized model: still no fault of the checkpoint
+OWN_ERROR = 1.5  # times what a release's outputs are off in full precision: still no fault of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,17 @@ def ask(python: Path, folder: Path, truth: Path, answers: Path) -> dict[str, Any
         return dict(json.loads(answer.read_text()))
 
 
-def own_error(work: Path, release: str, python: Path, truth: Path, referee: Path) -> dict[str, float]:
-    """By how much the release's outputs are off for the unquantized original, by prompt: no checkpoint is the cause."""
-    kept = work / "originals" / f"{release}-{truth.name}.json"
+def own_error(work: Path, release: str, python: Path, name: str, truth: Path, referee: Path) -> dict[str, float]:
+    """By how much the release's outputs are off for the same model in full precision, by prompt: quantization is not
+    the cause.
+    """
+    kept = work / "originals" / f"{release}-{name}.json"
     if not kept.exists():
-        r = ask(python, truth, truth, reference(work, truth, referee))
+        full = work / "originals" / release / name
+        bnbfix.repair(make(work, name), full, vllm=release, bf16=True, overwrite=True)
+        r = ask(python, full, truth, reference(work, full, referee))
         if r is None or r["error"]:
-            raise RuntimeError(f"vLLM {release} does not run the unquantized {truth.name}: {r and r['error']}")
-        kept.parent.mkdir(parents=True, exist_ok=True)
+            raise RuntimeError(f"vLLM {release} does not run {name} in full precision: {r and r['error']}")
         kept.write_text(json.dumps({k: o["mean"] for k, o in r["outputs"].items()}))
     return dict(json.loads(kept.read_text()))
 
@@ -165,10 +168,10 @@ def judge(work: Path, release: str, python: Path, folder: Path, truth: Path, ref
     w, outputs = r["weights"], r["outputs"]
     own = ""
     if not w["wrong"] and not w["requantized"] and not r["ok"]:
-        errors = own_error(work, release, python, truth, referee)
+        errors = own_error(work, release, python, folder.name, truth, referee)
         for name, o in outputs.items():
             if not o["ok"] and name != "red against blue" and o["mean"] <= OWN_ERROR * errors[name]:
-                o["ok"], own = True, f"{own}, {name} {o['mean']} as the unquantized model's {errors[name]}"
+                o["ok"], own = True, f"{own}, {name} {o['mean']} as in full precision {errors[name]}"
         r["ok"] = all(o["ok"] for o in outputs.values())
     off = [f"{k} {o['mean']}>{o['allowed']}" for k, o in outputs.items() if not o["ok"]]
     off += [f"{len(w[k])} {k}" for k in ("wrong", "requantized") if w[k]]
@@ -277,11 +280,11 @@ def main() -> None:
     done = read_log(log)
     cells: list[Cell] = []
     for release in releases:
-        python = environment(release, folder)
         for name in names:
             if (release, name) in done:
                 cells.append(done[release, name])
                 continue
+            python = environment(release, folder)
             cell = run_cell(a.work, release, name, python, referee)
             cells.append(cell)
             with log.open("a") as f:

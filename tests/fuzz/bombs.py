@@ -81,13 +81,13 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
             CONFIG: checkpoint({})[CONFIG][:-1] + b', "x": [' + b"1,\n" * n(1_200_000) + b"1]}"
         },
         "skip entries": lambda: checkpoint(
-            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_900), weight), [f"m.{i}" for i in range(n(1_900))]
+            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight), [f"m.{i}" for i in range(n(1_400))]
         ),
         "skip entries without end": lambda: checkpoint({}, [f"m.{i}" for i in range(n(300_000))]),
         "a long skip entry": lambda: checkpoint({}, ["(a|b)*" * n(500_000), "(a+)+" * 9 + "$", "(?:" * n(20_000)]),
         "layers": lambda: checkpoint({}, num_hidden_layers=len(kinds), layer_types=kinds),
         "shared layers": lambda: checkpoint(
-            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_900), weight),
+            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight),
             num_hidden_layers=len(kinds), layer_types=kinds, num_kv_shared_layers=len(kinds) - 2,
         ),
         "per_layer_config": lambda: checkpoint(
@@ -95,10 +95,10 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         ),
         "weights": lambda: checkpoint(numbered("model.layers.{}.mlp.up_proj.weight", n(200_000), weight)),
         "ragged groups": lambda: checkpoint(
-            numbered("model.layers.{}.mlp.up_proj.weight", n(900), weight)
+            numbered("model.layers.{}.mlp.up_proj.weight", n(700), weight)
             | {
                 name.replace(".0.self_attn.q_proj", f".{i}.mlp.gate_proj"): t
-                for i in range(1, n(900) + 1)
+                for i in range(1, n(700) + 1)
                 for name, t in one_packed().items()
             }
         ),
