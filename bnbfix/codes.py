@@ -231,8 +231,8 @@ EXPLANATIONS = {
     Code.MOE_REFUSED: Explanation(
         "mixture of experts under bitsandbytes",
         "vLLM up to 0.24 refuses a mixture of experts under bitsandbytes: `MoE Model ... does not support "
-        "BitsAndBytes quantization yet`. 0.31 takes them, but reports its experts under names that its bitsandbytes loader "
-        "does not know: `Following weights were not initialized`, whatever the checkpoint calls them.",
+        "BitsAndBytes quantization yet`. 0.31 reports its experts under names that the bitsandbytes loader does not know: "
+        "`Following weights were not initialized`, whatever the checkpoint calls them.",
         "No 4-bit form exists for these releases; 0.25 to 0.30 and 0.32 can load one.",
     ),
     Code.FUSED_EXPERTS: Explanation(
