@@ -43,7 +43,9 @@ AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight
 NAMES = [r.name for r in ranges()]
 ALL = tuple(NAMES)
 TO_022, TO_024, TO_027, TO_029 = (tuple(NAMES[:n]) for n in (1, 2, 4, 5))
-FROM_023, FROM_025, FROM_028, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 2, 4, 6, 7))
+FROM_023, FROM_028, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 4, 6, 7))
+NO_EXPERTS = (*TO_024, "0.31.0")  # releases that load no mixture of experts in 4 bits
+EXPERTS = tuple(name for name in NAMES if name not in NO_EXPERTS)
 
 Change = Callable[[Path], None]
 
@@ -342,18 +344,18 @@ FOUND = [
     Found(Code.PLUGIN, "dense31b", "all", installed("0.27.1", "0.0.3"), releases=("0.27.0-0.27.1",)),
     Found(Code.TRANSFORMERS_REPACKS, "dense31b", "skip", "0.32.0", skip("vision_tower", "embed_vision"), "not HF's",
           severity=NOTE, tensors=TOWER, releases=ALL),
-    Found(Code.MOE_REFUSED, "moe26b", "skip", "0.22.1", releases=TO_024),
-    Found(Code.MOE_REFUSED, "moe26b", "int8", "0.24.0", releases=TO_024),
-    Found(Code.FUSED_EXPERTS, "moe26b", "skip", "0.27.1", releases=FROM_025,
+    Found(Code.MOE_REFUSED, "moe26b", "skip", "0.22.1", releases=NO_EXPERTS),
+    Found(Code.MOE_REFUSED, "moe26b", "int8", "0.24.0", releases=NO_EXPERTS),
+    Found(Code.FUSED_EXPERTS, "moe26b", "skip", "0.27.1", releases=EXPERTS,
           tensors=r".*\.experts\.(gate_up|down)_proj"),
-    Found(Code.FUSED_EXPERTS, "moe26b", "all", "0.32.0", edit(packed_experts), "packed", releases=FROM_025,
+    Found(Code.FUSED_EXPERTS, "moe26b", "all", "0.32.0", edit(packed_experts), "packed", releases=EXPERTS,
           tensors=r".*\.experts\.(gate_up|down)_proj"),
     Found(Code.EXPERT_PREFIX, "moe26b", "all", "0.27.1", edit(one_by_one("experts")), "new prefix",
-          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=FROM_025[:4]),
-    Found(Code.EXPERT_PREFIX, "moe26b", "all", "0.31.0", edit(one_by_one("moe.experts")), "old prefix",
-          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=FROM_031),
+          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=EXPERTS[:4]),
+    Found(Code.EXPERT_PREFIX, "moe26b", "all", "0.32.0", edit(one_by_one("moe.experts")), "old prefix",
+          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=FROM_032),
     Found(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0", edit(one_by_one("experts")), "one by one", severity=WRONG,
-          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=FROM_025),
+          tensors=r".*\.experts\.\d\..*_proj\.weight", releases=EXPERTS),
     Found(Code.INT8, "dense31b", "int8", "0.22.1", severity=NOTE, releases=ALL,
           tensors=rf"{L}\d\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight"),
     Found(Code.INT8, "moe26b", "int8", "0.32.0", releases=ALL,
