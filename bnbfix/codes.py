@@ -231,7 +231,7 @@ EXPLANATIONS = {
     Code.MOE_REFUSED: Explanation(
         "mixture of experts under bitsandbytes",
         "vLLM up to 0.24 refuses a mixture of experts under bitsandbytes: `MoE Model ... does not support "
-        "BitsAndBytes quantization yet`. 0.31 reports its experts under names that the bitsandbytes loader does not know: "
+        "BitsAndBytes quantization yet`. 0.31 reports experts under names that the bitsandbytes loader does not know: "
         "`Following weights were not initialized`, whatever the checkpoint calls them.",
         "No 4-bit form exists for these releases; 0.25 to 0.30 and 0.32 can load one.",
     ),
