@@ -284,8 +284,8 @@ class FakeHub:
         if fault and isinstance(fault.kind, int):
             return await self._spoiled(fault)
         kind = fault.kind if fault else ""
-        if kind == "slow":
-            await asyncio.sleep(0.2)
+        if kind in ("slow", "stalls"):  # stalls, but for scans, whose ranges begin a file
+            await asyncio.sleep(0.2 if kind == "slow" or request.headers.get("range") else 10)
         begin, end, status = 0, blob.size, 200
         headers = headers | {"ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         asked = request.headers.get("range")

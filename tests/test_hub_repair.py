@@ -128,10 +128,10 @@ def test_killed_and_run_again_finished_files_are_not_fetched_anew(hub: Hub, pris
 def test_a_killed_stream_goes_on_from_its_finished_shards(hub: Hub, pristine: Make, tmp_path: Path) -> None:
     source = pristine("dense31b", "skip", shards=4)
     hub.server.add("org/killed-stream", source)
-    hub.server.fault("slow", "model-00004")
+    hub.server.fault("stalls", "model-00004")
     command = ["repair", "org/killed-stream", "--out", str(tmp_path / "out"), *TARGET, "--stream"]
     killed = subprocess.Popen([sys.executable, "-m", "bnbfix", *command], env=hub.environment)
-    journal = tmp_path / ".out.bnbfix-partial" / ".journal"
+    journal = tmp_path / ".out.bnbfix-partial" / ".bnbfix-journal"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_text().count("model-")) and time.monotonic() < deadline:
         time.sleep(0.005)
