@@ -15,7 +15,6 @@ from .source import Source, open_regular
 from .values import copy_range
 
 KERNEL_BYTES = 8 << 20  # moved by one call in the kernel
-DIRTY = 256 << 20  # bytes of a file that may wait to be written to disk; what is beyond is waited for
 
 
 class OutputFile:
@@ -72,8 +71,6 @@ class OutputFile:
     def _moved(self, n: int) -> None:
         syscalls.start_writeback(self._fd, self._at, n)
         self._at += n
-        if self._at > DIRTY:
-            syscalls.wait_writeback(self._fd, max(0, self._at - DIRTY - n), n)
         self._hasher.reach(self._at)
         self._step(n)
 

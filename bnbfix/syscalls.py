@@ -15,7 +15,7 @@ from .errors import InputError
 
 FICLONE = 0x40049409  # linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-WAIT_BEFORE, START, WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*, linux/fs.h
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 # What a kernel or a file system answers that cannot copy between these two files, while reading and writing can.
 CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.ETXTBSY}
 
@@ -68,19 +68,10 @@ def write_all(fd: int, data: bytes | memoryview, at: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Asks the kernel to begin writing a range to disk; a hint, which may do nothing."""
-    _sync_file_range(fd, offset, length, START)
-
-
-def wait_writeback(fd: int, offset: int, length: int) -> None:
-    """Waits until a range is written back, which keeps the last fsync short; no promise of durability."""
-    _sync_file_range(fd, offset, length, WAIT_BEFORE | START | WAIT_AFTER)
-
-
-def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
+    """Asks the kernel to begin writing a range to disk, which keeps the last fsync short; it may do nothing."""
     call = _libc("sync_file_range")
     if call is not None:  # what it answers is not asked: fsync, later, reports every error
-        call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(flags))
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
