@@ -106,7 +106,7 @@ class Staging:
         self._lock = self._open()
         try:
             self._take_up()
-        except BaseException:
+        except BaseException:  # an interrupt too: the lock must not outlive this object
             self.discard()
             self.close()
             raise
@@ -195,12 +195,12 @@ class Staging:
             self.out.rename(leftover)
             try:
                 self.path.rename(self.out)
-            except BaseException:
+            except BaseException:  # an interrupt too: the old output goes back to its place
                 leftover.rename(self.out)
                 raise
         try:
             fsync_folder(self.out.parent)
-        except BaseException:
+        except BaseException:  # an interrupt too: what may not survive a power cut is not published
             self._unpublish(leftover)
             raise
         if leftover is not None:

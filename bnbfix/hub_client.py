@@ -24,7 +24,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
 from .errors import HubError, UsageError
 from .refusals import LOG_IN, Asked, refusal
@@ -168,7 +168,7 @@ def counting(step: Callable[[int], None]) -> type[tqdm]:
 
     class Counting(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
+            super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]  # tqdm has no types
 
         def update(self, n: float | None = 1) -> None:
             step(int(n or 0))

@@ -124,7 +124,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
             seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]  # None, which is false
             raise HeaderError(f"{_show(twice)} is in the header twice", where=where)
         return out
 

@@ -101,7 +101,7 @@ def carry_out(
         raise UsageError("is a folder; --stream is for repos on the Hub", where=plan.checkpoint.source.name)
     if plan.nothing_to_do or source is None:
         return write_plan(plan, out, how, overwrite=overwrite, progress=progress)
-    check_device(plan, how.device)
+    check_device(how.device)
     check_space(plan, out, stream=stream)
     with ExitStack() as stack:
         bring = None

@@ -42,7 +42,7 @@ def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
     for name, weight in checkpoint.weights.items():
         if place(name).role != "expert":
             continue
-        stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]
+        stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]  # what `place` calls an expert has such a name
         whole = f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
         found.setdefault(whole, {})[int(number), int(part == "up_proj")] = weight
     return {whole: tuple(ws[k] for k in sorted(ws)) for whole, ws in found.items()}

@@ -63,14 +63,9 @@ class RepairResult:
         return self.out is not None
 
 
-def needs_kernels(plan: Plan) -> bool:
-    """Does writing this plan compute anything?"""
-    return any(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
-
-
-def check_device(plan: Plan, request: str) -> None:
+def check_device(request: str) -> None:
     """Raises UsageError for a device that is not there. "auto" and "cpu" are there always; torch is not asked."""
-    if request != "auto" and (request != "cpu" or needs_kernels(plan)):
+    if request != "auto":
         resolve_device(request)
 
 
@@ -123,7 +118,7 @@ def write_plan(
     check_destination(plan.checkpoint.source, out, overwrite=overwrite)
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
-    check_device(plan, how.device)
+    check_device(how.device)
     workers = choose_workers(how.workers, len(plan.shards), os.cpu_count() or 1, worker_memory(plan), how.max_memory)
     if bring is not None:
         workers = 1  # what is brought for one file is gone before the next
