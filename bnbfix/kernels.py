@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from . import native
 from .errors import QuantStateError, UsageError
 from .quant_state import QuantState
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 # FP4 has two zeros. Whether the second, code 8, comes out as +0 or -0 depends on the kernel and on the shape; the first
 # is +0 everywhere, as both are in bitsandbytes' table. So packed bytes go through this, which makes every 8 a 0.
 FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
@@ -56,19 +61,28 @@ def choose_device(request: str, cuda_count: int) -> str:
 
 
 def resolve_device(request: str) -> str:
-    """`choose_device` with what torch sees here. "cpu" is answered without importing torch."""
-    if request == "cpu":
+    """`choose_device` with what torch sees here. "cpu", and "auto" without a GPU's driver, need no torch to answer."""
+    if request == "cpu" or (request == "auto" and not gpu_driver()):
         return "cpu"
     import torch
 
     return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
+def gpu_driver() -> bool:
+    """May there be a GPU that torch can use? On Linux its driver shows as a device file; elsewhere, torch must say."""
+    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in GPU_DRIVERS)
+
+
 def use_threads(count: int) -> None:
     """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
-    import torch
+    library = native.library()
+    if library is not None:
+        library.use_threads(count)
+    else:
+        import torch
 
-    torch.set_num_threads(count)
+        torch.set_num_threads(count)
 
 
 def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
@@ -84,6 +98,47 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     - With an odd last dimension, or AVX-512 and blocks of 2048 or more, a generic fallback runs, which torch compiles
       and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
+    state = packed.state
+    size, width = min(state.blocksize, KERNEL_BLOCK), native.WIDTH[state.dtype]
+    decode = (_native(packed, size) if device == "cpu" else None) or _torch(packed, size, device)
+    step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
+    for begin in range(0, state.numel, step):
+        count = min(step, state.numel - begin)
+        rows = -(-count // size)
+        raw = packed.read(begin // 2, (count + 1) // 2)
+        if len(raw) != (count + 1) // 2:
+            raise QuantStateError(f"a read of {(count + 1) // 2:,} packed bytes came back with {len(raw):,}")
+        if len(raw) != rows * size // 2:
+            raw = raw.ljust(rows * size // 2, b"\0")  # to the end of the last block
+        if state.quant_type == "fp4":
+            raw = raw.translate(FP4_ONE_ZERO)
+        yield decode(raw, begin // size, rows)[: count * width]
+
+
+Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
+
+
+def _native(packed: PackedTensor, size: int) -> Decode | None:
+    """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
+    library, state, nested = native.library(), packed.state, packed.state.nested
+    if library is None:
+        return None
+    absmax = np.frombuffer(packed.absmax, "<f4" if nested is None else "u1")
+    if nested is not None:
+        assert packed.nested_absmax is not None and packed.nested_quant_map is not None  # quant_state.check saw to it
+        absmax = library.scales(
+            absmax, packed.nested_absmax, packed.nested_quant_map, nested.blocksize, nested.offset
+        )
+    if bool(((absmax != 0) & (np.abs(absmax) < SUBNORMAL)).any()):
+        return None
+    scales = np.repeat(absmax, state.blocksize // size)
+    return lambda raw, first, rows: (
+        library.decode(raw, scales[first : first + rows], size, state.quant_type, state.dtype).data
+    )
+
+
+def _torch(packed: PackedTensor, size: int, device: str) -> Decode:
+    """The same kernel through torch, on the CPU or on CUDA."""
     import torch
 
     bnb = _bitsandbytes()
@@ -95,25 +150,18 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     inner = dtype
     if bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any()):
         device, inner, absmax = "cpu", torch.float32, _absmax(packed, "cpu")
-    size = min(state.blocksize, KERNEL_BLOCK)
     absmax = absmax.repeat_interleave(state.blocksize // size)
-    step = max(1, chunk_bytes // (state.blocksize * dtype.itemsize)) * state.blocksize
-    for begin in range(0, state.numel, step):
-        count = min(step, state.numel - begin)
-        rows = -(-count // size)
-        raw = packed.read(begin // 2, (count + 1) // 2)
-        if len(raw) != (count + 1) // 2:
-            raise QuantStateError(f"a read of {(count + 1) // 2:,} packed bytes came back with {len(raw):,}")
-        padded = bytearray(raw).ljust(rows * size // 2, b"\0")  # to the end of the last block
-        if state.quant_type == "fp4":
-            padded = padded.translate(FP4_ONE_ZERO)
-        column = torch.frombuffer(padded, dtype=torch.uint8).to(device).view(-1, 1)
+
+    def decode(raw: bytes, first: int, rows: int) -> memoryview:
         part = bnb.QuantState(
-            absmax=absmax[begin // size : begin // size + rows], shape=torch.Size((rows, size)), blocksize=size,
+            absmax=absmax[first : first + rows], shape=torch.Size((rows, size)), blocksize=size,
             quant_type=state.quant_type, dtype=inner,
         )  # fmt: skip
-        out: torch.Tensor = bnb.dequantize_4bit(column, part).view(-1)[:count].to(dtype)
-        yield memoryview(out.view(torch.uint8).cpu().numpy().data)
+        column = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device).view(-1, 1)
+        out: torch.Tensor = bnb.dequantize_4bit(column, part).view(-1).to(dtype)
+        return memoryview(out.view(torch.uint8).cpu().numpy().data)
+
+    return decode
 
 
 @dataclass(frozen=True)
