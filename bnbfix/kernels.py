@@ -13,15 +13,14 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from . import native
 from .errors import QuantStateError, UsageError
 from .quant_state import QuantState
 
 if TYPE_CHECKING:
     import torch
 
+Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
+WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes for each value
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
@@ -76,6 +75,8 @@ def gpu_driver() -> bool:
 
 def use_threads(count: int) -> None:
     """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
+    from . import native
+
     library = native.library()
     if library is not None:
         library.use_threads(count)
@@ -99,7 +100,7 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
       and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
     state = packed.state
-    size, width = min(state.blocksize, KERNEL_BLOCK), native.WIDTH[state.dtype]
+    size, width = min(state.blocksize, KERNEL_BLOCK), WIDTH[state.dtype]
     decode = (_native(packed, size) if device == "cpu" else None) or _torch(packed, size, device)
     step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
     for begin in range(0, state.numel, step):
@@ -115,26 +116,17 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
         yield decode(raw, begin // size, rows)[: count * width]
 
 
-Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
-
-
 def _native(packed: PackedTensor, size: int) -> Decode | None:
     """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
-    library, state, nested = native.library(), packed.state, packed.state.nested
+    from . import native
+
+    library, state = native.library(), packed.state
     if library is None:
         return None
-    absmax = np.frombuffer(packed.absmax, "<f4" if nested is None else "u1")
-    if nested is not None:
-        assert packed.nested_absmax is not None and packed.nested_quant_map is not None  # quant_state.check saw to it
-        absmax = library.scales(
-            absmax, packed.nested_absmax, packed.nested_quant_map, nested.blocksize, nested.offset
-        )
-    if bool(((absmax != 0) & (np.abs(absmax) < SUBNORMAL)).any()):
+    scales = library.scales(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    if native.any_below(scales, SUBNORMAL):
         return None
-    scales = np.repeat(absmax, state.blocksize // size)
-    return lambda raw, first, rows: (
-        library.decode(raw, scales[first : first + rows], size, state.quant_type, state.dtype).data
-    )
+    return library.decoder(scales, state, size)
 
 
 def _torch(packed: PackedTensor, size: int, device: str) -> Decode:

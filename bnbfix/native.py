@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .quant_state import QuantState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 # with pointers first and 64-bit integers after them.
 RELEASES = ("0.49.0", "0.49.1", "0.49.2", "0.50.0", "0.50.1", "0.50.2")
 SUFFIX = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes for each value
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_longlong
 
 
@@ -42,26 +44,42 @@ class Library:
         self.calls.omp_set_num_threads(ctypes.c_int(count))
 
     def scales(
-        self, absmax: NDArray[np.uint8], nested_absmax: bytes, quant_map: bytes, blocksize: int, offset: float
+        self, state: QuantState, absmax: bytes, nested_absmax: bytes | None, quant_map: bytes | None
     ) -> NDArray[np.float32]:
-        """Undoes double quantization: U8 [blocks], F32 [ceil(blocks / blocksize)] and F32 [256] to F32 [blocks]."""
+        """The scale of every block, F32 [blocks], double quantization undone."""
+        if state.nested is None:
+            return np.frombuffer(absmax, "<f4")
+        assert nested_absmax is not None and quant_map is not None  # quant_state.check saw to it
+        quantized, out = np.frombuffer(absmax, "u1"), np.empty(state.blocks, "<f4")
         outer, table = np.frombuffer(nested_absmax, "<f4"), np.frombuffer(quant_map, "<f4")
-        out = np.empty(len(absmax), "<f4")
         call = self.calls.cdequantize_blockwise_cpu_fp32
         call.argtypes, call.restype = [POINTER] * 4 + [INTEGER] * 2, None
-        call(*(a.ctypes.data for a in (table, absmax, outer, out)), blocksize, len(absmax))
-        return out + np.float32(offset)
+        call(*(a.ctypes.data for a in (table, quantized, outer, out)), state.nested.blocksize, state.blocks)
+        return out + np.float32(state.nested.offset)
 
-    def decode(
-        self, packed: bytes | bytearray, absmax: NDArray[np.float32], size: int, quant_type: str, dtype: str
-    ) -> NDArray[np.uint8]:
-        """Rows of one block of `size` values each, as raw bytes in `dtype`: U8 [rows * size / 2], F32 [rows]."""
-        raw = np.frombuffer(packed, "u1")
-        out = np.empty(len(absmax) * size * WIDTH[dtype], "u1")
-        call = self.calls[f"cdequantize_blockwise_cpu_{quant_type}_{SUFFIX[dtype]}"]
+    def decoder(
+        self, scales: NDArray[np.float32], state: QuantState, size: int
+    ) -> Callable[[bytes, int, int], memoryview]:
+        """Decodes rows of one block of `size` values, of which `state.blocksize` is a multiple.
+
+        What it returns takes packed rows, U8 [rows * size / 2], which row of the weight is the first, and how many.
+        """
+        rows_scales = np.repeat(scales, state.blocksize // size)
+        call = self.calls[f"cdequantize_blockwise_cpu_{state.quant_type}_{SUFFIX[state.dtype]}"]
         call.argtypes, call.restype = [POINTER] * 3 + [INTEGER] * 3, None
-        call(raw.ctypes.data, absmax.ctypes.data, out.ctypes.data, size, len(absmax), size)
-        return out
+
+        def decode(packed: bytes, first: int, rows: int) -> memoryview:
+            raw, absmax = np.frombuffer(packed, "u1"), rows_scales[first : first + rows]
+            out = np.empty(rows * size * (4 if state.dtype == "float32" else 2), "u1")
+            call(raw.ctypes.data, absmax.ctypes.data, out.ctypes.data, size, rows, size)
+            return out.data
+
+        return decode
+
+
+def any_below(scales: NDArray[np.float32], limit: float) -> bool:
+    """Is a scale nearer to zero than `limit`, and not zero?"""
+    return bool(np.any((scales != 0) & (np.abs(scales) < limit)))
 
 
 @cache

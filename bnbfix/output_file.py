@@ -43,7 +43,7 @@ class OutputFile:
     def append(self, chunk: bytes | memoryview) -> None:
         """Writes bytes after those already there."""
         syscalls.write_all(self._fd, chunk, self._at)
-        self._moved(len(chunk))
+        self._moved(len(chunk), chunk)
 
     def copy_file(self, source: Source, name: str, size: int) -> None:
         """The whole of a file of the source, sharing its bytes on disk where the file system can."""
@@ -68,10 +68,10 @@ class OutputFile:
                 syscalls.copy(fd, begin, self._fd, self._at, n, name)
                 self._moved(n)
 
-    def _moved(self, n: int) -> None:
+    def _moved(self, n: int, chunk: bytes | memoryview | None = None) -> None:
         syscalls.start_writeback(self._fd, self._at, n)
         self._at += n
-        self._hasher.reach(self._at)
+        self._hasher.reach(self._at, chunk)
         self._step(n)
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:

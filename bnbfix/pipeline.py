@@ -13,6 +13,8 @@ from .errors import OutputError
 
 T = TypeVar("T")
 PIECE = 512 << 10  # bytes read back and hashed at a time: they stay in the processor's cache
+STOPPED = "stopped before a file was whole"
+HELD = 4  # chunks kept in memory for the hash, at most; what comes while it lags behind is read back
 
 
 class Prefetch(Generic[T]):
@@ -67,7 +69,7 @@ class Prefetch(Generic[T]):
 
 
 class Hasher:
-    """SHA-256 of a file that grows: reads back what was written, while it is still in memory, on its own thread.
+    """SHA-256 of a file that grows, on its own thread: of chunks as they were written, of other bytes by reading back.
 
     Once `stop` is set it gives up; `result` then raises.
     """
@@ -75,19 +77,22 @@ class Hasher:
     def __init__(self, fd: int, stop: threading.Event) -> None:
         self._fd, self._stop = fd, stop
         self._digest = hashlib.sha256()
-        self._ends: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._at = 0  # bytes that were hashed
+        self._room = threading.Semaphore(HELD)
+        self._written: queue.SimpleQueue[int | bytes | memoryview | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="bnbfix-hash", daemon=True)
         self._thread.start()
 
-    def reach(self, end: int) -> None:
-        """Says that the bytes before `end` are written."""
-        self._ends.put(end)
+    def reach(self, end: int, chunk: bytes | memoryview | None = None) -> None:
+        """Says that the bytes before `end` are written; `chunk` holds the last of them where they are in memory."""
+        held = chunk is not None and self._room.acquire(blocking=False)
+        self._written.put(chunk if held else end)
 
     def result(self) -> str:
         """The hash of all that was reached, as hexadecimal digits."""
-        self._ends.put(None)
+        self._written.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -96,20 +101,30 @@ class Hasher:
     def close(self) -> None:
         """Stops without a result."""
         self._closed = True
-        self._ends.put(None)
+        self._written.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        at, buffer = 0, memoryview(bytearray(PIECE))
+        buffer = memoryview(bytearray(PIECE))
         try:
-            while (end := self._ends.get()) is not None:
-                while at < end and not self._closed:
-                    if self._stop.is_set():
-                        raise OutputError("stopped before a file was whole")
-                    got = os.preadv(self._fd, [buffer[: end - at]], at)
-                    if not got:
-                        raise OutputError(f"a file being written ended at byte {at:,}; is something else writing it?")
-                    self._digest.update(buffer[:got])
-                    at += got
+            while (item := self._written.get()) is not None and not self._closed:
+                if self._stop.is_set():
+                    raise OutputError(STOPPED)
+                if isinstance(item, int):
+                    self._read_back(item, buffer)
+                    continue
+                self._digest.update(item)
+                self._at += len(item)
+                self._room.release()
         except BaseException as e:  # raised again in `result`, on the other thread
             self._error = e
+
+    def _read_back(self, end: int, buffer: memoryview) -> None:
+        while self._at < end and not self._closed:
+            if self._stop.is_set():
+                raise OutputError(STOPPED)
+            got = os.preadv(self._fd, [buffer[: end - self._at]], self._at)
+            if not got:
+                raise OutputError(f"a file being written ended at byte {self._at:,}; is something else writing it?")
+            self._digest.update(buffer[:got])
+            self._at += got

@@ -1,7 +1,7 @@
 """Carries out a plan: one sequential pass for each file, into a staging folder that is published whole.
 
 Bytes that stay are moved in the kernel; those that are made come from a thread that runs ahead, which is also where
-torch is imported; hashes are computed on a third thread from what was just written. The source is only read.
+torch is imported if it is needed; a third thread hashes what was just written. The source is only read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .errors import OutputError, UsageError, VerifyError
 from .kernels import resolve_device, use_threads
 from .layout import Copy, Dequantize, Quantize, ShardPlan
 from .output_file import OutputFile, write_small
-from .pipeline import Prefetch
+from .pipeline import HELD, Prefetch
 from .plan import RECORD, Plan
 from .record import plan_digest, record
 from .scanner import scan_checkpoint
@@ -79,7 +79,7 @@ def worker_memory(plan: Plan) -> int:
             blocks += [w.state.blocks for w in weights if w.state is not None]
             if isinstance(op, Quantize):
                 blocks.append(op.state().blocks + sum(i.nbytes for i in op.infos()) // 4)
-    return (AHEAD + 4) * CHUNK + 16 * max(blocks)
+    return (AHEAD + HELD + 4) * CHUNK + 16 * max(blocks)
 
 
 def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_memory: int | None) -> int:

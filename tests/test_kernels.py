@@ -537,6 +537,7 @@ def test_any_other_device_is_a_usage_error(request_: str) -> None:
 
 
 def test_resolve_device_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gpu_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [resolve_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
@@ -544,6 +545,20 @@ def test_resolve_device_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"
+
+
+def test_without_a_driver_auto_is_the_cpu_and_a_device_asked_for_by_name_is_still_refused_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "GPU_DRIVERS", ("/dev/no-such-driver",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert (resolve_device("auto"), resolve_device("cuda")) == ("cpu", "cuda:0")
+    monkeypatch.setattr(kernels, "GPU_DRIVERS", ("/dev/null",))
+    assert resolve_device("auto") == "cuda:0"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(kernels, "GPU_DRIVERS", ())
+    assert kernels.gpu_driver(), "another system's drivers are torch's business"
 
 
 def python(code: str, *options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -80,6 +80,16 @@ def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Pat
             stopped.result()
 
 
+def test_chunks_in_memory_are_hashed_in_their_place_and_read_back_while_the_hash_lags(tmp_path: Path) -> None:
+    pieces = [os.urandom(300_000) for _ in range(30)]
+    with (tmp_path / "file").open("w+b", buffering=0) as f:
+        hasher = Hasher(f.fileno(), threading.Event())
+        for i, piece in enumerate(pieces):
+            f.write(piece)
+            hasher.reach(f.tell(), memoryview(piece) if i % 3 else None)
+        assert hasher.result() == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_ranges_are_copied_to_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool) -> None:
     if not in_kernel:
