@@ -897,10 +897,11 @@ def test_an_output_that_would_not_scan_clean_is_never_published(
 def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> None:
+    def broken(*packed: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("bnbfix.kernels._bitsandbytes", broken)
+    monkeypatch.setattr("bnbfix.kernels._native", lambda *packed: None)
+    monkeypatch.setattr("bnbfix.kernels._torch", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
     assert tree(tmp_path) == {}
