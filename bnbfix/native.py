@@ -2,7 +2,7 @@
 
 Importing torch and bitsandbytes to reach the same functions takes seconds of processor time and 300 MB, more than
 most repairs take for everything else. A C function cannot be asked for its arguments, so the library is called only
-in releases whose signatures were read; whoever gets None from `library` takes the way through Python.
+in releases where that was tried; whoever gets None from `library` takes the way through Python.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .quant_state import QuantState
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The releases whose csrc/pythonInterface.cpp has
+# Releases that decode right when called so (csrc/pythonInterface.cpp):
 #   cdequantize_blockwise_cpu_{nf4,fp4}_{bf16,fp16,fp32}(packed, absmax, out, blocksize, rows, columns)
 #   cdequantize_blockwise_cpu_fp32(code, quantized, absmax, out, blocksize, n)
-# with pointers first and 64-bit integers after them.
+# with pointers first, 64-bit integers after them. A new one belongs here once tests/test_native.py passes beside it.
 RELEASES = ("0.49.0", "0.49.1", "0.49.2", "0.50.0", "0.50.1", "0.50.2")
 SUFFIX = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_longlong

@@ -17,7 +17,7 @@ from test_kernels import Packed, differences, examples, kernel_bytes, random_pac
 from bnbfix import kernels, native
 from bnbfix.quant_state import NestedState, QuantState
 
-here = pytest.mark.skipif(native.library() is None, reason="the library of this bitsandbytes is not called directly")
+here = pytest.mark.skipif(native.library() is None, reason="this release of bitsandbytes is called through torch")
 
 
 @pytest.fixture
