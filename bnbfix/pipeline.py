@@ -14,7 +14,7 @@ from .errors import OutputError
 T = TypeVar("T")
 PIECE = 512 << 10  # bytes read back and hashed at a time: they stay in the processor's cache
 STOPPED = "stopped before a file was whole"
-HELD = 4  # chunks kept in memory for the hash, at most; what comes while it lags behind is read back
+HELD = 4  # chunks kept in memory for the hashes, at most; what comes while they lag behind is read back
 
 
 class Prefetch(Generic[T]):
@@ -71,14 +71,14 @@ class Prefetch(Generic[T]):
 class Hasher:
     """SHA-256 of a file that grows, on its own thread: of chunks as they were written, of other bytes by reading back.
 
-    Once `stop` is set it gives up; `result` then raises.
+    `room` bounds the chunks that are kept for it, and for other files. Once `stop` is set it gives up; `result` then
+    raises.
     """
 
-    def __init__(self, fd: int, stop: threading.Event) -> None:
-        self._fd, self._stop = fd, stop
+    def __init__(self, fd: int, stop: threading.Event, room: threading.Semaphore) -> None:
+        self._fd, self._stop, self._room = fd, stop, room
         self._digest = hashlib.sha256()
         self._at = 0  # bytes that were hashed
-        self._room = threading.Semaphore(HELD)
         self._written: queue.SimpleQueue[int | bytes | memoryview | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._closed = False

@@ -157,6 +157,7 @@ class _Job:
     linked: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(HELD))
 
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last."""
@@ -246,7 +247,7 @@ class _Job:
             with self.lock:
                 self.staging.finished(name, digest)
 
-        return OutputFile(self.staging.path / name, self.step, finished, self.stop)
+        return OutputFile(self.staging.path / name, self.step, finished, self.stop, self.room)
 
     def _whole(self, name: str, size: int, flush: ThreadPoolExecutor) -> Future[str]:
         with self._file(name) as out:
