@@ -158,7 +158,7 @@ def judge_outputs(llm: Any, config: dict[str, Any], reference: Path) -> dict[str
 
 
 def main() -> None:
-    """Writes {error, at, weights, outputs, ok} and ends with status 0 whatever the engine does."""
+    """Writes {error, at, weights, outputs, bnb, ok} and ends with status 0 whatever the engine does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("answer", type=Path)
@@ -185,6 +185,7 @@ def main() -> None:
         result["error"] = f"{type(e).__name__}: {e}"[:600]
         last = traceback.extract_tb(e.__traceback__)[-3:]
         result["at"] = [f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in last]
+    result["bnb"] = [name for name in ("bitsandbytes", "vllm_bnb_plugin") if name in sys.modules]
     a.answer.write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # the engine's own shutdown can hang
