@@ -225,7 +225,8 @@ def judge(
     off += [f"{len(w[k])} {k}" for k in ("wrong", "requantized") if w[k]]
     shares = [o["mean"] / o["allowed"] for k, o in outputs.items() if k != "red against blue"]
     within = max((s for s in shares if s <= 1), default=0)
-    good = f"{w['exact']} exact, {w['rounded']} 4 bit, outputs within {within:.0%} of the tolerance{own}"
+    weights = f"{w['exact']} exact, {w['rounded']} 4 bit, {w['packed']} packed"
+    good = f"{weights}, outputs within {within:.0%} of the tolerance{own}"
     return Seen("loads" if r["ok"] else "wrong", ", ".join(off) or good)
 
 
