@@ -75,11 +75,13 @@ def bear_with_a_cpu() -> None:
 
 
 def _patch_gemm(torch: Any) -> None:
-    """The oneDNN kernel for ordinary weights takes contiguous rows alone; the audio tower hands it others."""
+    """The kernels for ordinary weights take contiguous rows alone; the audio tower hands them others."""
     import vllm._custom_ops as ops
 
-    if (original := getattr(ops, "onednn_mm", None)) is not None:
-        ops.onednn_mm = lambda handler, x, bias: original(handler, x.contiguous(), bias)
+    if (onednn := getattr(ops, "onednn_mm", None)) is not None:
+        ops.onednn_mm = lambda handler, x, bias: onednn(handler, x.contiguous(), bias)
+    if (amx := getattr(ops, "weight_packed_linear_cpu", None)) is not None:  # on processors that have AMX, from 0.32 on
+        ops.weight_packed_linear_cpu = lambda x, *rest: amx(x.contiguous(), *rest)
 
 
 def _patch_experts(torch: Any) -> None:

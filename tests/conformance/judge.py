@@ -93,7 +93,7 @@ def unpacked(p: Any) -> Any:
 
 
 def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
-    """Counts of exact, rounded and wrong parameters, and the names of wrong and of re-quantized ones."""
+    """Counts of packed, exact and rounded parameters, and the names of wrong and of re-quantized ones."""
     import torch
     from safetensors.torch import load_file
 
@@ -105,13 +105,14 @@ def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
     for f in sorted(folder.glob("*.safetensors")):
         plain |= {canonical(k) for k, v in load_file(f).items() if v.is_floating_point() and v.dim() >= 2}
     plain -= {n.rsplit(".", 1)[0] for n in plain if n.endswith(".absmax")}
-    out: dict[str, Any] = {"exact": 0, "rounded": 0, "wrong": [], "requantized": [], "unknown": []}
+    out: dict[str, Any] = {"packed": 0, "exact": 0, "rounded": 0, "wrong": [], "requantized": [], "unknown": []}
     for name, p in model.named_parameters():
         sources = originals(canonical(name), set(want))
         if not all(s in want for s in sources):
             out["unknown"].append(name)
             continue
         packed = p.data.dtype in (torch.uint8, torch.int8)
+        out["packed"] += packed
         if packed and any(s in plain for s in sources):
             out["requantized"].append(name)
         values, true = unpacked(p), torch.cat([want[s].float().reshape(-1) for s in sources])
@@ -158,7 +159,7 @@ def judge_outputs(llm: Any, config: dict[str, Any], reference: Path) -> dict[str
 
 
 def main() -> None:
-    """Writes {error, at, weights, outputs, ok} and ends with status 0 whatever the engine does."""
+    """Writes {error, at, weights, outputs, bnb, ok} and ends with status 0 whatever the engine does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("answer", type=Path)
@@ -185,6 +186,7 @@ def main() -> None:
         result["error"] = f"{type(e).__name__}: {e}"[:600]
         last = traceback.extract_tb(e.__traceback__)[-3:]
         result["at"] = [f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in last]
+    result["bnb"] = [name for name in ("bitsandbytes", "vllm_bnb_plugin") if name in sys.modules]
     a.answer.write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # the engine's own shutdown can hang

@@ -3,13 +3,16 @@
     python tests/conformance/run.py                       every release of pins.json, every cell: hours
     python tests/conformance/run.py --boundaries          every release, about fifteen cells: two hours
     python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
+    python tests/conformance/run.py --bf16                what `repair --bf16` writes, in a vLLM without bitsandbytes
+                                                          and in transformers
+    python tests/conformance/run.py --ragged quantize     what `repair --ragged quantize` writes
     python tests/conformance/run.py --releases 0.27.1 --cells dense31b-all,moe26b-skip
     python tests/conformance/run.py --results tests/conformance/RESULTS.md
 
 It makes its checkpoints and, one release after another, its virtual environments below --work. Cells that
 WORK/cells.jsonl tells of are not run again: a run that was cut off goes on, and a new one needs a new --work. The exit
 status is 0 only when every prediction is right and every repaired checkpoint loads and answers right; 75 when an
-environment could not be built, so that nothing was judged in it.
+environment could not be built, so that nothing was judged in it. OMP_NUM_THREADS (default 2) is every engine's.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
 
+import numpy as np
 import tiny_gemma4
 import venvs
+from judge import TOLERANCE_INT8
 
 import bnbfix
 
@@ -49,8 +54,27 @@ BOUNDARIES = [
 ]  # fmt: skip
 SMOKE_RELEASES = ["0.22.1", "0.32.0"]
 REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
+WAY_RELEASES = ["0.22.1", "0.27.1", "0.32.0"]
 SECONDS = 600
 OWN_ERROR = 1.5  # times what a release's outputs are off in full precision: still no fault of the checkpoint
+
+
+@dataclass(frozen=True)
+class Way:
+    """A repair that is asked for by options, in place of the one that bnbfix takes by itself."""
+
+    name: str  # of its log and its folder
+    options: dict[str, Any]
+    words: str
+    cells: list[str]
+
+
+BF16 = Way(
+    "bf16", {"bf16": True}, "--bf16",
+    ["dense31b-all", "dense31b-fp4", "dense31b-int8", "dense31b-storage-bf16", "e4b-mixed", "e4b-noshared-single",
+     "e2b-all", "moe26b-skip", "moe26b-fp4", "unified12b-all"],
+)  # fmt: skip
+RAGGED = Way("ragged", {"ragged": "quantize"}, "--ragged quantize", [f"{family}-ragged" for family in FAMILIES])
 
 
 @dataclass(frozen=True)
@@ -67,21 +91,24 @@ class Cell:
 
     release: str
     checkpoint: str
-    before: Seen
-    predicted: str
+    before: Seen | None  # None where a Way is judged: that is told by the run without one
+    predicted: str | None
     repair: str  # what was done: repaired for the release, --bf16, nothing to do, or why nothing can be done
     after: Seen | None
     predicted_after: str | None
+    transformers: Seen | None = None  # of --bf16: what transformers makes of it, held against the source
 
     @property
     def ok(self) -> bool:
         """Was scan right both times, and is the repaired checkpoint right?"""
         after = self.after is None or (self.after.verdict == "loads" and self.predicted_after in ("loads", None))
-        return self.predicted_right and after
+        return self.predicted_right and after and (self.transformers is None or self.transformers.verdict == "loads")
 
     @property
     def predicted_right(self) -> bool:
         """Degraded means right beside some releases of transformers, so it is right beside the pinned ones."""
+        if self.before is None:
+            return True
         said = "loads" if self.predicted == "degraded" else self.predicted
         return self.before.verdict == said
 
@@ -102,26 +129,36 @@ def split(name: str) -> tuple[str, str]:
     return family, name[len(family) + 1 :]
 
 
+def quantization(folder: Path) -> dict[str, Any]:
+    """A folder's quantization_config; empty where it is in full precision."""
+    return dict(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
+
+
 def reference(work: Path, folder: Path, python: Path) -> Path:
-    """The right answers for a folder: of itself dequantized, run by transformers; once for each set of bytes."""
+    """The right answers for a folder: of itself dequantized, run by transformers."""
     full = work / "bf16" / f"{folder.parent.name}-{folder.name}"
-    if not full.exists() and "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if not full.exists() and quantization(folder):
         bnbfix.repair(folder, full, vllm=REFERENCE, bf16=True)
-    source = full if full.exists() else folder
+    return asked_of_transformers(work / "references", full if full.exists() else folder, python)
+
+
+def asked_of_transformers(answers: Path, folder: Path, python: Path, *options: str) -> Path:
+    """What reference.py says of a folder, once for each set of bytes."""
     digest = hashlib.sha256()
-    for file in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.read_bytes())
-    out = work / "references" / f"{digest.hexdigest()}.npz"
+    out = answers / f"{digest.hexdigest()}.npz"
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        run_in(python, HERE / "reference.py", str(source), str(out))
+        answers.mkdir(parents=True, exist_ok=True)
+        run_in(python, HERE / "reference.py", folder, out, *options)
     return out
 
 
-def run_in(python: Path, *command: object) -> subprocess.CompletedProcess[str]:
+def run_in(python: Path, *command: object, PYTHONPATH: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     """A script in a release's environment, with this checkout's bnbfix in reach."""
-    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    environment = os.environ | ours
+    paths = [*filter(None, [PYTHONPATH]), str(ROOT), str(HERE)]
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment = {"OMP_NUM_THREADS": "2"} | os.environ | ours | more
     done = subprocess.run(
         [str(python), "-W", "ignore", *map(str, command)],
         env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
@@ -131,12 +168,15 @@ def run_in(python: Path, *command: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def ask(python: Path, folder: Path, truth: Path, answers: Path) -> dict[str, Any] | None:
-    """What judge.py says of a folder; None when it takes too long."""
+def ask(python: Path, folder: Path, truth: Path, answers: Path, without_bnb: bool = False) -> dict[str, Any] | None:
+    """What judge.py says of a folder; None when it takes too long. `without_bnb`: nothing there can unpack weights."""
     with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
+        answer, without = Path(scratch) / "answer.json", {}
+        if without_bnb:
+            (Path(scratch) / "bitsandbytes.py").write_text('raise ImportError("bitsandbytes is kept away")\n')
+            without = {"PYTHONPATH": scratch, "VLLM_PLUGINS": ""}
         try:
-            run_in(python, HERE / "judge.py", folder, answer, "--weights", truth, "--reference", answers)
+            run_in(python, HERE / "judge.py", folder, answer, "--weights", truth, "--reference", answers, **without)
         except subprocess.TimeoutExpired:
             return None
         return dict(json.loads(answer.read_text()))
@@ -148,8 +188,11 @@ def own_error(work: Path, release: str, python: Path, name: str, truth: Path, re
     """
     kept = work / "originals" / f"{release}-{name}.json"
     if not kept.exists():
-        full = work / "originals" / release / name
-        bnbfix.repair(make(work, name), full, vllm=release, bf16=True, overwrite=True)
+        full = make(work, name)
+        if quantization(full):
+            source, full = full, work / "originals" / release / name
+            bnbfix.repair(source, full, vllm=release, bf16=True, overwrite=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         r = ask(python, full, truth, reference(work, full, referee))
         if r is None or r["error"]:
             raise RuntimeError(f"vLLM {release} does not run {name} in full precision: {r and r['error']}")
@@ -157,18 +200,23 @@ def own_error(work: Path, release: str, python: Path, name: str, truth: Path, re
     return dict(json.loads(kept.read_text()))
 
 
-def judge(work: Path, release: str, python: Path, folder: Path, truth: Path, referee: Path) -> Seen:
+def judge(
+    work: Path, release: str, python: Path, folder: Path, truth: Path, referee: Path, without_bnb: bool = False
+) -> Seen:
     """Loads a folder in the engine; `truth` is its bf16 original."""
-    r = ask(python, folder, truth, reference(work, folder, referee))
+    r = ask(python, folder, truth, reference(work, folder, referee), without_bnb)
     if r is None:
         return Seen("fails", f"no answer in {SECONDS} s")
+    if without_bnb and r["bnb"]:
+        return Seen("wrong", f"it was run with {', '.join(r['bnb'])}")
     if r["error"]:
         words = " ".join(r["error"].split())[:100] + (f" ({r['at'][-1]})" if r["error"].endswith(": ") else "")
         return Seen("fails", words)
     w, outputs = r["weights"], r["outputs"]
     own = ""
     if not w["wrong"] and not w["requantized"] and not r["ok"]:
-        errors = own_error(work, release, python, folder.name, truth, referee)
+        compared = folder.name if quantization(folder) else truth.name  # what is in full precision: with its original
+        errors = own_error(work, release, python, compared, truth, referee)
         for name, o in outputs.items():
             if not o["ok"] and name != "red against blue" and o["mean"] <= OWN_ERROR * errors[name]:
                 o["ok"], own = True, f"{own}, {name} {o['mean']} as in full precision {errors[name]}"
@@ -177,7 +225,8 @@ def judge(work: Path, release: str, python: Path, folder: Path, truth: Path, ref
     off += [f"{len(w[k])} {k}" for k in ("wrong", "requantized") if w[k]]
     shares = [o["mean"] / o["allowed"] for k, o in outputs.items() if k != "red against blue"]
     within = max((s for s in shares if s <= 1), default=0)
-    good = f"{w['exact']} exact, {w['rounded']} 4 bit, outputs within {within:.0%} of the tolerance{own}"
+    weights = f"{w['exact']} exact, {w['rounded']} 4 bit, {w['packed']} packed"
+    good = f"{weights}, outputs within {within:.0%} of the tolerance{own}"
     return Seen("loads" if r["ok"] else "wrong", ", ".join(off) or good)
 
 
@@ -211,38 +260,79 @@ def run_cell(work: Path, release: str, name: str, python: Path, referee: Path) -
     return Cell(release, name, before, predicted, how, after, verdict(out, release))
 
 
+def run_way(work: Path, release: str, name: str, python: Path, referee: Path, way: Way) -> Cell:
+    """A repair with the options of `way`, and what becomes of it."""
+    source, out = make(work, name), work / "repaired" / way.name / release / name
+    truth = make(work, f"{split(name)[0]}-bf16")
+    try:
+        bnbfix.repair(source, out, vllm=release, overwrite=True, **way.options)
+    except bnbfix.Unrepairable as e:
+        return Cell(release, name, None, None, f"cannot be: {e.hint or e}", None, None)
+    after = judge(work, release, python, out, truth, referee, without_bnb=way is BF16)
+    elsewhere = in_transformers(work, source, out, referee) if way is BF16 else None
+    return Cell(release, name, None, None, f"{way.words} --vllm {release}", after, verdict(out, release), elsewhere)
+
+
+def in_transformers(work: Path, source: Path, full: Path, python: Path) -> Seen:
+    """Is `full` to transformers what the source is, which bitsandbytes unpacks as it runs?
+
+    Both calculate in bfloat16 with the same kernels, so the same weights give the same bits: no difference is allowed.
+    LLM.int8 rounds what goes into each weight too, which is why it has the tolerance that it has in vLLM.
+    """
+    unpacked, plain = (
+        np.load(asked_of_transformers(work / "as-saved", folder, python, "--as-saved")) for folder in (source, full)
+    )
+    noise = np.load(reference(work, full, python))
+    factor = TOLERANCE_INT8 if quantization(source)["load_in_8bit"] else 0
+    words, right = [], True
+    for key in plain.files:
+        prompt, apart = key.removesuffix(".logp"), np.abs(plain[key] - unpacked[key])
+        mean, allowed = float(apart.mean()), factor * float(noise[f"{prompt}.noise"])
+        right = right and mean <= allowed
+        words.append(f"{prompt} {mean:.4f}" + (f" of {allowed:.4f}" if allowed else ""))
+    same = all(np.array_equal(plain[key], unpacked[key]) for key in plain.files)
+    prompts = ", ".join(key.removesuffix(".logp") for key in plain.files)
+    return Seen(
+        "loads" if right else "wrong", f"as the source to the last bit ({prompts})" if same else ", ".join(words)
+    )
+
+
 def read_log(log: Path) -> dict[tuple[str, str], Cell]:
     """The cells of earlier runs in the same --work, by release and checkpoint."""
     cells = {}
     for line in log.read_text().splitlines() if log.exists() else []:
         row = json.loads(line)
-        row |= {k: Seen(**row[k]) for k in ("before", "after") if row[k]}
+        row |= {k: Seen(**row[k]) for k in ("before", "after", "transformers") if row.get(k)}
         cells[row["release"], row["checkpoint"]] = Cell(**row)
     return cells
 
 
 def table(cells: list[Cell]) -> str:
-    """The result as markdown."""
-    lines = [
-        "| vLLM | checkpoint | before | predicted | repair | after | |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The result as markdown, without columns that nothing is in."""
+    rows = []
     for c in cells:
-        after = f"{c.after.verdict}: {c.after.why}" if c.after else ""
-        cell = (c.release, c.checkpoint, f"{c.before.verdict}: {c.before.why}", c.predicted, c.repair, after)
-        lines.append("| " + " | ".join(x.replace("|", "/") for x in cell) + f" | {'ok' if c.ok else '**no**'} |")
-    return "\n".join(lines)
+        before, after, elsewhere = (f"{s.verdict}: {s.why}" if s else "" for s in (c.before, c.after, c.transformers))
+        row = {"vLLM": c.release, "checkpoint": c.checkpoint, "before": before, "predicted": c.predicted or ""}
+        row |= {"repair": c.repair, "after": after, "in transformers": elsewhere, "": "ok" if c.ok else "**no**"}
+        rows.append({k: v.replace("|", "/") for k, v in row.items()})
+    kept = [k for k in rows[0] if any(row[k] for row in rows)]
+    lines = [" | ".join(kept), "|".join("---" for _ in kept), *(" | ".join(row[k] for k in kept) for row in rows)]
+    return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines))
 
 
 def summary(cells: list[Cell]) -> str:
     """Counts, and the versions behind them."""
-    repaired = [c for c in cells if c.after]
-    rows = [
-        f"{len(cells)} cells; {sum(c.predicted_right for c in cells)} predicted right; "
-        f"{sum(c.before.verdict == 'loads' for c in cells)} right as transformers wrote them; "
-        f"{sum(c.ok for c in repaired)} of {len(repaired)} right after a repair.",
-        "",
-    ]
+    repaired, found = [c for c in cells if c.after], [c for c in cells if c.before]
+    words = [f"{len(cells)} cells"]
+    if found:
+        words.append(f"{sum(c.predicted_right for c in found)} predicted right")
+        words.append(f"{sum(c.before.verdict == 'loads' for c in found if c.before)} right as transformers wrote them")
+    words.append(f"{sum(c.ok for c in repaired)} of {len(repaired)} right after a repair")
+    if compared := [c.transformers for c in cells if c.transformers]:
+        pin = venvs.PINS["releases"][REFERENCE]["transformers"]
+        right = sum(s.verdict == "loads" for s in compared)
+        words.append(f"{right} of {len(compared)} as the source in transformers {pin}")
+    rows = ["; ".join(words) + ".", ""]
     for release in dict.fromkeys(c.release for c in cells):
         pins = venvs.PINS["releases"][release]
         words = ", ".join(f"{k} {v}" for k, v in pins.items()).replace("plugin", "vllm-bnb-plugin")
@@ -267,15 +357,21 @@ def main() -> None:
     parser.add_argument("--cells", help="comma-separated; default: all")
     parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
     parser.add_argument("--boundaries", action="store_true", help="every release, some cells")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--bf16", action="store_const", dest="way", const=BF16, help="judge `repair --bf16`")
+    ways.add_argument("--ragged", choices=["quantize"], help="judge `repair --ragged quantize`")
     parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--results", type=Path, help="write the table to this markdown file")
     a = parser.parse_args()
-    releases = a.releases.split(",") if a.releases else SMOKE_RELEASES if a.smoke else list(venvs.PINS["releases"])
-    names = a.cells.split(",") if a.cells else SMOKE if a.smoke else BOUNDARIES if a.boundaries else CELLS
+    way: Way | None = RAGGED if a.ragged else a.way
+    default = SMOKE_RELEASES if a.smoke else WAY_RELEASES if way else list(venvs.PINS["releases"])
+    releases = a.releases.split(",") if a.releases else default
+    default = SMOKE if a.smoke else BOUNDARIES if a.boundaries else way.cells if way else CELLS
+    names = a.cells.split(",") if a.cells else default
     folder = a.venvs or a.work / "venvs"
-    newest = releases[-1] if releases[-1] in SMOKE_RELEASES or a.smoke else REFERENCE
+    newest = releases[-1] if not way and (releases[-1] in SMOKE_RELEASES or a.smoke) else REFERENCE
     referee = environment(newest, folder)
-    log = a.work / "cells.jsonl"
+    log = a.work / (f"cells-{way.name}.jsonl" if way else "cells.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     done = read_log(log)
     cells: list[Cell] = []
@@ -285,18 +381,20 @@ def main() -> None:
                 cells.append(done[release, name])
                 continue
             python = environment(release, folder)
-            cell = run_cell(a.work, release, name, python, referee)
+            common = (a.work, release, name, python, referee)
+            cell = run_way(*common, way) if way else run_cell(*common)
             cells.append(cell)
             with log.open("a") as f:
                 print(json.dumps(asdict(cell)), file=f)
-            after = (
-                f" -> {cell.repair} -> {cell.after.verdict}: {cell.after.why}" if cell.after else f" ({cell.repair})"
-            )
-            words = f"{cell.before.verdict}: {cell.before.why} (scan: {cell.predicted}){after}"
+            seen = (cell.before, cell.after, cell.transformers)
+            before, after, elsewhere = (f"{s.verdict}: {s.why}" if s else "-" for s in seen)
+            words = f"{before} (scan: {cell.predicted or '-'}) -> {cell.repair} -> {after}"
+            words += f"; transformers: {elsewhere}" if cell.transformers else ""
             print(f"{'ok ' if cell.ok else 'NO '} {release} {name}: {words}", flush=True)
     text = f"{summary(cells)}\n\n{table(cells)}\n"
     if a.results:
-        head = f"# Conformance, {datetime.date.today()}\n\nMade by `python tests/conformance/run.py`.\n\n"
+        command = f"python tests/conformance/run.py {way.words if way else ''}".rstrip()
+        head = f"# Conformance, {datetime.date.today()}\n\nMade by `{command}`.\n\n"
         a.results.write_text(head + text)
     bad = [c for c in cells if not c.ok]
     print(f"\n{summary(cells)}\n\n{len(cells) - len(bad)} passed, {len(bad)} failed")
