@@ -308,7 +308,8 @@ def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> Non
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
-    command = [sys.executable, "-m", "bnbfix", "scan", str(pristine("dense31b", "ragged", shards=2)), "--vllm", "0.22.1"]
+    source = str(pristine("dense31b", "ragged", shards=2))
+    command = [sys.executable, "-m", "bnbfix", "scan", source, "--vllm", "0.22.1"]
     with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as child:
         os.close(follower)
         data = b""

@@ -232,6 +232,18 @@ def test_the_inputs_of_a_plan_are_what_its_files_are_made_from(source: Path) -> 
     assert all(read[name] == (name,) for name in plan.copied)
 
 
+def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) -> None:
+    plan = bnbfix.plan_repair(pristine("moe26b", "skip", shards=5), "0.32.0")
+    have = plan.checkpoint.tensors
+    split = {e.name for e in plan.edits if e.action == "quantize"}
+    assert len(split) == 12
+    made_of = inputs(plan)
+    for name in split:
+        stem = name.rpartition("_proj")[0].removesuffix("gate_up").removesuffix("down")
+        holding = {s.name for s in plan.shards for t in s.tensors if t.info.name.startswith(f"{stem}0.")}
+        assert holding and all(have[name].shard in made_of[shard] for shard in holding)
+
+
 XET = """
 from types import SimpleNamespace
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter

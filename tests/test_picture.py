@@ -25,7 +25,6 @@ from bnbfix.scanner import scan_checkpoint
 from bnbfix.source import LocalSource
 from bnbfix.vllm_releases import resolve_target
 
-
 L = "model.language_model.layers."
 
 
