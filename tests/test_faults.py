@@ -315,7 +315,7 @@ def test_a_signal_stops_a_repair_and_says_what_was_kept(
     # The script slows each write down, so that the signal comes in the middle.
     script = (
         "import os, signal, threading, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background ignores it\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a job in a shell's background
         "from bnbfix import cli, syscalls\n"
         "write_all, seen = syscalls.write_all, []\n"
         "def slow(fd, data, at):\n"
