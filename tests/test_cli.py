@@ -376,6 +376,15 @@ def test_a_dry_run_tells_copied_shards_from_rewritten_ones(run: Cli, pristine: M
     assert [line.split()[1] for line in lines if line.startswith("model-0")] == ["copied", "rewritten"]
 
 
+def test_a_dry_run_names_what_else_is_written_if_anything(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("text", "single")
+    command = ("repair", source, "--dry-run", "--vllm", "0.22.1")
+    assert "Written as well: README.md." in run(*command).words
+    (source / "README.md").write_bytes(b"#" * 4_000_001)  # no card
+    done = run(*command)
+    assert done.code == 0 and "rewritten" in done.words and "Written as well" not in done.words
+
+
 def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path) -> None:
     source = pristine("dense31b", "ragged", shards=2)
     done = run("repair", source, "--vllm", "portable", "--dry-run", "--format", "json")
