@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from . import quant_state as qs
 from . import safetensors_header as st
@@ -126,14 +127,8 @@ class ShardPlan:
 
     def runs(self) -> Iterable[tuple[TensorPlan, ...]]:
         """Its tensors in order, those of one Quantize together."""
-        pending: list[TensorPlan] = []
-        for t in self.tensors:
-            if pending and not (isinstance(t.op, Quantize) and t.op is pending[0].op):
-                yield tuple(pending)
-                pending = []
-            pending.append(t)
-        if pending:
-            yield tuple(pending)
+        for _, run in groupby(self.tensors, lambda t: id(t.op if isinstance(t.op, Quantize) else t)):
+            yield tuple(run)
 
 
 def copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:

@@ -138,11 +138,11 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
     if not text.startswith("{"):
         raise HeaderError("header is not a JSON object (it must start with '{')", where=where)
     try:
-        doc = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer)
+        doc: dict[str, Any] = json.loads(
+            text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer
+        )
     except (ValueError, RecursionError) as e:
         raise HeaderError(f"header is not valid JSON ({e})", where=where) from e
-    if not isinstance(doc, dict):
-        raise HeaderError("header is not a JSON object", where=where)
     return doc
 
 

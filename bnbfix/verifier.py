@@ -168,8 +168,6 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
 
 def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b: int, length: int) -> int | None:
     """The first byte, counted from the start, at which two ranges differ."""
-    if b.files[file_b] < at_b + length:
-        return b.files[file_b] - at_b
     for done in range(0, length, CHUNK):
         n = min(CHUNK, length - done)
         x, y = a.read(file_a, [(at_a + done, n)])[0], b.read(file_b, [(at_b + done, n)])[0]

@@ -59,6 +59,12 @@ def test_modules_do_not_hide_the_functions() -> None:
     assert all(inspect.isfunction(getattr(bnbfix, name)) for name in FUNCTIONS)
 
 
+def test_importing_what_is_run_with_python_m_runs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("bnbfix.__main__", "bnbfix.pre_commit"):
+        assert importlib.reload(importlib.import_module(name)).main
+    assert capfd.readouterr() == ("", "")
+
+
 def test_star_import_brings_every_name() -> None:
     code = "from bnbfix import *\nprint(sorted(n for n in dir() if not n.startswith('__')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -278,6 +284,14 @@ def test_a_check_before_upload_raises_with_the_findings(pristine: Make) -> None:
         "BNB103 fused group partly packed (5 tensors), BNB104 K serves as V, but V has no quant state (2 tensors)"
     )
     assert f"Upload what `bnbfix repair {source} --out DIR --vllm portable` writes." in str(e.hint)
+
+
+def test_a_check_before_upload_proposes_no_repair_where_there_is_none(pristine: Make) -> None:
+    source = pristine("moe26b", "all")
+    with pytest.raises(bnbfix.FindingsRemain) as caught:
+        bnbfix.check_before_upload(source, "0.22.1")
+    assert caught.value.hint == f"See `bnbfix scan {source} --vllm 0.22.1`."
+    assert "is not fit for vLLM 0.22.1: " in str(caught.value) and "BNB401" in str(caught.value)
 
 
 def test_a_check_before_upload_returns_the_scan_of_what_loads(pristine: Make) -> None:

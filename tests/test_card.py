@@ -10,7 +10,7 @@ import pytest
 from conftest import Make
 
 import bnbfix
-from bnbfix.card import BEGIN, CARD, END, describe, with_section
+from bnbfix.card import BEGIN, CARD, END, MAX_CARD, describe, with_section
 from bnbfix.vllm_releases import resolve_target
 
 SECTION = f"{BEGIN}\nnew\n{END}\n"
@@ -95,3 +95,12 @@ def test_a_checkpoint_without_a_card_gets_one(checkpoint: Make, tmp_path: Path) 
     source = checkpoint("dense31b", "skip")
     (source / CARD).unlink()
     assert repaired(source, tmp_path / "out", "0.32.0").startswith("---\nlibrary_name: transformers\n")
+
+
+def test_a_readme_too_large_for_a_card_stays_as_it_is(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("text", "single", shards=2)
+    for size, changed in ((MAX_CARD, True), (MAX_CARD + 1, False)):
+        (source / CARD).write_bytes(b"#" * size)
+        bnbfix.repair(source, tmp_path / str(size), vllm="0.22.1", device="cpu")
+        written = (tmp_path / str(size) / CARD).read_bytes()
+        assert (written != b"#" * size) == changed and written.startswith(b"#" * size)

@@ -131,6 +131,12 @@ def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> N
     assert all(name in flat for name in names)
 
 
+def test_a_class_that_some_releases_do_not_know_is_no_failure_of_all(run: Cli, pristine: Make) -> None:
+    done = run("scan", pristine("unified12b", "skip"), "--vllm", "portable")
+    assert "in every release that knows the model." in done.words and "in every release." not in done.words
+    assert "in every release." in run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "portable").words
+
+
 def test_a_clean_scan_says_so(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("e4b", "all", shards=2), "--vllm", "0.32.0")
     assert (done.code, done.err) == (0, "")
@@ -254,6 +260,11 @@ def test_exit_code_2_bad_usage(run: Cli, arguments: list[str], words: str) -> No
     assert done.out == ""
 
 
+def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
+    done = run("verify", tmp_path, "--revision", "main")
+    assert (done.code, done.out, done.err) == (2, "", "error: --revision belongs to a --source on the Hub\n")
+
+
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("dense31b", "skip"), "--vllm", "0.1.0")
     assert (done.code, done.out) == (2, "")
@@ -318,6 +329,21 @@ def test_a_reader_that_goes_away_is_no_traceback(pristine: Make) -> None:
     assert done.code == 1 and done.err == ""
 
 
+@pytest.mark.parametrize("arguments", [["releases"], ["explain", "BNB101"], ["releases", "--format", "json"]], ids=str)
+@pytest.mark.parametrize("what", ["gone", "full"])
+def test_a_stdout_that_takes_nothing_ends_in_a_line_at_most(arguments: list[str], what: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    if what == "full":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-m", "bnbfix", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    words = {"gone": (1, ""), "full": (2, "error: input/output: No space left on device\n")}
+    assert (done.returncode, done.stderr) == words[what]
+
+
 # Repair
 
 
@@ -348,6 +374,15 @@ def test_a_dry_run_shows_shards_config_and_costs_and_writes_nothing(
 def test_a_dry_run_tells_copied_shards_from_rewritten_ones(run: Cli, pristine: Make) -> None:
     lines = run("repair", pristine("text", "single", shards=2), "--vllm", "0.22.1", "--dry-run").out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("model-0")] == ["copied", "rewritten"]
+
+
+def test_a_dry_run_names_what_else_is_written_if_anything(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("text", "single")
+    command = ("repair", source, "--dry-run", "--vllm", "0.22.1")
+    assert "Written as well: README.md." in run(*command).words
+    (source / "README.md").write_bytes(b"#" * 4_000_001)  # no card
+    done = run(*command)
+    assert done.code == 0 and "rewritten" in done.words and "Written as well" not in done.words
 
 
 def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path) -> None:
@@ -781,6 +816,90 @@ def test_a_vllm_that_is_broken_or_slow_is_an_error_in_one_line(
     monkeypatch.setattr(installed, "PROBE_SECONDS", 0.01)
     done = run("releases", "--probe", source)
     assert (done.code, done.out, done.err) == (2, "", f"error: {source}: vLLM gave no answer within 0 s\n")
+
+
+@pytest.mark.parametrize(
+    ("does", "words", "hint"),
+    [
+        ("echo one; echo two >&2; exit 3", "vLLM ended with status 3 and no answer", "two"),
+        ("exit 0", "vLLM ended with status 0 and no answer", None),
+        ("kill -9 $$", "vLLM ended with status -9 and no answer", "It was killed; was there too little memory?"),
+    ],
+)
+def test_a_vllm_that_ends_without_an_answer_is_told_with_its_last_words(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, words: str, hint: str | None
+) -> None:
+    source = pristine("text", "single", shards=2)
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{does}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(installed, "find_installed", lambda: Installed("0.32.0", None))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    done = run("releases", "--probe", source)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {source}: {words}\n" + (f"  {hint}\n" if hint else "")
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "ok"),
+    [("MemTotal: 1 kB\nMemAvailable: 1 kB\n", False), ("MemTotal: 1 kB\n", True), (None, True)],
+    ids=["too little", "not told", "no such file"],
+)
+def test_memory_that_is_not_known_refuses_nothing(
+    run: Cli, pristine: Make, tmp_path: Path, answer: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch, meminfo: str | None, ok: bool,
+) -> None:  # fmt: skip
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("a GPU is there, whose memory counts instead")
+    bnbfix.repair(pristine("text", "single", shards=2), tmp_path / "out", "0.22.1", device="cpu")
+    answer(loaded())
+    read_text = Path.read_text
+
+    def read(self: Path, *args: Any, **options: Any) -> str:
+        if str(self) != "/proc/meminfo":
+            return read_text(self, *args, **options)
+        if meminfo is None:
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return meminfo
+
+    monkeypatch.setattr(Path, "read_text", read)
+    done = run("verify", tmp_path / "out", "--load")
+    assert done.code == (0 if ok else 2)
+    assert ok or done.err.startswith("error: the machine is too small to load it: 0.0 GB of weights, 0.0 GB")
+
+
+def test_an_unquantized_output_may_have_nothing_packed_in_the_engine(
+    run: Cli, pristine: Make, tmp_path: Path, answer: Callable[[dict[str, Any]], None]
+) -> None:
+    bnbfix.repair(pristine("text", "single", shards=2), tmp_path / "out", "0.32.0", device="cpu", bf16=True)
+    answer(loaded())
+    done = run("verify", tmp_path / "out", "--load")
+    assert done.code == 1 and "were quantized while loading: a.weight" in done.words
+    answer(loaded(parameters=[{"name": "a.weight", "packed": False, "states": 0}]))
+    assert run("verify", tmp_path / "out", "--load").code == 0
+
+
+@pytest.mark.parametrize(
+    ("release", "name", "packed", "table", "vllm"),
+    [
+        ("0.32.0", "model.layers.0.experts", True, None, None),
+        ("0.32.0", "model.layers.0.experts", False, "packed", "an ordinary parameter"),
+        ("0.32.0", "model.layers.0.moe.experts", True, "experts under experts", "another prefix"),
+        ("0.27.1", "model.layers.0.moe.experts", True, None, None),
+        ("0.27.1", "model.layers.0.experts", True, "experts under moe.experts", "another prefix"),
+    ],
+)
+def test_probe_tells_where_experts_lie_otherwise(
+    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch,
+    release: str, name: str, packed: bool, table: str | None, vllm: str | None,
+) -> None:  # fmt: skip
+    source = pristine("moe26b", "all")
+    told = probed(source, release, **{name: packed})
+    told["modules"] = [m for m in told["modules"] if ".experts" not in m["name"] or m["name"] == name]
+    monkeypatch.setattr(installed, "find_installed", lambda: Installed(release, None))
+    monkeypatch.setattr(installed, "ask", lambda *_: {"versions": VERSIONS, "error": None} | told)
+    done = run("releases", "--probe", source, "--format", "json")
+    expected = [{"module": name, "table": table, "vllm": vllm}] if table else []
+    assert (done.code, done.json["disagreements"]) == (1 if table else 0, expected)
 
 
 # Hostile names

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
+import pty
 import stat
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +21,12 @@ import pytest
 from conftest import Make
 from test_cli import EVIL, Cli, Run, harmless, hostile, large_checkpoint, process, run  # noqa: F401
 
-from bnbfix.errors import InputError
+from bnbfix.errors import InputError, OutputError
 from bnbfix.lines import Layout, Span
 from bnbfix.outcome import Outcome
 from bnbfix.report_json import render_lines
 from bnbfix.report_table import table
-from bnbfix.terminal import write_lines
+from bnbfix.terminal import write_file, write_lines
 
 FISH = "_TYPER_COMPLETE_FISH_ACTION"
 FORMATS = ("table", "json", "jsonl", "markdown", "github", "sarif", "html")
@@ -291,3 +298,43 @@ def test_a_format_is_imported_when_it_is_asked_for(tmp_path: Path, options: list
     large_checkpoint(tmp_path / "large")
     done = process("scan", tmp_path / "large", "--vllm", "portable", *options, runner=("-c", PROBE))
     assert (done.code, done.err.strip()) == (0, imported)
+
+
+# Terminals and files
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
+    source = str(pristine("dense31b", "ragged", shards=2))
+    command = [sys.executable, "-m", "bnbfix", "scan", source, "--vllm", "0.22.1"]
+    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as child:
+        os.close(follower)
+        data = b""
+        with contextlib.suppress(OSError):  # EIO: the other side has closed it
+            while part := os.read(leader, 4096):
+                data += part
+    os.close(leader)
+    lines = data.decode().splitlines()
+    assert child.returncode == 1 and len(lines) > 10
+    assert columns - 12 < max(map(len, lines)) <= columns
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_document_that_breaks_off_leaves_the_file_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    def parts() -> Iterator[str]:
+        yield "new"
+        raise error
+
+    (tmp_path / "file").write_text("old")
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        write_file(tmp_path / "file", parts())
+    assert not isinstance(error, OSError) or str(caught.value) == (
+        f"{tmp_path / 'file'}: cannot be written (No space left on device)"
+    )
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    write_file(tmp_path / "file", ["n", "ew"])
+    assert (tmp_path / "file").read_text() == "new" and os.listdir(tmp_path) == ["file"]

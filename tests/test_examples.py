@@ -201,3 +201,5 @@ def test_the_hook_checks_each_folder_once(
     (tmp_path / "model.safetensors").touch()
     assert pre_commit.main([*files[bad], str(tmp_path / "config.json")]) == 2
     assert pre_commit.main([]) == 0
+    done = python("-m", "bnbfix.pre_commit", "--vllm", "0.32.0", *files[good], *files[bad])
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr

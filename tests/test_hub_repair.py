@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 
@@ -153,6 +154,35 @@ def test_a_stream_that_fails_leaves_nothing(hub: Hub, repo: str, tmp_path: Path)
     assert os.listdir(tmp_path) == []
 
 
+def test_a_stream_keeps_a_file_until_its_last_use(hub: Hub, pristine: Make, tmp_path: Path) -> None:
+    # Weights of one shard have their quant states in the next: both are read for the first, and the second again.
+    source, repo = pristine("dense31b", "ragged", shards=17), f"org/parted-{next(NUMBERS)}"
+    uses = Counter(f for read in inputs(bnbfix.plan_repair(source, "0.22.1")).values() for f in read)
+    assert max(uses.values()) > 1
+    hub.server.add(repo, source)
+    done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")
+    assert (done.code, done.err) == (0, "")
+    shards = [f for f in fetched(hub) if f.endswith(".safetensors")]
+    assert shards == sorted(f for f in uses if f.endswith(".safetensors")), "each once"
+    assert os.listdir(tmp_path) == ["out"]
+    bnbfix.repair(source, tmp_path / "local", "0.22.1", device="cpu")
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_is_no_folder_where_a_stream_is_fetched_is_an_error_and_stays(
+    hub: Hub, repo: str, tmp_path: Path, what: str
+) -> None:
+    place = tmp_path / ".out.bnbfix-source"
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious")
+    place.write_text("in the way") if what == "file" else place.symlink_to("precious")
+    done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")
+    assert (done.code, done.out) == (2, "") and done.err.startswith(f"error: {place}: cannot be written (File exists)")
+    assert (tmp_path / "precious" / "file").read_text() == "precious" and fetched(hub) == []
+    assert sorted(os.listdir(tmp_path)) == [".out.bnbfix-source", "precious"]
+
+
 MEASURE = """
 import sys
 from pathlib import Path
@@ -200,6 +230,18 @@ def test_the_inputs_of_a_plan_are_what_its_files_are_made_from(source: Path) -> 
     assert set(read) == {s.name for s in plan.shards} | set(plan.copied)
     assert {f for files in read.values() for f in files} <= set(plan.checkpoint.source.files)
     assert all(read[name] == (name,) for name in plan.copied)
+
+
+def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) -> None:
+    plan = bnbfix.plan_repair(pristine("moe26b", "skip", shards=5), "0.32.0")
+    have = plan.checkpoint.tensors
+    split = {e.name for e in plan.edits if e.action == "quantize"}
+    assert len(split) == 12
+    made_of = inputs(plan)
+    for name in split:
+        stem = name.rpartition("_proj")[0].removesuffix("gate_up").removesuffix("down")
+        holding = {s.name for s in plan.shards for t in s.tensors if t.info.name.startswith(f"{stem}0.")}
+        assert holding and all(have[name].shard in made_of[shard] for shard in holding)
 
 
 XET = """
@@ -253,3 +295,42 @@ def test_disk_is_checked_for_source_and_output_together(hub: Hub, repo: str, tmp
     assert enough == stream == "enough"
     assert "not enough disk" in short and "for the download" in short and "--stream" in short
     assert fetched(hub) == []
+
+
+APART = """
+import os, shutil, sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+import bnbfix
+from bnbfix import supply
+
+plan, usage, stat = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage, os.stat
+out = Path(sys.argv[2])
+download, output = sum(supply.to_fetch(plan).values()), plan.bytes_written + supply.SLACK
+def disk(path):  # the output's folder lies on a disk of its own
+    return 1 if str(path).startswith(str(out.parent)) else 2
+try:
+    def apart(path, **options):
+        found = stat(path, **options)
+        return SimpleNamespace(**{k: getattr(found, k) for k in dir(found) if k[:3] == "st_"} | {"st_dev": disk(path)})
+    os.stat = apart
+    for here, there in ((output, download), (output - 1, download), (output, download - 1)):
+        shutil.disk_usage = lambda path: namedtuple("Usage", "free")(here if disk(path) == 1 else there)
+        try:
+            supply.check_space(plan, out)
+            print("enough")
+        except bnbfix.OutputError as e:
+            print(e)
+finally:
+    shutil.disk_usage, os.stat = usage, stat
+"""
+
+
+def test_disk_is_checked_for_each_of_two_disks(hub: Hub, repo: str, tmp_path: Path) -> None:
+    done = hub.run(repo, tmp_path / "out", script=APART)
+    assert done.err == ""
+    enough, here, there = done.out.splitlines()
+    assert enough == "enough"
+    assert here.startswith(f"{tmp_path / 'out'}: not enough disk: ")
+    assert there.startswith(f"{hub.home / 'hub'}: not enough disk: ")

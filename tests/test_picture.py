@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from build import opened
+from build import copy_weight, opened, tensors_of
 from conftest import Make
 from test_formats import EVIL, evil, outcomes
 
@@ -24,6 +24,8 @@ from bnbfix.report_map import map_lines
 from bnbfix.scanner import scan_checkpoint
 from bnbfix.source import LocalSource
 from bnbfix.vllm_releases import resolve_target
+
+L = "model.language_model.layers."
 
 
 def grid_of(source: Path, target: str = "portable") -> Grid:
@@ -252,3 +254,28 @@ def test_every_kind_of_cell_and_verdict_has_a_style() -> None:
     assert all(re.search(rf"^\.{s.name.lower()} {{", css, re.M) for s in State)
     assert all(re.search(rf"\.{v}\b", css) for v in report_html.SIGNS)
     assert "prefers-color-scheme: dark" in css and "@media print" in css
+
+
+def test_a_layer_that_the_config_does_not_know_is_on_the_map_without_a_kind(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip")
+    with tensors_of(source) as tensors:
+        copy_weight(tensors, f"{L}5.mlp.up_proj.weight", f"{L}17.mlp.up_proj.weight")
+    last = section(grid_of(source, "0.32.0"), "language model").rows[-1]
+    assert (last.label, last.kind, set(last.cells)) == ("17", "", {"up"})
+
+
+def test_a_page_of_what_has_no_findings_says_none(pristine: Make) -> None:
+    (bad,) = outcomes(pristine("dense31b", "ragged", shards=2), target="0.32.0")
+    assert bad.result is not None and bad.result.findings
+    clean = replace(bad, result=replace(bad.result, findings=()))
+    pages = ["".join(report_html.render([o])) for o in (clean, bad)]
+    findings = [re.search(r"<h2>Findings, for vLLM 0\.32\.0</h2>\s*<p>None\.</p>\s*</section>", page) for page in pages]
+    assert [m is not None for m in findings] == [True, False]
+
+
+def test_a_page_without_a_map_has_the_rest(pristine: Make) -> None:
+    source = pristine("dense31b", "ragged", shards=2)
+    with_map, without = ("".join(report_html.render(outcomes(source, grid=grid))) for grid in (True, False))
+    drawn = re.compile(r'<section class="map">.*?</section>\s*', re.DOTALL)
+    assert len(drawn.findall(with_map)) == 1 and drawn.findall(without) == []
+    assert drawn.sub("", with_map).split("<article")[1] == without.split("<article")[1]

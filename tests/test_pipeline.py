@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -113,6 +114,26 @@ def test_two_folders_are_swapped_or_left(tmp_path: Path) -> None:
     if swapped:
         with pytest.raises(FileNotFoundError):
             syscalls.exchange(tmp_path / "a", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("code", "raised"),
+    [(errno.EINVAL, False), (errno.ENOSYS, False), (errno.EXDEV, True), (errno.EPERM, True), (errno.EIO, True)],
+)
+def test_a_file_system_that_cannot_swap_says_so_and_what_went_wrong_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, raised: bool
+) -> None:
+    def renameat2(*arguments: object) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(syscalls, "_libc", lambda name: renameat2)
+    if raised:
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            syscalls.exchange(tmp_path / "a", tmp_path / "b")
+        assert (caught.value.errno, caught.value.filename2) == (code, str(tmp_path / "b"))
+    else:
+        assert syscalls.exchange(tmp_path / "a", tmp_path / "b") is False
 
 
 def test_a_clone_is_made_or_refused_but_nothing_between(tmp_path: Path) -> None:

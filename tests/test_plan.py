@@ -311,6 +311,13 @@ def test_the_planned_source_reads_what_stays_as_the_source_has_it(plan: Plan) ->
         assert out.read(name, [(0, out.files[name])]) == source.read(name, [(0, source.files[name])])
 
 
+def test_the_planned_source_comes_from_where_the_source_does(plan: Plan) -> None:
+    source, out = plan.checkpoint.source, PlannedSource(plan)
+    assert (out.name, out.origin, out.stamp) == (source.name, source.origin, source.stamp)
+    assert out.outside == frozenset(), "a plan makes no links"
+    assert all(out.local_path(name) is None for name in out.files), "and nothing lies on disk yet"
+
+
 def test_the_planned_source_has_no_bytes_for_what_is_not_made_yet(plan: Plan) -> None:
     out = PlannedSource(plan)
     unmade = [

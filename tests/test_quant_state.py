@@ -421,10 +421,13 @@ def test_what_bitsandbytes_writes_in_other_storage_passes() -> None:
 
 
 @settings(QUICK, max_examples=150)
-@given(states())
-def test_parts_that_fit_pass(state: QuantState) -> None:
+@given(states(), st.data())
+def test_parts_that_fit_pass_and_none_of_them_may_be_missing(state: QuantState, data: st.DataObject) -> None:
     weight, siblings = fitting(state)
     check(state, weight, siblings, WHERE)
+    missing = data.draw(st.sampled_from(sorted(s for s in siblings if ".quant_state." not in s)))
+    with pytest.raises(QuantStateError, match=missing[1:]):
+        check(state, weight, {s: t for s, t in siblings.items() if s != missing}, WHERE)
 
 
 @settings(QUICK, max_examples=200)
@@ -546,9 +549,11 @@ def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
 # LLM.int8
 
 
-def test_an_int8_weight_with_its_scales_passes() -> None:
+def test_an_int8_weight_with_its_scales_passes_and_with_one_too_few_does_not() -> None:
     check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
     check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
+    with pytest.raises(QuantStateError, match="SCB"):
+        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_int8_passes() -> None:

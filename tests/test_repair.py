@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import bnbfix
-from bnbfix import decode, destination, output_file, write
+from bnbfix import decode, destination, output_file, syscalls, write
 from bnbfix.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.source import LocalSource
@@ -933,3 +935,44 @@ def test_every_file_and_folder_is_synced_before_the_rename(
     expected = {staging, *(f"{staging}/{name.rstrip('/')}" for name in tree(tmp_path / "out"))}
     assert set(synced[:at]) == expected
     assert synced[at + 1 :] == [str(tmp_path)]
+
+
+def test_an_explicit_v_goes_in_full_precision_too(pristine: Make, tmp_path: Path) -> None:
+    fix(pristine("text", "single"), tmp_path / "v", vllm="0.22.1")
+    for target, kept in (("0.27.1", True), ("0.32.0", False)):
+        result = fix(tmp_path / "v", tmp_path / target, vllm=target, bf16=True)
+        found = {n for n in tensors(tmp_path / target) if n.endswith("v_proj.weight")}
+        v = {f"model.layers.{n}.self_attn.v_proj.weight" for n in (2, 5)}  # where K serves as V
+        assert (found & v == v) == kept and len(found - v) == 4
+        assert (v <= set(edits(result, "drop"))) != kept
+        assert bnbfix.verify(tmp_path / target, tmp_path / "v").ok
+
+
+def test_a_plan_that_leaves_something_packed_is_never_published_as_full_precision(
+    small: Path, tmp_path: Path
+) -> None:
+    plan = bnbfix.plan_repair(small, "0.22.1")
+    lying = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
+    with pytest.raises(VerifyError, match="the output would not be in full precision"):
+        write.write_plan(lying, tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
+def test_a_file_system_that_shares_bytes_is_used_and_the_output_is_the_same(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == syscalls.FICLONE
+        data = os.pread(source, os.fstat(source).st_size, 0)
+        shared.append(os.pwrite(target, data, 0))
+        return 0
+
+    fix(small, tmp_path / "plain", vllm="0.22.1")
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    result = fix(small, tmp_path / "out", vllm="0.22.1")
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    whole = [s.size for s in result.plan.shards if s.copied]
+    whole += [(small / name).stat().st_size for name in result.plan.copied]
+    assert sorted(shared) == sorted(whole) and len(whole) > 4

@@ -523,6 +523,14 @@ def test_a_record_with_options_that_no_repair_has_is_an_input_error(spoilt: Spoi
             bnbfix.verify(out, other)
 
 
+@pytest.mark.parametrize("linked", ["model.safetensors", {"a": 1}, [1], None])
+def test_a_record_whose_links_are_no_names_is_an_input_error(spoilt: Spoil, linked: Any) -> None:
+    _, out, _ = spoilt
+    record(out, lambda doc: doc.update(linked=linked))
+    with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair \(linked is not a list of files"):
+        bnbfix.verify(out)
+
+
 def test_a_record_without_options_is_an_input_error(spoilt: Spoil) -> None:
     source, out, _ = spoilt
     record(out, lambda doc: doc.pop("options"))

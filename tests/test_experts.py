@@ -1,0 +1,127 @@
+"""Experts that lie one by one, plain or in FP4, quantized for vLLM; and joined again in full precision."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import Make
+from safetensors.torch import load_file, save_file
+
+import bnbfix
+from bnbfix.codes import Code
+
+FILE = "model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose experts lie one by one, in NF4, as vLLM 0.32 looks for them."""
+    out = tmp_path_factory.mktemp("experts") / "nf4"
+    bnbfix.repair(pristine("moe26b", "skip"), out, vllm="0.32.0", device="cpu")
+    (out / "bnbfix.json").unlink()
+    return out
+
+
+def experts(tensors: Tensors) -> list[str]:
+    """Those of layer 3: enough, and few enough to be quick."""
+    return [n for n in tensors if re.search(r"layers\.3\.experts\.\d+\.\w+_proj\.weight$", n)]
+
+
+def take(tensors: Tensors, name: str) -> torch.Tensor:
+    """The values of a packed weight, which goes with its siblings."""
+    siblings = {n.removeprefix(name + "."): tensors.pop(n) for n in list(tensors) if n.startswith(name + ".")}
+    return bnb.dequantize_4bit(tensors.pop(name), bnb.QuantState.from_dict(siblings, device=torch.device("cpu")))
+
+
+def packed(name: str, values: torch.Tensor, quant_type: str) -> Tensors:
+    data, state = bnb.quantize_4bit(values, compress_statistics=True, quant_type=quant_type)
+    return {name: data} | {f"{name}.{k}": t for k, t in state.as_dict(packed=True).items()}
+
+
+def repacked(source: Path, out: Path, pack: Callable[[int, str, torch.Tensor], Tensors]) -> Tensors:
+    """Writes the checkpoint anew, each expert of layer 3 as `pack` makes it, and returns their values by name."""
+    shutil.copytree(source, out)
+    tensors, values = load_file(out / FILE), {}
+    for i, name in enumerate(experts(tensors)):
+        made = pack(i, name, take(tensors, name))
+        tensors |= made
+        values[name] = made[name] if len(made) == 1 else take(dict(made), name)
+    save_file(tensors, out / FILE, {"format": "pt"})
+    return values
+
+
+def plain(i: int, name: str, values: torch.Tensor) -> Tensors:
+    return {name: values.to(torch.bfloat16)}
+
+
+def fp4(i: int, name: str, values: torch.Tensor) -> Tensors:
+    return packed(name, values, "fp4")
+
+
+def raw(t: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    return t.dtype, tuple(t.shape), bytes(t.reshape(-1).view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize(
+    ("pack", "code", "target", "prefix"),
+    [(plain, Code.PLAIN_IN_PACKED, "0.27.1", "moe.experts"), (fp4, Code.FP4_EXPERTS, "0.32.0", "experts")],
+    ids=["plain", "fp4"],
+)
+def test_experts_one_by_one_are_quantized_as_bitsandbytes_does(
+    one_by_one: Path, tmp_path: Path, pack: Callable[..., Tensors], code: Code, target: str, prefix: str
+) -> None:
+    values = repacked(one_by_one, tmp_path / "source", pack)
+    assert not bnbfix.scan(tmp_path / "source", target).ok
+    result = bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm=target, device="cpu")
+    quantized = {e.name: e for e in result.plan.edits if e.action == "quantize"}
+    assert set(quantized) == set(values) and len(values) == 4 * 3
+    assert {e.code for e in quantized.values()} == {code}
+    assert all("loses precision" in e.detail for e in quantized.values()), "and it is said"
+    before, after = load_file(tmp_path / "source" / FILE), load_file(tmp_path / "out" / FILE)
+    want = {n.replace(".experts.", f".{prefix}."): t for n, t in before.items() if not n.startswith(tuple(values))}
+    for name, value in values.items():
+        want |= packed(name.replace(".experts.", f".{prefix}."), value, "nf4")
+    assert set(after) == set(want)
+    for name, t in want.items():
+        if ".quant_state." in name:  # the same JSON, padded
+            assert json.loads(bytes(after[name].tolist())) == json.loads(bytes(t.tolist())), name
+        else:
+            assert raw(after[name]) == raw(t), name
+    assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok and bnbfix.scan(tmp_path / "out", target).ok
+
+
+def test_a_spoilt_expert_that_was_fp4_is_found(one_by_one: Path, tmp_path: Path) -> None:
+    values = repacked(one_by_one, tmp_path / "source", fp4)
+    bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
+    name = next(iter(values))
+    data = bytearray((tmp_path / "out" / FILE).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:start])[name]["data_offsets"]
+    for at in range(start + begin, start + end):
+        data[at] ^= 0x88  # every value moves by half of NF4's table
+    (tmp_path / "out" / FILE).write_bytes(data)
+    found = bnbfix.verify(tmp_path / "out", tmp_path / "source").problems
+    assert [(p.tensor, "4-bit rounding" in p.message) for p in found] == [(None, False), (name, True)]
+
+
+def test_packed_and_plain_experts_are_joined_in_full_precision(one_by_one: Path, tmp_path: Path) -> None:
+    def mixed(i: int, name: str, values: torch.Tensor) -> Tensors:
+        return plain(i, name, values) if i % 2 else packed(name, values, "nf4")
+
+    values = repacked(one_by_one, tmp_path / "source", mixed)
+    bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.22.1", device="cpu", bf16=True)
+    after = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    stem = "model.language_model.layers.3.experts"
+    one = {p: [values[f"{stem}.{e}.{p}_proj.weight"] for e in range(4)] for p in ("gate", "up", "down")}
+    both = [torch.cat(pair) for pair in zip(one["gate"], one["up"], strict=True)]
+    assert torch.equal(after[f"{stem}.gate_up_proj"], torch.stack(both))
+    assert torch.equal(after[f"{stem}.down_proj"], torch.stack(one["down"]))
+    assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
