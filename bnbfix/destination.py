@@ -180,12 +180,15 @@ class Staging:
         finally:
             os.close(fd)
 
-    def publish(self) -> None:
-        """Makes the folder the output; what was there is removed only once the new one is in its place, for good."""
+    def publish(self, *, overwrite: bool) -> None:
+        """Makes the folder the output; what was there is removed only once the new one is in its place, for good.
+
+        Without `overwrite` the rename itself refuses a folder that is not empty: somebody may just have filled it.
+        """
         (self.path / JOURNAL).unlink()
         fsync_tree(self.path)
         leftover: Path | None = None
-        if not os.path.lexists(self.out):
+        if not overwrite or not os.path.lexists(self.out):
             self.path.rename(self.out)
         elif exchange(self.path, self.out):
             leftover = self.path

@@ -126,12 +126,14 @@ def write_plan(
         check_space(plan, out)
         staging = Staging(out, plan_digest(plan))
         try:
+            # Again, under the lock: another repair may have published meanwhile, or a killed one left its old output.
+            check_destination(plan.checkpoint.source, out, overwrite=overwrite)
             job = _Job(plan, how, staging, progress or (lambda n: None), bring)
             files = job.run(workers)
             plan.checkpoint.source.check_unchanged()
             _check_written(plan, staging.path)
-            staging.publish()
-        except (KeyboardInterrupt, SystemExit):
+            staging.publish(overwrite=overwrite)
+        except (KeyboardInterrupt, SystemExit, UsageError):
             if not staging.worth_keeping:
                 staging.discard()
             raise
@@ -141,7 +143,7 @@ def write_plan(
         finally:
             staging.close()
     except OSError as e:
-        raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or out)) from e
+        raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename2 or e.filename or out)) from e
     return RepairResult(plan, staging.out, files, tuple(job.linked), tuple(staging.kept))
 
 

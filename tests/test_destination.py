@@ -142,17 +142,14 @@ def test_a_journal_that_is_no_regular_file_is_neither_read_nor_waited_for(
     assert change is not link or (tmp_path / "elsewhere").read_bytes() == text
 
 
-def test_an_old_output_that_a_killed_run_had_put_aside_comes_back(
+def test_an_old_output_that_a_killed_run_had_put_aside_comes_back_and_is_not_replaced_unasked(
     source: Path, right: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / OLD).mkdir()
     (tmp_path / OLD / "old.txt").write_text("old")
 
-    def broken(n: int) -> None:
-        raise RuntimeError("no more")
-
-    with pytest.raises(RuntimeError, match="no more"):
-        fix(source, tmp_path / OUT, progress=broken)
+    with pytest.raises(bnbfix.UsageError, match="exists and is not empty"):
+        fix(source, tmp_path / OUT)
     assert tree(tmp_path) == {f"{OUT}/old.txt": b"old"}
     assert fix(source, tmp_path / OUT, overwrite=True).written and only_the_output(tmp_path, right)
 
@@ -191,6 +188,35 @@ def test_a_staging_folder_that_is_published_before_it_is_locked_is_left_to_its_o
     assert fix(source, tmp_path / OUT).written
     assert calls == 2 and only_the_output(tmp_path, right, "published")
     assert tree(tmp_path / "published") == {"theirs": b"theirs"}
+
+
+def test_an_output_that_another_repair_published_before_the_lock_was_had_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, flock = 0, fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / STAGING / "theirs").write_text("theirs")
+            (tmp_path / STAGING).rename(tmp_path / OUT)
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(bnbfix.UsageError, match="exists and is not empty"):
+        fix(source, tmp_path / OUT)
+    assert only_the_output(tmp_path, {"theirs": b"theirs"})
+
+
+def test_an_output_that_is_filled_while_a_repair_runs_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    def fill(done: int) -> None:
+        (tmp_path / OUT).mkdir(exist_ok=True)
+        (tmp_path / OUT / "theirs").write_text("theirs")
+
+    with pytest.raises(bnbfix.OutputError, match=r"out: cannot be written \(Directory not empty\)"):
+        fix(source, tmp_path / OUT, progress=lambda *step: fill(0))
+    assert only_the_output(tmp_path, {"theirs": b"theirs"})
 
 
 def test_only_the_folder_that_is_locked_is_cleared(tmp_path: Path) -> None:
