@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels import Packed, differences, examples, kernel_bytes, random_packed, states
@@ -66,6 +67,16 @@ def test_threads_change_no_bit() -> None:
         made.add(kernel_bytes(packed))
     kernels.use_threads(1)
     assert len(made) == 1
+
+
+def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(native, "library", lambda: None)
+    kernels.use_threads(before + 1)
+    try:
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("asked_again")
