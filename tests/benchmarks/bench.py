@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -44,12 +45,17 @@ def run(command: list[str]) -> tuple[float, float, float]:
 
 
 def interleaved(sides: Mapping[str, list[str]], rounds: int, clean: Callable[[], None]) -> dict[str, list[float]]:
-    """Medians of (wall, CPU, RSS) for each side; the spread of the walls is printed as it goes."""
+    """Medians of (wall, CPU, RSS) for each side; the spread of the walls is printed.
+
+    Each round has an order of its own: who follows the removal of a large output finds more memory at hand, and in a
+    virtual machine, whose host must first give it, that is worth a second for every few GB.
+    """
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
+    order = random.Random(rounds)
     for _ in range(rounds):
-        for name, command in sides.items():
+        for name in order.sample(list(sides), len(sides)):
             clean()
-            seen[name].append(run(command))
+            seen[name].append(run(sides[name]))
     clean()
     for name, rows in seen.items():
         print(f"{name:32} wall {' '.join(f'{w:6.2f}' for w, _, _ in rows)} s")
