@@ -28,7 +28,6 @@ TABLES = {
         0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
     ),
 }  # fmt: skip
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes for each element
 
 
 def absmax_values(

@@ -14,13 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import QuantStateError, UsageError
-from .quant_state import QuantState
+from .quant_state import WIDTH, QuantState
 
 if TYPE_CHECKING:
     import torch
 
 Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
-WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes for each value
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
@@ -77,7 +76,7 @@ def use_threads(count: int) -> None:
     """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
     from . import native
 
-    library = native.library()
+    library = native.load()
     if library is not None:
         library.use_threads(count)
     else:
@@ -120,7 +119,7 @@ def _native(packed: PackedTensor, size: int) -> Decode | None:
     """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
     from . import native
 
-    library, state = native.library(), packed.state
+    library, state = native.load(), packed.state
     if library is None:
         return None
     scales = library.scales(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)

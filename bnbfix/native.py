@@ -2,7 +2,7 @@
 
 Importing torch and bitsandbytes to reach the same functions takes seconds of processor time and 300 MB, more than
 most repairs take for everything else. A C function cannot be asked for its arguments, so the library is called only
-in releases where that was tried; whoever gets None from `library` takes the way through Python.
+in releases where that was tried; whoever gets None from `load` takes the way through Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .quant_state import QuantState
+from .quant_state import WIDTH, QuantState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class Library:
 
         def decode(packed: bytes, first: int, rows: int) -> memoryview:
             raw, absmax = np.frombuffer(packed, "u1"), rows_scales[first : first + rows]
-            out = np.empty(rows * size * (4 if state.dtype == "float32" else 2), "u1")
+            out = np.empty(rows * size * WIDTH[state.dtype], "u1")
             call(raw.ctypes.data, absmax.ctypes.data, out.ctypes.data, size, rows, size)
             return out.data
 
@@ -83,7 +83,7 @@ def any_below(scales: NDArray[np.float32], limit: float) -> bool:
 
 
 @cache
-def library() -> Library | None:
+def load() -> Library | None:
     """bitsandbytes' library for the CPU; None where it is another release, another system, or cannot be loaded."""
     try:
         if not sys.platform.startswith("linux") or version("bitsandbytes") not in RELEASES:

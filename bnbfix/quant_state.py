@@ -23,6 +23,7 @@ SIBLING_SUFFIXES = (*STATE_SUFFIXES, ".nested_absmax", ".nested_quant_map", ".ab
 INT8_SUFFIXES = (".SCB", ".weight_format")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The dtypes that a weight is decoded to, with their safetensors names.
+WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes for each value
 DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 F32_MAX = (2 - 2**-23) * 2.0**127
 MAX_STATE_JSON = 4096  # bytes; real ones take about 200

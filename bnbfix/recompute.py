@@ -45,7 +45,7 @@ def check_quantized(source: Source, op: Quantize, output: Source, file: str, at:
     slack = decode.scale_rounding(state, parts.get(".nested_absmax"))
     first = 0
     for chunk in _inputs(source, op):
-        count = len(chunk) // decode.WIDTH[op.dtype]
+        count = len(chunk) // qs.WIDTH[op.dtype]
         blocks = -(-count // state.blocksize)
         packed = parts[""][first // 2 : (first + count + 1) // 2]
         part = slice(first // state.blocksize, first // state.blocksize + blocks)
@@ -88,7 +88,7 @@ def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
     packed = packed_tensor(source, weight)
     state = packed.state
     scales = decode.absmax_values(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
-    width, blocks = decode.WIDTH[state.dtype], max(1, CHUNK // (4 * state.blocksize))
+    width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK // (4 * state.blocksize))
     for first in range(0, state.blocks, blocks):
         begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
         raw = packed.read(begin // 2, (end - begin + 1) // 2)

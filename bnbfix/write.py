@@ -133,11 +133,11 @@ def write_plan(
             plan.checkpoint.source.check_unchanged()
             _check_written(plan, staging.path)
             staging.publish(overwrite=overwrite)
-        except (KeyboardInterrupt, SystemExit, UsageError):
+        except (KeyboardInterrupt, SystemExit, UsageError):  # finished files are still good for another run
             if not staging.worth_keeping:
                 staging.discard()
             raise
-        except BaseException:
+        except BaseException:  # raised again; nothing half done stays
             staging.discard()
             raise
         finally:
@@ -176,7 +176,7 @@ class _Job:
                         with self.bring(name) if self.bring else nullcontext():
                             finished[name] = self._whole(name, source.files[name], flush)
                 files |= {name: done.result() for name, done in finished.items()}
-            except BaseException:
+            except BaseException:  # an interrupt too, raised again: the threads must stop first
                 self.stop.set()
                 flush.shutdown(cancel_futures=True)
                 raise
@@ -211,7 +211,7 @@ class _Job:
             jobs = [pool.submit(self._lot, lot, flush) for lot in lots]
             try:
                 return {name: done for job in jobs for name, done in job.result().items()}
-            except BaseException:
+            except BaseException:  # an interrupt too, raised again: the other workers must stop first
                 self.stop.set()
                 raise
 

@@ -18,20 +18,20 @@ from test_kernels import Packed, differences, examples, kernel_bytes, random_pac
 from bnbfix import kernels, native
 from bnbfix.quant_state import NestedState, QuantState
 
-here = pytest.mark.skipif(native.library() is None, reason="this release of bitsandbytes is called through torch")
+here = pytest.mark.skipif(native.load() is None, reason="this release of bitsandbytes is called through torch")
 
 
 @pytest.fixture
 def asked_again() -> Iterator[None]:
     """Forgets what library was found, before and after."""
-    native.library.cache_clear()
+    native.load.cache_clear()
     yield
-    native.library.cache_clear()
+    native.load.cache_clear()
 
 
 def through_torch(packed: Packed, chunk_bytes: int) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "library", lambda: None)
+        patch.setattr(native, "load", lambda: None)
         return kernel_bytes(packed, "cpu", chunk_bytes)
 
 
@@ -71,7 +71,7 @@ def test_threads_change_no_bit() -> None:
 
 def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "load", lambda: None)
     kernels.use_threads(before + 1)
     try:
         assert torch.get_num_threads() == before + 1
@@ -82,7 +82,7 @@ def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest
 @pytest.mark.usefixtures("asked_again")
 def test_a_release_whose_signatures_nobody_read_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "version", lambda name: "0.51.0")
-    assert native.library() is None
+    assert native.load() is None
     packed = random_packed(QuantState("nf4", 64, "bfloat16", (8, 64), None))
     assert kernel_bytes(packed) == through_torch(packed, 4 << 20)
 
@@ -94,10 +94,10 @@ def test_without_bitsandbytes_or_on_another_system_there_is_none(monkeypatch: py
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "version", missing)
-        assert native.library() is None
-    native.library.cache_clear()
+        assert native.load() is None
+    native.load.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert native.library() is None
+    assert native.load() is None
 
 
 @here
@@ -113,7 +113,7 @@ def test_openmp_is_taken_from_torch_where_the_system_has_none(monkeypatch: pytes
 
     CDLL = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert native.library() is not None
+    assert native.load() is not None
     assert asked == ["libbitsandbytes_cpu.so", "libgomp.so.1", "libbitsandbytes_cpu.so"]
 
 
@@ -123,7 +123,7 @@ def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.Mon
         raise OSError("wrong ELF class")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert native.library() is None
+    assert native.load() is None
 
 
 @here
