@@ -93,23 +93,44 @@ def carry_out(
 
     `stream` fetches a file when an output shard first needs it and deletes it after its last use, in a folder beside
     the output; else files go to the Hub's cache, and a repair that was killed finds those it had finished.
-    `progress` counts bytes fetched and bytes written. Raises what `write_plan` raises, and HubError.
+    `progress` counts bytes fetched and bytes written. Raises what `write_plan` raises, and HubError; what `progress`
+    raises comes out as it is.
     """
-    source, step = remote(plan.checkpoint.source), progress or (lambda n: None)
+    source = remote(plan.checkpoint.source)
     check_destination(plan.checkpoint.source, out, overwrite=overwrite)
     if stream and source is None:
         raise UsageError("is a folder; --stream is for repos on the Hub", where=plan.checkpoint.source.name)
-    if plan.nothing_to_do or source is None:
-        return write_plan(plan, out, how, overwrite=overwrite, progress=progress)
-    check_device(how.device)
-    check_space(plan, out, stream=stream)
     with ExitStack() as stack:
-        bring = None
-        if stream:
-            bring = stack.enter_context(_streaming(plan, source, out, step))
-        else:
-            fetch(source, to_fetch(plan), step)
-        return write_plan(plan, out, how, overwrite=overwrite, progress=progress, bring=bring)
+        step, bring = stack.enter_context(_its_own_errors(progress)), None
+        if source is not None and not plan.nothing_to_do:
+            check_device(how.device)
+            check_space(plan, out, stream=stream)
+            if stream:
+                bring = stack.enter_context(_streaming(plan, source, out, step))
+            else:
+                fetch(source, to_fetch(plan), step)
+        return write_plan(plan, out, how, overwrite=overwrite, progress=step, bring=bring)
+
+
+@contextmanager
+def _its_own_errors(progress: Progress | None) -> Iterator[Progress]:
+    """A caller's `progress` whose exception is raised again as it was: an OSError of its own is none of the Hub's."""
+    failed: list[Exception] = []
+
+    def step(n: int) -> None:
+        try:
+            if progress is not None:
+                progress(n)
+        except Exception as e:
+            failed.append(e)
+            raise
+
+    try:
+        yield step
+    except Exception:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def fetch(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:

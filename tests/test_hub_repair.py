@@ -184,7 +184,7 @@ def test_what_is_no_folder_where_a_stream_is_fetched_is_an_error_and_stays(
 
 
 MEASURE = """
-import sys
+import os, sys
 from pathlib import Path
 import bnbfix
 
@@ -194,10 +194,16 @@ if how == "whole":
     import huggingface_hub.constants as c
     places = (Path(root), Path(c.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--")))
 
+def size(path):
+    try:
+        return 0 if os.path.islink(path) else os.path.getsize(path)
+    except FileNotFoundError:  # another download has just put it in its place
+        return 0
+
 def step(n):
     global peak
-    files = [p for place in places for p in place.rglob("*") if p.is_file() and not p.is_symlink()]
-    peak = max(peak, sum(p.stat().st_size for p in files))
+    files = [os.path.join(at, f) for place in places for at, _, names in os.walk(place) for f in names]
+    peak = max(peak, sum(size(f) for f in files))
 
 bnbfix.repair(repo, Path(root) / "out", "0.22.1", device="cpu", stream=how == "stream", progress=step)
 print(peak)
@@ -264,6 +270,30 @@ print(counted)
 def test_downloads_through_xet_are_counted_once_too(hub: Hub) -> None:
     done = hub.run(script=XET)
     assert (done.out, done.err) == ("[10, 50, 40]\n", "")
+
+
+OWN_ERROR = """
+import sys
+import bnbfix
+
+class Own(OSError):
+    pass
+
+def step(n):
+    raise Own("mine")
+
+for stream in (False, True):
+    try:
+        bnbfix.repair(sys.argv[1], sys.argv[2], "0.22.1", device="cpu", stream=stream, progress=step)
+    except Own as e:
+        print(e, e.__cause__)
+"""
+
+
+def test_what_the_callers_progress_raises_is_not_the_hubs(hub: Hub, repo: str, tmp_path: Path) -> None:
+    done = hub.run(repo, tmp_path / "out", script=OWN_ERROR)
+    assert (done.out, done.err) == ("mine None\nmine None\n", "")
+    assert os.listdir(tmp_path) == []
 
 
 SPACE = """

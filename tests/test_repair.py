@@ -824,16 +824,17 @@ def test_an_interrupt_while_the_old_output_is_removed_comes_too_late(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "out"], "the next run clears what was left"
 
 
-def test_a_progress_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_a_progress_that_fails_leaves_nothing(small: Path, tmp_path: Path, error: type[Exception]) -> None:
     left = 20
 
     def failing(n: int) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            raise RuntimeError("no more")
+            raise error("no more")
 
-    with pytest.raises(RuntimeError, match="no more"):
+    with pytest.raises(error, match=r"^no more$"):
         fix(small, tmp_path / "out", progress=failing)
     assert tree(tmp_path) == {}
 
