@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
+Start = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: begun, and waited for
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
@@ -88,8 +90,9 @@ def use_threads(count: int) -> None:
 def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
     """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
 
-    A chunk holds at least one block, and stays valid after the next is drawn. Raises QuantStateError when `read`
-    comes back short: the kernel would read on past the buffer.
+    A chunk holds at least one block, and stays valid after the next is drawn. On CUDA the next one is under way while
+    one is yielded. Raises QuantStateError when `read` comes back short, as the kernel would read on past the buffer,
+    and UsageError when the GPU fails.
 
     The kernel is shown nothing but whole blocks, as rows of one block, of 1024 values at most, because on the CPU
     its answer depends on the shape (bitsandbytes 0.50, csrc/cpu_ops.cpp and backends/cpu/ops.py):
@@ -98,10 +101,18 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
     - With an odd last dimension, or AVX-512 and blocks of 2048 or more, a generic fallback runs, which torch compiles
       and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
+    with _gpu_errors(device):
+        yield from _chunks(packed, device, chunk_bytes)
+
+
+def _chunks(packed: PackedTensor, device: str, chunk_bytes: int) -> Iterator[memoryview]:
     state = packed.state
     size, width = min(state.blocksize, KERNEL_BLOCK), WIDTH[state.dtype]
-    decode = (_native(packed, size) if device == "cpu" else None) or _torch(packed, size, device)
+    native = _native(packed, size) if device == "cpu" else None
+    start = partial(partial, native) if native is not None else _torch(packed, size, device)
+    ahead = 0 if device == "cpu" else 1
     step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
+    begun: deque[tuple[Callable[[], memoryview], int]] = deque()
     for begin in range(0, state.numel, step):
         count = min(step, state.numel - begin)
         rows = -(-count // size)
@@ -112,7 +123,26 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
             raw = raw.ljust(rows * size // 2, b"\0")  # to the end of the last block
         if state.quant_type == "fp4":
             raw = raw.translate(FP4_ONE_ZERO)
-        yield decode(raw, begin // size, rows)[: count * width]
+        begun.append((start(raw, begin // size, rows), count * width))
+        if len(begun) > ahead:
+            values, nbytes = begun.popleft()
+            yield values()[:nbytes]
+    for values, nbytes in begun:
+        yield values()[:nbytes]
+
+
+@contextmanager
+def _gpu_errors(device: str) -> Iterator[None]:
+    """Raises UsageError for what torch says of a GPU: no memory left, no kernel for it, no library for its CUDA."""
+    try:
+        yield
+    except RuntimeError as e:
+        if device == "cpu":
+            raise
+        words = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise UsageError(
+            f"--device {device}: {words}", hint="Free the GPU's memory, or use --device cpu; the result is the same."
+        ) from e
 
 
 def _native(packed: PackedTensor, size: int) -> Decode | None:
@@ -128,7 +158,7 @@ def _native(packed: PackedTensor, size: int) -> Decode | None:
     return library.decoder(scales, state, size)
 
 
-def _torch(packed: PackedTensor, size: int, device: str) -> Decode:
+def _torch(packed: PackedTensor, size: int, device: str) -> Start:
     """The same kernel through torch, on the CPU or on CUDA."""
     import torch
 
@@ -143,16 +173,50 @@ def _torch(packed: PackedTensor, size: int, device: str) -> Decode:
         device, inner, absmax = "cpu", torch.float32, _absmax(packed, "cpu")
     absmax = absmax.repeat_interleave(state.blocksize // size)
 
-    def decode(raw: bytes, first: int, rows: int) -> memoryview:
+    def kernel(column: torch.Tensor, first: int, rows: int) -> torch.Tensor:
         part = bnb.QuantState(
             absmax=absmax[first : first + rows], shape=torch.Size((rows, size)), blocksize=size,
             quant_type=state.quant_type, dtype=inner,
         )  # fmt: skip
-        column = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device).view(-1, 1)
-        out: torch.Tensor = bnb.dequantize_4bit(column, part).view(-1).to(dtype)
-        return memoryview(out.view(torch.uint8).cpu().numpy().data)
+        out: torch.Tensor = bnb.dequantize_4bit(column.view(-1, 1), part)
+        return out.view(-1).to(dtype).view(torch.uint8)
 
-    return decode
+    def decode(raw: bytes, first: int, rows: int) -> memoryview:
+        return memoryview(kernel(torch.frombuffer(bytearray(raw), dtype=torch.uint8), first, rows).numpy().data)
+
+    return partial(partial, decode) if device == "cpu" else _through_gpu(kernel, device)
+
+
+def _through_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> Start:
+    """Chunks through pinned memory: one stream copies in and runs the kernel, another copies back meanwhile.
+
+    Every chunk has buffers of its own. torch's allocators hand a buffer out again, without a call to CUDA, once it is
+    dropped here and the streams that used it are done with it; so there are as many as are in use at a time.
+    """
+    import torch
+
+    work, back = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types
+    work.wait_stream(torch.cuda.current_stream(device))  # which made the scales
+
+    def start(raw: bytes, first: int, rows: int) -> Callable[[], memoryview]:
+        with torch.cuda.stream(work):
+            sent = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
+            memoryview(sent.numpy().data)[:] = raw
+            values = kernel(sent.to(device, non_blocking=True), first, rows)
+        back.wait_stream(work)
+        with torch.cuda.stream(back):
+            came = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
+            came.copy_(values, non_blocking=True)
+            values.record_stream(back)
+            there = back.record_event()
+
+        def wait() -> memoryview:
+            there.synchronize()
+            return memoryview(came.numpy().data)
+
+        return wait
+
+    return start
 
 
 @dataclass(frozen=True)
@@ -172,14 +236,15 @@ def quantize(
 ) -> Quantized:
     """Quantizes raw little-endian values in `dtype` to NF4; all chunks but the last hold whole blocks.
 
-    Equal to `bitsandbytes.functional.quantize_4bit` on the whole tensor. Memory: a chunk, and the result.
+    Equal to `bitsandbytes.functional.quantize_4bit` on the whole tensor. Memory: a chunk, and the result. Raises
+    UsageError when the GPU fails.
     """
     import torch
 
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     packed, scales = bytearray(), []
-    with _exact():
+    with _gpu_errors(device), _exact():
         _forget_tables()
         for chunk in values:
             part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)

@@ -6,7 +6,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -326,6 +326,52 @@ def test_nothing_is_read_ahead_of_the_chunk_that_is_asked_for() -> None:
     assert packed.reads == [(0, 256)]
 
 
+def test_a_gpu_has_the_next_chunk_under_way_while_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, log = random_packed(QuantState("nf4", 64, "bfloat16", (31, 64), None)), []
+    on_cpu = kernels._torch(packed.tensor, 64, "cpu")
+
+    def start(raw: bytes, first: int, rows: int) -> Callable[[], memoryview]:
+        log.append(f"start {first}")
+
+        def wait() -> memoryview:
+            log.append(f"wait {first}")
+            return on_cpu(raw, first, rows)()
+
+        return wait
+
+    monkeypatch.setattr(kernels, "_torch", lambda packed, size, device: start)
+    chunks = []
+    for chunk in kernels.dequantize(packed.tensor, "cuda:0", 1024):
+        log.append("use")
+        chunks.append(bytes(chunk))
+    assert log == [
+        "start 0", "start 8", "wait 0", "use", "start 16", "wait 8", "use", "start 24", "wait 16", "use",
+        "wait 24", "use",
+    ]  # fmt: skip
+    assert b"".join(chunks) == kernel_bytes(packed)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20 MiB.", "no kernel image\nSearch", ""])
+def test_what_a_gpu_fails_with_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    def fails(packed: PackedTensor, device: str) -> torch.Tensor:
+        raise torch.OutOfMemoryError(words)
+
+    monkeypatch.setattr(kernels, "_absmax", fails)
+    packed = random_packed(QuantState("nf4", 64, "bfloat16", (31, 64), None)).tensor
+    with pytest.raises(UsageError) as e:
+        list(kernels.dequantize(packed, "cuda:1"))
+    assert str(e.value) == f"--device cuda:1: {words.partition(chr(10))[0] or 'OutOfMemoryError'}"
+    assert "--device cpu" in str(e.value.hint)
+
+    def values() -> Iterator[bytes]:
+        raise torch.OutOfMemoryError(words)
+        yield
+
+    with pytest.raises(UsageError) as f:
+        kernels.quantize(values(), "bfloat16", "cuda:1", blocksize=64, nested_blocksize=None)
+    assert str(f.value) == str(e.value)
+
+
 def random_values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
     """Values with blocks of very different scales, some of them zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -608,6 +654,15 @@ def test_cuda_equals_the_cpu() -> None:
     ):
         packed = random_packed(QuantState(quant_type, size, dtype, shape, nested), 9)
         assert differences(kernel_bytes(packed, "cuda:0", 4096), kernel_bytes(packed), packed) == [], packed.state
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_chunks_from_cuda_stay_valid_while_others_come() -> None:
+    packed = random_packed(QuantState("nf4", 64, "bfloat16", (4096, 1024), NestedState(256, 0.25)))
+    for chunk_bytes in (4096, 100_000, 4 << 20):
+        chunks = list(kernels.dequantize(packed.tensor, "cuda:0", chunk_bytes))
+        assert b"".join(chunks) == kernel_bytes(packed), chunk_bytes
 
 
 @pytest.mark.cuda

@@ -473,6 +473,19 @@ def test_torch_is_asked_for_a_device_where_the_plan_needs_one(
     assert requests == (["auto"] if asked else [])
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("quant", ["all", "fp4", "ragged"])
+def test_a_repair_on_cuda_is_byte_for_byte_that_of_the_cpu(
+    pristine: Make, tmp_path: Path, quant: str, bf16: bool
+) -> None:
+    source = pristine("dense31b", quant, shards=2)
+    for device in ("cpu", "cuda"):
+        fix(source, tmp_path / device, vllm="0.22.1", device=device, bf16=bf16)
+    assert tree(tmp_path / "cuda") == tree(tmp_path / "cpu")
+
+
 def test_a_device_that_is_not_there_is_an_error_even_where_none_is_needed(pristine: Make, tmp_path: Path) -> None:
     with pytest.raises(bnbfix.UsageError, match="--device cuda:70: torch sees"):
         fix(pristine("text", "single", shards=2), tmp_path / "out", vllm="0.22.1", device="cuda:70")
