@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 import sys
@@ -313,9 +312,6 @@ def main() -> None:
     except KeyboardInterrupt:
         complain("interrupted; nothing was published", None)
         code = TERMINATED if _terminated else INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does; keep the interpreter from saying so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except OSError as e:
         complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
         code = 2
