@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #   cdequantize_blockwise_cpu_{nf4,fp4}_{bf16,fp16,fp32}(packed, absmax, out, blocksize, rows, columns)
 #   cdequantize_blockwise_cpu_fp32(code, quantized, absmax, out, blocksize, n)
 # with pointers first, 64-bit integers after them. A new one belongs here once tests/test_native.py passes with it.
-RELEASES = ("0.49.0", "0.49.1", "0.49.2", "0.50.0", "0.50.1", "0.50.2")
+RELEASES = ("0.50.0", "0.50.1", "0.50.2")
 SUFFIX = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_longlong
 
