@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 
@@ -268,6 +269,8 @@ print(counted)
 
 
 def test_downloads_through_xet_are_counted_once_too(hub: Hub) -> None:
+    if not hasattr(import_module("huggingface_hub.utils._xet_progress_reporting"), "XetDownloadProgressReporter"):
+        pytest.skip("this huggingface_hub has one bar for a download through Xet")
     done = hub.run(script=XET)
     assert (done.out, done.err) == ("[10, 50, 40]\n", "")
 
