@@ -293,6 +293,8 @@ def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
     for name, code in mend.drop.items():
         yield Edit("drop", name, code, "")
     for name, shards in checkpoint.duplicates.items():
+        if name in mend.drop:
+            continue  # none of them is kept
         kept = checkpoint.tensors[name].shard
         yield Edit("drop", name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}")
     for insert in mend.insert:
