@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from . import quant_state as qs
 from .checkpoint import Checkpoint, Tensor, Weight
+from .errors import Unrepairable
 from .experts import expert_tensors, quantized_whole
 from .layout import ShardPlan, TensorPlan, copy, dequantize, lay_out
 from .mend import Insert, Mend
@@ -89,7 +90,7 @@ def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
             if (whole := stacked.get(info.name)) is not None:
                 if whole not in done:
                     done.add(whole)
-                    yield stack(whole, mend.stack[whole])
+                    yield stack(checkpoint, whole, mend.stack[whole])
             elif info.name in mend.dequantize:
                 yield full_precision(checkpoint, info.name, checkpoint.weights[info.name])
             else:
@@ -102,9 +103,15 @@ def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
 
 
 def full_precision(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
-    """A packed weight in the dtype its quant state names; an LLM.int8 one in the dtype of the model."""
-    dtype = weight.state.plain_dtype if weight.state else model_dtype(checkpoint)
-    return dequantize(name, (weight,), dtype, weight.shape)
+    """A packed weight in full precision."""
+    return dequantize(name, (weight,), plain_dtype(checkpoint, weight), weight.shape)
+
+
+def plain_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
+    """What a weight is in full precision: in the dtype its quant state names, an LLM.int8 one in the model's."""
+    if weight.state is not None:
+        return weight.state.plain_dtype
+    return model_dtype(checkpoint) if weight.int8 else weight.tensor.info.dtype
 
 
 def model_dtype(checkpoint: Checkpoint) -> str:
@@ -113,9 +120,18 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     return qs.DTYPES.get(said, "BF16") if isinstance(said, str) else "BF16"
 
 
-def stack(name: str, parts: tuple[Weight, ...]) -> TensorPlan:
-    """Experts stored one by one as the one tensor that transformers keeps, [experts, rows, columns]."""
-    rows, columns = parts[0].shape
+def stack(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> TensorPlan:
+    """Experts stored one by one as the one tensor that transformers keeps, [experts, rows, columns].
+
+    Raises Unrepairable when they are not alike.
+    """
+    dtype, shape = plain_dtype(checkpoint, parts[0]), parts[0].shape
+    for w in parts:
+        other = plain_dtype(checkpoint, w)
+        if len(shape) != 2 or (other, w.shape) != (dtype, shape):
+            raise Unrepairable(
+                f"{w.name} is {other} {list(w.shape)}, {parts[0].name} {dtype} {list(shape)}; "
+                "only matrices that are alike become one tensor"
+            )
     pairs = 2 if name.endswith("gate_up_proj") else 1
-    dtype = parts[0].state.plain_dtype if parts[0].state else parts[0].tensor.info.dtype
-    return dequantize(name, parts, dtype, (len(parts) // pairs, pairs * rows, columns))
+    return dequantize(name, parts, dtype, (len(parts) // pairs, pairs * shape[0], shape[1]))

@@ -34,7 +34,9 @@ class ExpertMend:
 
 def splittable(weight: Weight) -> bool:
     """Is this a plain tensor of all experts of a layer, [experts, rows, columns], that can be split?"""
-    return not weight.packed and len(weight.shape) == 3 and weight.tensor.info.dtype in _TORCH_DTYPES
+    if weight.packed or len(weight.shape) != 3 or weight.tensor.info.dtype not in _TORCH_DTYPES:
+        return False
+    return 0 not in weight.shape and (weight.shape[1] % 2 == 0 or not weight.name.endswith("gate_up_proj"))
 
 
 def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> dict[str, ExpertMend]:
@@ -51,7 +53,7 @@ def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[Rele
             out[name] = ExpertMend("quantize", prefix, Code.FUSED_EXPERTS, detail)
         elif where.role == "expert" and weight.form == "fp4":
             out[name] = ExpertMend("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
-        elif where.role == "expert" and not weight.packed:
+        elif where.role == "expert" and not weight.packed and weight.tensor.info.dtype in _TORCH_DTYPES:
             detail = "quantized to NF4, which loses precision"
             out[name] = ExpertMend("quantize", prefix, Code.PLAIN_IN_PACKED, detail)
         elif where.role == "expert" and where.prefix != prefix:

@@ -90,7 +90,7 @@ def decide(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange
     if any(r.kv_shared == "needs_kv" for r in releases):
         insert += insert_shared(checkpoint, members, model, dequantize)
     experts = decide_experts(checkpoint, model, releases)
-    retype = _retype(checkpoint, {*dequantize, *experts})
+    retype = _retype(checkpoint, {*dequantize, *experts, *drop})
     after = [(m, m.weight.name in quantize or _stays_packed(m, dequantize)) for m in members]
     after += [(Member(i.donor, gemma4.place(i.name)), not i.dequantize and i.donor.packed) for i in insert]
     config = tuple(_config(checkpoint, model, releases, after))

@@ -9,7 +9,7 @@ import bisect
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import card, json_edit
@@ -18,6 +18,7 @@ from .beside import is_pickle
 from .checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from .codes import Code, Severity
 from .errors import InputError, Unrepairable
+from .gemma4 import read_model
 from .layout import Copy, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
 from .mend import Mend, decide
 from .scanner import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
@@ -140,7 +141,8 @@ def _plan(
 ) -> Plan:
     _check_names(target, shards)
     edits = tuple(_edits(checkpoint, mend))
-    texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, target, edits, options)
+    known = replace(target, ranges=target_ranges(target, read_model(checkpoint.config)))  # what the card may promise
+    texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, known, edits, options)
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
@@ -293,6 +295,8 @@ def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
     for name, code in mend.drop.items():
         yield Edit("drop", name, code, "")
     for name, shards in checkpoint.duplicates.items():
+        if name in mend.drop:
+            continue  # none of them is kept
         kept = checkpoint.tensors[name].shard
         yield Edit("drop", name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}")
     for insert in mend.insert:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import product
 
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
+from .errors import InputError
 from .gemma4 import Model, place
 from .mend import ConfigEdit, Mend, insert_shared, older_config
 from .parameters import projections
@@ -37,7 +39,10 @@ def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[Rel
 
 
 def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
-    """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes."""
+    """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes.
+
+    Raises InputError when one is missing: those behind it would take the wrong places.
+    """
     found: dict[str, dict[tuple[int, int], Weight]] = {}
     for name, weight in checkpoint.weights.items():
         if place(name).role != "expert":
@@ -45,4 +50,10 @@ def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
         stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]  # what `place` calls an expert has such a name
         whole = f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
         found.setdefault(whole, {})[int(number), int(part == "up_proj")] = weight
+    for whole, ws in found.items():
+        numbers = range(max(number for number, _ in ws) + 1)
+        halves = ("gate_proj", "up_proj") if whole.endswith("gate_up_proj") else ("down_proj",)
+        for number, half in product(numbers, range(len(halves))):
+            if (number, half) not in ws:
+                raise InputError(f"expert {number} has no {halves[half]}, but others have one", where=whole)
     return {whole: tuple(ws[k] for k in sorted(ws)) for whole, ws in found.items()}

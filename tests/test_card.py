@@ -83,6 +83,11 @@ def test_repairs_keep_the_card_and_replace_their_own_section(checkpoint: Make, t
     assert not bnbfix.repair(tmp_path / "b", tmp_path / "c", "0.22.1").written
 
 
+def test_a_card_promises_no_release_that_does_not_know_the_model(checkpoint: Make, tmp_path: Path) -> None:
+    said = repaired(checkpoint("unified12b", "all"), tmp_path / "out", "portable")
+    assert "every release from 0.23.0 to" in said and "0.19.0" not in said
+
+
 @pytest.mark.parametrize("data", [b"\xff\xfe not UTF-8", b"# \xe9"])
 def test_what_is_no_text_stays_as_it_is(checkpoint: Make, tmp_path: Path, data: bytes) -> None:
     source = checkpoint("dense31b", "skip")

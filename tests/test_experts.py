@@ -125,3 +125,68 @@ def test_packed_and_plain_experts_are_joined_in_full_precision(one_by_one: Path,
     assert torch.equal(after[f"{stem}.gate_up_proj"], torch.stack(both))
     assert torch.equal(after[f"{stem}.down_proj"], torch.stack(one["down"]))
     assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
+
+
+def test_int8_experts_one_by_one_are_joined_in_the_dtype_of_the_model(one_by_one: Path, tmp_path: Path) -> None:
+    def int8(i: int, name: str, values: torch.Tensor) -> Tensors:
+        data, scales, _ = bnb.int8_vectorwise_quant(values.to(torch.float16))
+        return {name: data, name.removesuffix("weight") + "SCB": scales}
+
+    shutil.copytree(one_by_one, tmp_path / "source")
+    tensors, values = load_file(tmp_path / "source" / FILE), {}
+    for i, name in enumerate(experts(tensors)):
+        values[name] = take(tensors, name)
+        tensors |= int8(i, name, values[name])
+    save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
+    bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.22.1", device="cpu", bf16=True)
+    stem = "model.language_model.layers.3.experts"
+    down = load_file(tmp_path / "out" / FILE)[f"{stem}.down_proj"]
+    want = torch.stack([values[f"{stem}.{e}.down_proj.weight"] for e in range(4)])
+    assert down.dtype == torch.bfloat16
+    torch.testing.assert_close(down, want, atol=0.01, rtol=0.05)
+    assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda values: packed("", values.to(torch.float16), "nf4"), lambda values: {"": values.float()},
+     lambda values: {"": values.to(torch.bfloat16)[1:]}],
+    ids=["packed-f16", "plain-f32", "shape"],
+)  # fmt: skip
+def test_experts_that_differ_are_not_joined(
+    one_by_one: Path, tmp_path: Path, other: Callable[[torch.Tensor], Tensors]
+) -> None:
+    repacked(
+        one_by_one, tmp_path / "source",
+        lambda i, name, values: {name + n: t for n, t in (other(values) if i == 4 else {"": values}).items()},
+    )  # fmt: skip
+    with pytest.raises(bnbfix.Unrepairable, match=r"experts\.\d+\.\w+\.weight is .* alike become one tensor"):
+        bnbfix.plan_repair(tmp_path / "source", vllm="0.22.1", bf16=True)
+
+
+@pytest.mark.parametrize("gone", ["1.up_proj", "2.down_proj"])
+def test_experts_are_not_joined_over_a_gap(one_by_one: Path, tmp_path: Path, gone: str) -> None:
+    shutil.copytree(one_by_one, tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / FILE)
+    take(tensors, f"model.language_model.layers.3.experts.{gone}.weight")
+    save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
+    number, part = gone.split(".")
+    with pytest.raises(bnbfix.InputError, match=rf"layers\.3\.experts\..*: expert {number} has no {part}"):
+        bnbfix.plan_repair(tmp_path / "source", vllm="0.22.1", bf16=True)
+
+
+def test_experts_of_a_dtype_that_nothing_quantizes_are_refused(one_by_one: Path, tmp_path: Path) -> None:
+    repacked(one_by_one, tmp_path / "source", lambda i, name, values: {name: values.double()})
+    with pytest.raises(bnbfix.Unrepairable, match="BNB102"):
+        bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")
+
+
+@pytest.mark.parametrize("cut", [slice(0, 127), slice(0, 0)], ids=["odd", "none"])
+def test_joined_experts_whose_rows_are_no_pairs_are_refused(pristine: Make, tmp_path: Path, cut: slice) -> None:
+    shutil.copytree(pristine("moe26b", "skip"), tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / FILE)
+    name = "model.language_model.layers.3.experts.gate_up_proj"
+    tensors[name] = tensors[name][:, cut].contiguous()
+    save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: .*BNB402"):
+        bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")

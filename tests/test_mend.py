@@ -424,6 +424,15 @@ def test_an_explicit_v_goes_with_its_siblings(target: str, checkpoint: Make) -> 
     assert f"{L}1.self_attn.v_proj.weight" in made(plan)
 
 
+def test_of_an_explicit_v_that_is_dropped_nothing_else_is_told(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "storage-bf16")
+    explicit_v(source)
+    name = f"{L}2.self_attn.v_proj.weight"
+    write_tensors(source / "other.safetensors", {name: read_tensors(source / SHARD)[name]})
+    plan = fix(source, "0.32.0")
+    assert [(e.action, e.code) for e in plan.edits if e.name == name] == [("drop", Code.EXPLICIT_V)]
+
+
 def test_an_explicit_v_stays_where_it_is_needed(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     explicit_v(source)
