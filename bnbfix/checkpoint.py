@@ -251,6 +251,8 @@ def _state(
     where = f"{t.shard}: {name}"
     if qs.is_int8(own):
         qs.check_int8(t.info, {k: v.info for k, v in own.items()}, where)
+        if qs.WEIGHT_FORMAT in own:
+            qs.check_weight_format(raw[name, qs.WEIGHT_FORMAT], where)
         return None
     suffix = next((s for s in qs.STATE_SUFFIXES if s in own), None)
     if suffix is None:
@@ -267,10 +269,10 @@ def _state(
 
 
 def _read_states(source: Source, siblings: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
-    """The JSON bytes of every quant state, by (weight, suffix), all in one call."""
+    """The bytes of every quant state's JSON and of every weight_format, by (weight, suffix), all in one call."""
     wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
     for name, own in siblings.items():
-        for suffix in qs.STATE_SUFFIXES:
+        for suffix in (*qs.STATE_SUFFIXES, qs.WEIGHT_FORMAT):
             if (t := own.get(suffix)) is not None and t.info.nbytes <= qs.MAX_STATE_JSON:
                 wanted.setdefault(t.shard, []).append((name, suffix, t))
     out: dict[tuple[str, str], bytes] = {}

@@ -20,7 +20,9 @@ from .safetensors_header import TensorInfo
 QUANT_TYPES = ("nf4", "fp4")
 STATE_SUFFIXES = tuple(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES)
 SIBLING_SUFFIXES = (*STATE_SUFFIXES, ".nested_absmax", ".nested_quant_map", ".absmax", ".quant_map")
-INT8_SUFFIXES = (".SCB", ".weight_format")
+WEIGHT_FORMAT = ".weight_format"
+INT8_SUFFIXES = (".SCB", WEIGHT_FORMAT)
+WEIGHT_FORMATS = ("row", "col32", "col_turing", "col_ampere")  # of bitsandbytes/utils.py, by number
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The dtypes that a weight is decoded to, with their safetensors names.
 WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes for each value
@@ -187,6 +189,19 @@ def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: st
             "LLM.int8 has I8 [out, in] and F32 [out]",
             where=where,
         )
+    layout = siblings.get(WEIGHT_FORMAT)
+    if layout is not None and (layout.dtype, math.prod(layout.shape)) != ("U8", 1):
+        raise QuantStateError(f"weight_format is {layout.dtype} {list(layout.shape)[:8]}, not one U8", where=where)
+
+
+def check_weight_format(raw: bytes, where: str) -> None:
+    """Raises QuantStateError for an LLM.int8 weight whose bytes are not in the order of its rows.
+
+    `raw` is its weight_format. bitsandbytes before 0.45 knew tiles, each for one kind of GPU.
+    """
+    if (number := raw[0]) != WEIGHT_FORMATS.index("row"):
+        name = WEIGHT_FORMATS[number] if number < len(WEIGHT_FORMATS) else number
+        raise QuantStateError(f"its weight_format is {name}, and bitsandbytes reads row alone", where=where)
 
 
 def _show(value: object) -> str:

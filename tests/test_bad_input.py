@@ -598,6 +598,26 @@ def test_int8_scales_that_are_missing(run: Cli, checkpoint: Make, tmp_path: Path
     assert done.error.startswith(f"error: {SHARD}: {W}: holds quantized bytes, but has no quant state")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("number", "name"), [(1, "col32"), (2, "col_turing"), (3, "col_ampere"), (255, "255")])
+def test_an_int8_weight_in_tiles_is_not_taken_for_rows(
+    run: Cli, checkpoint: Make, tmp_path: Path, command: str, number: int, name: str
+) -> None:
+    source = checkpoint("dense31b", "int8")
+    surgery.replace_tensor(source / SHARD, W + "_format", bytes([number]), shape=[])
+    done = refuses(run, command, source, tmp_path)
+    words = f"its weight_format is {name}, and bitsandbytes reads row alone"
+    assert done.error.startswith(f"error: {SHARD}: {W}: {words}")
+
+
+@pytest.mark.parametrize("shape", [[0], [2]])
+def test_a_weight_format_of_other_than_one_byte(run: Cli, checkpoint: Make, tmp_path: Path, shape: list[int]) -> None:
+    source = checkpoint("dense31b", "int8")
+    surgery.replace_tensor(source / SHARD, W + "_format", bytes(shape[0]), shape=shape)
+    done = refuses(run, "scan", source, tmp_path)
+    assert done.error.startswith(f"error: {SHARD}: {W}: weight_format is U8 {shape}, not one U8")
+
+
 # Files that are no files
 
 
