@@ -73,6 +73,7 @@ class Code(Enum):
     EXPERT_PREFIX = "BNB403"
     FP4_EXPERTS = "BNB404"
     INT8 = "BNB405"
+    UNEVEN_EXPERTS = "BNB406"
 
     @property
     def explanation(self) -> Explanation:
@@ -260,5 +261,12 @@ EXPLANATIONS = {
         "spelling, and up to 0.22 lacks V's scales where K serves as V; a mixture of experts is refused.",
         "Skip entries are added, and V where it is missing. What would need a weight dequantized needs the whole model "
         "dequantized: `repair --bf16`.",
+    ),
+    Code.UNEVEN_EXPERTS: Explanation(
+        "experts packed in unlike ways",
+        "vLLM's bitsandbytes loader makes one quant state for all experts of a layer, with the blocksize and dtype of "
+        "the first. A bare AssertionError stops it where the matrices of one expert differ; where whole experts do, "
+        "they load, and those unlike the first are decoded wrongly.",
+        "None in 4 bits: the values would have to be quantized again. `repair --bf16` unpacks those of one dtype.",
     ),
 }  # fmt: skip

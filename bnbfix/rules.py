@@ -376,6 +376,18 @@ def fp4_experts(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.WRONG, _names(hits), "FP4, decoded by vLLM with the NF4 table")
 
 
+@rule(Code.UNEVEN_EXPERTS)
+def uneven_experts(case: Case) -> Iterator[Hit]:
+    layers: dict[int | None, dict[str, list[Member]]] = {}
+    for m in case.members if case.release.moe is not None else ():
+        if m.place.role == "expert" and (s := m.weight.state) is not None:
+            layers.setdefault(m.place.layer, {}).setdefault(f"{s.dtype} in blocks of {s.blocksize}", []).append(m)
+    reason = "they would have to be quantized again; --bf16 unpacks those of one dtype"
+    for kinds in (k for k in layers.values() if len(k) > 1):
+        words = f"packed as {' and '.join(kinds)}; one is taken for all of a layer"
+        yield Hit(Severity.FAILS, _names([m for ms in kinds.values() for m in ms]), words, reason)
+
+
 @rule(Code.INT8)
 def int8(case: Case) -> Iterator[Hit]:
     names = tuple(m.weight.name for m in case.members if m.weight.int8)

@@ -176,6 +176,15 @@ def one_by_one(prefix: str, *, packed: bool = True) -> Callable[[Tensors], None]
     return change
 
 
+def uneven(tensors: Tensors) -> None:
+    """One matrix of one expert says that it was packed from another dtype."""
+    one_by_one("experts")(tensors)
+    name = f"{L}3.experts.1.down_proj.weight.quant_state.bitsandbytes__nf4"
+    old = tensors[name].data
+    tensors[name] = replace(tensors[name], data=old.replace(b'"dtype": "bfloat16"', b'"dtype":  "float16"'))
+    assert tensors[name].data != old
+
+
 def packed_experts(tensors: Tensors) -> None:
     name = f"{L}3.experts.down_proj"
     del tensors[name]
@@ -356,6 +365,8 @@ FOUND = [
           tensors=r".*\.experts\.\d\..*_proj\.weight", releases=FROM_032),
     Found(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0", edit(one_by_one("experts")), "one by one", severity=WRONG,
           tensors=r".*\.experts\.\d\..*_proj\.weight", releases=EXPERTS),
+    Found(Code.UNEVEN_EXPERTS, "moe26b", "all", "0.32.0", edit(uneven), "uneven", releases=EXPERTS,
+          tensors=r".*\.experts\.\d\..*_proj\.weight"),
     Found(Code.INT8, "dense31b", "int8", "0.22.1", severity=NOTE, releases=ALL,
           tensors=rf"{L}\d\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight"),
     Found(Code.INT8, "moe26b", "int8", "0.32.0", releases=ALL,
@@ -447,6 +458,8 @@ ABSENT = [
     Case(Code.FP4_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "NF4"),
     Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0"),
     Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
+    Case(Code.UNEVEN_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "alike"),
+    Case(Code.UNEVEN_EXPERTS, "moe26b", "all", "0.24.0", edit(uneven), "refused anyway"),
     Case(Code.INT8, "dense31b", "all", "portable"),
 ]  # fmt: skip
 
