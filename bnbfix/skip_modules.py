@@ -12,8 +12,10 @@ from functools import cache, lru_cache
 
 Matches = Callable[[str, str], bool]
 MAX_PATTERN = 1000  # characters
-MAX_REPEATS = 3
-GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?P=")  # a repeated group, or a reference back to one
+MAX_CHOICES = 3  # repetitions and alternatives; each may multiply the time by the name's length, or by two
+MAX_NAME = 128  # characters of a module's name; real ones have half of that
+# A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
+GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")
 
 
 def vllm_skips(entry: str, module: str) -> bool:
@@ -32,19 +34,24 @@ def transformers_skips(entry: str, module: str) -> bool:
     return _pattern(entry)(module) or module.endswith(entry)
 
 
+def choices(entry: str) -> int:
+    """In how many places a regular expression may have to try again."""
+    return sum(map(entry.count, "*+{?|"))
+
+
 @cache
 def _pattern(entry: str) -> Callable[[str], bool]:
     """Does a module's name start as the entry says?
 
     An entry that is no regular expression, or one that could take a time exponential in the name's length (something
-    repeated inside a group, or more than a few repetitions), counts as a plain prefix.
+    repeated inside a group, or more than a few choices), counts as a plain prefix; so does any for an absurd name.
     """
-    if len(entry) <= MAX_PATTERN and sum(map(entry.count, "*+{?")) <= MAX_REPEATS and not GROUPS.search(entry):
+    if len(entry) <= MAX_PATTERN and choices(entry) <= MAX_CHOICES and not GROUPS.search(entry):
         try:
             found = re.compile(entry)
         except (re.error, OverflowError, RecursionError):
             return lambda module: module.startswith(entry)
-        return lambda module: found.match(module) is not None
+        return lambda m: found.match(m) is not None if len(m) <= MAX_NAME else m.startswith(entry)
     return lambda module: module.startswith(entry)
 
 
