@@ -29,13 +29,13 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
     """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
     target = Path(os.path.abspath(out))
     if isinstance(source, LocalSource):
-        here, there = source.path.resolve(), target.resolve()
-        if here == there or here in there.parents or there in here.parents:
+        here, there = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
+        if _holds(here, there) or _holds(there, here):
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (p.resolve() for p in (*_scratch(real(out)), fetched_folder(out))):
-            if here == scratch or scratch in here.parents:
+        for scratch in (Path(os.path.realpath(p)) for p in (*_scratch(real(out)), fetched_folder(out))):
+            if _holds(scratch, here):
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
                     hint="Rename it, or name another --out.",
@@ -46,6 +46,12 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
         raise UsageError("exists and is not a folder", where=str(out))
     if not overwrite and next(os.scandir(target), None) is not None:
         raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Is it the same folder, or one above? By inode too: a mount, or letters in another case, give it two names."""
+    folders = (inner, *inner.parents)
+    return outer in folders or (outer.exists() and any(p.exists() and outer.samefile(p) for p in folders))
 
 
 def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
