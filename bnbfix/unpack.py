@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
+from .errors import Unrepairable
 from .gemma4 import Model, place
 from .mend import ConfigEdit, Mend, insert_shared, older_config
 from .parameters import projections
@@ -37,12 +38,23 @@ def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[Rel
 
 
 def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
-    """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes."""
+    """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes.
+
+    Raises Unrepairable where one is missing, or differs from the rest in shape or dtype: no tensor holds such.
+    """
     found: dict[str, dict[tuple[int, int], Weight]] = {}
     for name, weight in checkpoint.weights.items():
         if place(name).role != "expert":
             continue
         stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]  # what `place` calls an expert has such a name
         whole = f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
-        found.setdefault(whole, {})[int(number), int(part == "up_proj")] = weight
+        same = found.setdefault(whole, {}).setdefault((int(number), int(part == "up_proj")), weight)
+        if same is not weight:
+            raise Unrepairable(f"{same.name} and {name} are the same expert")
+    for whole, ws in found.items():
+        parts = 2 if whole.endswith("gate_up_proj") else 1
+        wanted = {(i // parts, i % parts) for i in range(len(ws))}
+        forms = {(w.shape, w.state.plain_dtype if w.state else w.tensor.info.dtype) for w in ws.values()}
+        if len(ws) % parts or set(ws) != wanted or len(forms) > 1 or any(len(shape) != 2 for shape, _ in forms):
+            raise Unrepairable(f"{whole} cannot be joined: of its experts one is missing, or no matrix like the others")
     return {whole: tuple(ws[k] for k in sorted(ws)) for whole, ws in found.items()}
