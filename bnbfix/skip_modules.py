@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 
 Matches = Callable[[str, str], bool]
 MAX_PATTERN = 1000  # characters
-MAX_CHOICES = 3  # repetitions and alternatives; each may multiply the time by the name's length, or by two
+MAX_CHOICES = 2  # repetitions and alternatives; each may multiply the time by the name's length, or by two
 MAX_NAME = 128  # characters of a module's name; real ones have half of that
 # A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
 GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")
