@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
-from .errors import HubError, UsageError
+from .errors import BnbfixError, HubError, UsageError
 from .refusals import LOG_IN, Asked, refusal
 
 TRIES = 5
@@ -88,6 +88,25 @@ def patiently(
     raise error from None
 
 
+@contextmanager
+def understood(asked: Asked, left: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Makes a HubError of what is raised over an answer without sense: a page for people, a redirect to no address.
+
+    The kinds in `left` are left as they are.
+    """
+    try:
+        yield
+    except (BnbfixError, OSError):
+        raise
+    except left:
+        raise
+    except Exception as e:  # urllib, httpx and huggingface_hub each raise what they stumble over, of any kind
+        what = type(e).__name__  # and no more of it: their words may hold signed addresses
+        raise HubError(
+            f"{asked.endpoint} sent what no Hub would send ({what})", where=asked.where, hint="Is HF_ENDPOINT a Hub?"
+        ) from None
+
+
 def no_answer(error: BaseException, asked: Asked) -> HubError:
     """The error for what a client raised instead of an answer, or around one."""
     if isinstance(error, HfHubHTTPError):
@@ -136,7 +155,9 @@ def silence() -> Iterator[None]:
 
 def make_repo(repo: str, *, private: bool) -> None:
     """Makes a repo, unless it is there. Raises HubError."""
-    patiently(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked_for(repo, None))
+    asked = asked_for(repo, None)
+    with understood(asked):
+        patiently(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked)
 
 
 def commit(
@@ -153,9 +174,10 @@ def commit(
     operations += [CommitOperationDelete(f) for f in removed]
     asked = asked_for(repo, parent)
     try:
-        done = patiently(lambda: HfApi().create_commit(
-            repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
-        ), asked, tries=1)  # fmt: skip  # a second try could make a second commit of one whose answer was lost
+        with understood(asked, (ValueError, RuntimeError)):
+            done = patiently(lambda: HfApi().create_commit(
+                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
+            ), asked, tries=1)  # fmt: skip  # a second try could make a second commit of one whose answer was lost
     except (ValueError, RuntimeError) as e:  # huggingface_hub's words for a card it refuses, or an upload that failed
         if isinstance(e.__cause__, (HfHubHTTPError, NoAnswer)):
             raise no_answer(e.__cause__, asked) from None

@@ -335,6 +335,8 @@ class FakeHub:
             os.close(fd)
 
     async def _spoiled(self, fault: Fault) -> Response:
+        if fault.kind == "says":
+            return Response(fault.headers["body"], media_type="application/json")
         return refuse(int(fault.kind), "", "as the test asked", dict(fault.headers))
 
     # Uploads
@@ -346,7 +348,7 @@ class FakeHub:
 
     async def _create(self, request: Request) -> Response:
         fault = self._note(request, "hub")
-        if fault and isinstance(fault.kind, int):
+        if fault:
             return await self._spoiled(fault)
         if no := self._may_write(request):
             return no
@@ -411,7 +413,7 @@ class FakeHub:
 
     async def _receive_commit(self, request: Request) -> Response:
         fault = self._note(request, "hub")
-        if fault and isinstance(fault.kind, int):
+        if fault:
             return await self._spoiled(fault)
         if no := self._may_write(request):
             return no
