@@ -720,6 +720,17 @@ def test_a_destination_that_is_no_folder(run: Cli, pristine: Make, tmp_path: Pat
     assert out.read_text() == "mine"
 
 
+def test_a_destination_that_is_a_link_to_itself(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    before = snapshot(tmp_path)
+    for out in (tmp_path / "loop", tmp_path / "loop" / "out"):
+        done = run("repair", pristine("dense31b", "skip"), "--out", out)
+        assert (done.code, done.out) == (2, "") and done.error.startswith(f"error: {tmp_path}/loop: ")
+    done = run("scan", pristine("dense31b", "skip"), "--format", "json", "--output", tmp_path / "loop")
+    assert done.code == 2 and done.error == f"error: {tmp_path}/loop: is a link to itself"
+    assert snapshot(tmp_path) == before
+
+
 def test_a_broken_source_leaves_an_old_destination_alone_even_with_overwrite(
     run: Cli, checkpoint: Make, tmp_path: Path
 ) -> None:
