@@ -46,6 +46,8 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
         raise UsageError("exists and is not a folder", where=str(out))
     if not overwrite and next(os.scandir(target), None) is not None:
         raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+    if target.parent == target:
+        raise UsageError("is the root, which nothing can replace", where=str(out))
 
 
 def _holds(outer: Path, inner: Path) -> bool:

@@ -98,6 +98,12 @@ def test_a_dry_run_downloads_nothing(hub: Hub, source: Path, repo: str) -> None:
     assert fetched(hub) == []
 
 
+def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
+    for more in ([], ["--dry-run"]):
+        done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
+        assert (done.code, done.err) == (2, "error: /: is the root, which nothing can replace\n")
+
+
 def test_stream_is_for_repos(hub: Hub, source: Path, tmp_path: Path) -> None:
     done = hub.run("repair", source, *TARGET, "--out", tmp_path / "out", "--stream")
     assert done.code == 2 and "--stream is for repos on the Hub" in done.err
