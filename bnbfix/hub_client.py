@@ -20,6 +20,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    get_session,
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -132,6 +133,22 @@ def scrubbed(text: str) -> str:
     """Without the token, which a client quotes when it cannot be sent."""
     token = get_token()
     return text.replace(token, "***") if token else text
+
+
+def check_names() -> None:
+    """From now on refuses answers that would make huggingface_hub write outside its cache.
+
+    It names a file after the ETag, whatever that is, and nothing but the answer itself can be asked in time.
+    """
+    client = get_session()
+    if _check_name not in (hooks := client.event_hooks)["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _check_name]}
+
+
+def _check_name(answer: Any) -> None:
+    etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
+    if answer.request.method == "HEAD" and not {"/", "\\", "\0"}.isdisjoint(etag.removeprefix("W/")):
+        raise HubError("the Hub names a file so that it would leave the cache", hint="Is HF_ENDPOINT a Hub?")
 
 
 def check_login() -> None:

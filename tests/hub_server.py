@@ -261,6 +261,8 @@ class FakeHub:
         if blob.lfs:
             self.signature += 1
             etag = "0" * 64 if fault and fault.kind == "changed" else blob.oid
+            if fault and fault.kind == "leaves" and request.method == "HEAD":
+                etag = "../../../../stolen"
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{etag}"'}
             location = f"{self.cdn}/files/{name}/{sha}/{file}?signature={self.signature}"
             return Response(status_code=302, headers=headers | {"Location": location})

@@ -98,6 +98,20 @@ def test_a_dry_run_downloads_nothing(hub: Hub, source: Path, repo: str) -> None:
     assert fetched(hub) == []
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_an_etag_cannot_lead_a_download_out_of_the_cache(
+    hub: Hub, pristine: Make, tmp_path: Path, stream: list[str]
+) -> None:
+    name = f"org/leaves{len(stream)}"
+    hub.server.add(name, pristine("e4b", "skip"))
+    hub.server.fault("leaves", "model.safetensors", origin="hub")
+    home = tmp_path / "home"
+    done = hub.process("repair", name, "--out", tmp_path / "out", *stream, HF_HOME=str(home / "hf"))
+    assert done.code == 2 and "the Hub names a file so that it would leave the cache" in done.err
+    assert "Traceback" not in done.err
+    assert not [p for p in tmp_path.rglob("*") if "stolen" in p.name] and not (tmp_path / "out").exists()
+
+
 def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
     for more in ([], ["--dry-run"]):
         done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
