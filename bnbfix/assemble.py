@@ -89,7 +89,7 @@ def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
             if (whole := stacked.get(info.name)) is not None:
                 if whole not in done:
                     done.add(whole)
-                    yield stack(whole, mend.stack[whole])
+                    yield stack(checkpoint, whole, mend.stack[whole])
             elif info.name in mend.dequantize:
                 yield full_precision(checkpoint, info.name, checkpoint.weights[info.name])
             else:
@@ -103,8 +103,14 @@ def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
 
 def full_precision(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
     """A packed weight in the dtype its quant state names; an LLM.int8 one in the dtype of the model."""
-    dtype = weight.state.plain_dtype if weight.state else model_dtype(checkpoint)
-    return dequantize(name, (weight,), dtype, weight.shape)
+    return dequantize(name, (weight,), full_dtype(checkpoint, weight), weight.shape)
+
+
+def full_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
+    """The safetensors name of the dtype that a weight has in full precision."""
+    if weight.state is not None:
+        return weight.state.plain_dtype
+    return model_dtype(checkpoint) if weight.int8 else weight.tensor.info.dtype
 
 
 def model_dtype(checkpoint: Checkpoint) -> str:
@@ -113,9 +119,8 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     return qs.DTYPES.get(said, "BF16") if isinstance(said, str) else "BF16"
 
 
-def stack(name: str, parts: tuple[Weight, ...]) -> TensorPlan:
+def stack(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> TensorPlan:
     """Experts stored one by one as the one tensor that transformers keeps, [experts, rows, columns]."""
     rows, columns = parts[0].shape
     pairs = 2 if name.endswith("gate_up_proj") else 1
-    dtype = parts[0].state.plain_dtype if parts[0].state else parts[0].tensor.info.dtype
-    return dequantize(name, parts, dtype, (len(parts) // pairs, pairs * rows, columns))
+    return dequantize(name, parts, full_dtype(checkpoint, parts[0]), (len(parts) // pairs, pairs * rows, columns))

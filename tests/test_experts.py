@@ -127,6 +127,25 @@ def test_packed_and_plain_experts_are_joined_in_full_precision(one_by_one: Path,
     assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
 
 
+def test_llm_int8_experts_are_joined_in_full_precision(one_by_one: Path, tmp_path: Path) -> None:
+    def int8(i: int, name: str, values: torch.Tensor) -> Tensors:
+        scales = values.float().abs().amax(1)
+        rows = (values.float() * 127 / scales[:, None]).round().to(torch.int8)
+        return {name: rows, name.removesuffix("weight") + "SCB": scales}
+
+    shutil.copytree(one_by_one, tmp_path / "source")
+    tensors, want = load_file(tmp_path / "source" / FILE), {}
+    for i, name in enumerate(experts(tensors)):
+        want[name] = take(tensors, name)
+        tensors |= int8(i, name, want[name])
+    save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
+    bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.22.1", device="cpu", bf16=True)
+    after = load_file(tmp_path / "out" / FILE)[f"{LAYER}.down_proj"]
+    joined = torch.stack([want[f"{LAYER}.{e}.down_proj.weight"] for e in range(4)])
+    assert after.dtype == torch.bfloat16 and torch.allclose(after, joined, atol=float(joined.abs().max()) / 100)
+    assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
+
+
 LAYER = "model.language_model.layers.3.experts"
 
 
