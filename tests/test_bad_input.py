@@ -651,6 +651,21 @@ def test_folders_nested_without_end_are_refused(run: Cli, checkpoint: Make, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_to_verify_that_is_nested_without_end_is_refused(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):  # one by one: no path may be that long
+        os.mkdir("d")
+        os.chdir("d")
+    done = run("verify", tmp_path)
+    for _ in range(1200):  # what removes temporary folders would not come that deep either
+        os.chdir("..")
+        os.rmdir("d")
+    assert (done.code, done.out) == (2, "")
+    assert done.error.endswith("lies more than 50 folders deep")
+
+
 def hub_cache(model: Path, cache: Path) -> Path:
     """The folder of a revision as huggingface_hub's cache has it: links into a heap of files named by their hash."""
     snapshot, blobs = cache / "models--u--m" / "snapshots" / ("a" * 40), cache / "models--u--m" / "blobs"
