@@ -99,6 +99,36 @@ def unfinished(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hold(path: Path, out: Path) -> int:
+    """Makes a folder beside `out`, if there is none, and locks it; the lock lasts until what is returned is closed.
+
+    Raises UsageError while another repair holds it.
+    """
+    import fcntl
+
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                "another repair is writing there", where=str(out), hint="Wait for it, or name another --out."
+            ) from None
+        except FileNotFoundError:
+            pass  # published, or cleared away, by another repair between the two calls
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return fd  # a file system without locks
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
 class Staging:
     """The folder that grows beside an output, locked against a second repair to the same one.
 
@@ -111,7 +141,9 @@ class Staging:
         self.path, self._old = _scratch(self.out)
         self._digest = plan_digest
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._open()
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()
+        self._lock = hold(self.path, self.out)
         try:
             self._take_up()
         except BaseException:  # an interrupt too: the lock must not outlive this object
@@ -129,33 +161,6 @@ class Staging:
             if entry.name not in self.kept:
                 _clear(Path(entry.path))
         self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
-
-    def _open(self) -> int:
-        import fcntl
-
-        while True:
-            if self.path.is_symlink() or self.path.is_file():
-                self.path.unlink()
-            with contextlib.suppress(FileExistsError):
-                self.path.mkdir()
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    return fd
-            except BlockingIOError:
-                os.close(fd)
-                raise UsageError(
-                    "another repair is writing there", where=str(self.out), hint="Wait for it, or name another --out."
-                ) from None
-            except FileNotFoundError:
-                pass  # published by another repair between the two calls
-            except OSError as e:
-                if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    return fd  # a file system without locks
-                os.close(fd)
-                raise
-            os.close(fd)
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
         """Finished files of an earlier run of the same plan that are what the journal says; top level alone."""

@@ -17,6 +17,7 @@ from conftest import Hub, Make
 from hub_server import TOKEN
 
 import bnbfix
+from bnbfix.destination import fetched_folder, hold
 from bnbfix.plan import RECORD
 from bnbfix.supply import inputs, streaming_peak
 
@@ -112,6 +113,18 @@ def test_an_etag_cannot_lead_a_download_out_of_the_cache(
     assert not [p for p in tmp_path.rglob("*") if "stolen" in p.name] and not (tmp_path / "out").exists()
 
 
+def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str, tmp_path: Path) -> None:
+    folder = fetched_folder(tmp_path / "out")
+    lock = hold(folder, tmp_path / "out")
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    done = hub.run("repair", repo, "--out", tmp_path / "out", "--stream")
+    assert done.code == 2 and "another repair is writing there" in done.err
+    assert (folder / "model.safetensors").read_bytes() == b"half of it"
+    os.close(lock)
+    assert hub.run("repair", repo, "--out", tmp_path / "out", "--stream").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
     for more in ([], ["--dry-run"]):
         done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
@@ -198,7 +211,8 @@ def test_what_is_no_folder_where_a_stream_is_fetched_is_an_error_and_stays(
     (tmp_path / "precious" / "file").write_text("precious")
     place.write_text("in the way") if what == "file" else place.symlink_to("precious")
     done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")
-    assert (done.code, done.out) == (2, "") and done.err.startswith(f"error: {place}: cannot be written (File exists)")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {place}: cannot be written (Not a directory)")
     assert (tmp_path / "precious" / "file").read_text() == "precious" and fetched(hub) == []
     assert sorted(os.listdir(tmp_path)) == [".out.bnbfix-source", "precious"]
 
