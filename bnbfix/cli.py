@@ -199,12 +199,13 @@ def verify(
 ) -> int:
     """Prove a repair: hashes, a fresh scan, with --source every byte and every decoded number, with --load in vLLM."""
     from .locate import open_source
+    from .source import LocalSource
     from .verifier import verify_output
 
     if revision and not source:
         raise UsageError("--revision belongs to a --source on the Hub")
     origin = open_source(source, revision) if source else None
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
+    size = sum(LocalSource.open(folder).files.values())
     with _progress(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
         result = verify_output(folder, origin, progress=step)
     loaded = None

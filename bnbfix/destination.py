@@ -29,13 +29,13 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
     """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
     target = Path(os.path.abspath(out))
     if isinstance(source, LocalSource):
-        here, there = source.path.resolve(), target.resolve()
-        if here == there or here in there.parents or there in here.parents:
+        here, there = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
+        if _holds(here, there) or _holds(there, here):
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (p.resolve() for p in (*_scratch(real(out)), fetched_folder(out))):
-            if here == scratch or scratch in here.parents:
+        for scratch in (Path(os.path.realpath(p)) for p in (*_scratch(real(out)), fetched_folder(out))):
+            if _holds(scratch, here):
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
                     hint="Rename it, or name another --out.",
@@ -46,6 +46,14 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
         raise UsageError("exists and is not a folder", where=str(out))
     if not overwrite and next(os.scandir(target), None) is not None:
         raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+    if target.parent == target:
+        raise UsageError("is the root, which nothing can replace", where=str(out))
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Is it the same folder, or one above? By inode too: a mount, or letters in another case, give it two names."""
+    folders = (inner, *inner.parents)
+    return outer in folders or (outer.exists() and any(p.exists() and outer.samefile(p) for p in folders))
 
 
 def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
@@ -91,6 +99,36 @@ def unfinished(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hold(path: Path, out: Path) -> int:
+    """Makes a folder beside `out`, if there is none, and locks it; the lock lasts until what is returned is closed.
+
+    Raises UsageError while another repair holds it.
+    """
+    import fcntl
+
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                "another repair is writing there", where=str(out), hint="Wait for it, or name another --out."
+            ) from None
+        except FileNotFoundError:
+            pass  # published, or cleared away, by another repair between the two calls
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return fd  # a file system without locks
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
 class Staging:
     """The folder that grows beside an output, locked against a second repair to the same one.
 
@@ -103,7 +141,9 @@ class Staging:
         self.path, self._old = _scratch(self.out)
         self._digest = plan_digest
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._open()
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()
+        self._lock = hold(self.path, self.out)
         try:
             self._take_up()
         except BaseException:  # an interrupt too: the lock must not outlive this object
@@ -121,33 +161,6 @@ class Staging:
             if entry.name not in self.kept:
                 _clear(Path(entry.path))
         self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
-
-    def _open(self) -> int:
-        import fcntl
-
-        while True:
-            if self.path.is_symlink() or self.path.is_file():
-                self.path.unlink()
-            with contextlib.suppress(FileExistsError):
-                self.path.mkdir()
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    return fd
-            except BlockingIOError:
-                os.close(fd)
-                raise UsageError(
-                    "another repair is writing there", where=str(self.out), hint="Wait for it, or name another --out."
-                ) from None
-            except FileNotFoundError:
-                pass  # published by another repair between the two calls
-            except OSError as e:
-                if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    return fd  # a file system without locks
-                os.close(fd)
-                raise
-            os.close(fd)
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
         """Finished files of an earlier run of the same plan that are what the journal says; top level alone."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from . import quant_state as qs
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
+from .errors import Unrepairable
 from .gemma4 import Model, place
 from .layout import Quantize, Slice, TensorPlan, copy, quantize
 from .vllm_releases import ReleaseRange
@@ -36,11 +37,21 @@ def splittable(weight: Weight) -> bool:
     """Is this a plain tensor of all experts of a layer, [experts, rows, columns], that can be split?"""
     if weight.packed or len(weight.shape) != 3 or weight.tensor.info.dtype not in _TORCH_DTYPES:
         return False
-    return 0 not in weight.shape and (weight.shape[1] % 2 == 0 or not weight.name.endswith("gate_up_proj"))
+    return 0 not in weight.shape and weight.shape[1] % len(_parts(weight.name)) == 0
+
+
+def _check_matrix(weight: Weight) -> None:
+    """Raises Unrepairable for an expert stored by itself that is no matrix of a dtype that can be quantized."""
+    if len(weight.shape) != 2 or (weight.state is None and weight.tensor.info.dtype not in _TORCH_DTYPES):
+        what = f"{weight.form} {list(weight.shape)[:8]}"
+        raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
 
 
 def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> dict[str, ExpertMend]:
-    """What each tensor of experts needs, by name. Empty where the releases want different prefixes, or refuse."""
+    """What each tensor of experts needs, by name. Empty where the releases want different prefixes, or refuse.
+
+    Raises Unrepairable for an expert that would have to be quantized and cannot be.
+    """
     prefixes = {r.moe for r in releases}
     prefix = prefixes.pop()
     if not model.moe or prefixes or prefix is None:
@@ -52,8 +63,10 @@ def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[Rele
             detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
             out[name] = ExpertMend("quantize", prefix, Code.FUSED_EXPERTS, detail)
         elif where.role == "expert" and weight.form == "fp4":
+            _check_matrix(weight)
             out[name] = ExpertMend("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
-        elif where.role == "expert" and not weight.packed and weight.tensor.info.dtype in _TORCH_DTYPES:
+        elif where.role == "expert" and not weight.packed:
+            _check_matrix(weight)
             detail = "quantized to NF4, which loses precision"
             out[name] = ExpertMend("quantize", prefix, Code.PLAIN_IN_PACKED, detail)
         elif where.role == "expert" and where.prefix != prefix:
@@ -104,13 +117,17 @@ def matrices(weight: Weight) -> Iterable[tuple[tuple[int, str] | None, tuple[int
         yield None, (info.shape[0], info.shape[1]), Slice(weight.tensor, 0, info.nbytes)
         return
     count, rows, columns = info.shape
-    parts = ("gate_proj", "up_proj") if weight.name.endswith("gate_up_proj") else ("down_proj",)
+    parts = _parts(weight.name)
     rows //= len(parts)
     size = info.nbytes // (count * len(parts))
     for expert in range(count):
         for i, part in enumerate(parts):
             begin = (expert * len(parts) + i) * size
             yield (expert, part), (rows, columns), Slice(weight.tensor, begin, size)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
 
 
 def _one(name: str, prefix: str, which: tuple[int, str]) -> str:

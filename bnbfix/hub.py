@@ -36,7 +36,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from . import __version__
 from .errors import HubError, InputError
-from .hub_client import Again, asked_for, counting, patiently, refused, scrubbed
+from .hub_client import Again, asked_for, check_names, counting, patiently, refused, scrubbed, understood
 from .ranges import Span, follow, merge, misfit, origin_of, safe_name
 from .refusals import refusal
 from .source import NOT_OURS, LocalSource, open_regular, read_exactly
@@ -75,17 +75,21 @@ class HubSource:
             except OfflineModeIsEnabled:
                 return None
 
-        if (info := patiently(look, asked_for(repo, revision))) is None:
+        asked = asked_for(repo, revision)
+        with understood(asked):
+            info = patiently(look, asked)
+        if info is None:
             return cls._cached(repo, revision, name)
         if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
             raise HubError("the Hub names no commit", where=repo, hint="Is HF_ENDPOINT a Hub?")
         files, hashes = {}, {}
-        for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
-            if not set(NOT_OURS).isdisjoint(sibling.rfilename.split("/")):
-                continue
-            files[safe_name(sibling.rfilename, repo)] = _size(sibling, repo)
-            if sibling.lfs is not None:
-                hashes[sibling.rfilename] = sibling.lfs.sha256
+        with understood(asked):  # names may be no strings
+            for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
+                if not set(NOT_OURS).isdisjoint(sibling.rfilename.split("/")):
+                    continue
+                files[safe_name(sibling.rfilename, repo)] = _size(sibling, repo)
+                if sibling.lfs is not None:
+                    hashes[sibling.rfilename] = sibling.lfs.sha256
         return cls(repo, info.sha, name, MappingProxyType(files), hashes)
 
     @classmethod
@@ -168,6 +172,7 @@ class HubSource:
         if self.local_path(file) is not None:
             return
         asked = asked_for(self.repo, self.revision, file)
+        check_names()
         try:
             found = Path(patiently(lambda: hf_hub_download(
                 self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
@@ -188,7 +193,8 @@ class HubSource:
     def _fetch(self, job: tuple[str, Span], stop: threading.Event) -> bytes:
         file, span = job
         asked = asked_for(self.repo, self.revision, file)
-        return patiently(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
+        with understood(asked):
+            return patiently(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
 
     def _once(self, file: str, offset: int, length: int) -> bytes:
         """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""

@@ -20,13 +20,14 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    get_session,
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
-from .errors import HubError, UsageError
+from .errors import BnbfixError, HubError, UsageError
 from .refusals import LOG_IN, Asked, refusal
 
 TRIES = 5
@@ -88,6 +89,25 @@ def patiently(
     raise error from None
 
 
+@contextmanager
+def understood(asked: Asked, left: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Makes a HubError of what is raised over an answer without sense: a page for people, a redirect to no address.
+
+    The kinds in `left` are left as they are.
+    """
+    try:
+        yield
+    except (BnbfixError, OSError):
+        raise
+    except left:
+        raise
+    except Exception as e:  # urllib, httpx and huggingface_hub each raise what they stumble over, of any kind
+        what = type(e).__name__  # and no more of it: their words may hold signed addresses
+        raise HubError(
+            f"{asked.endpoint} sent what no Hub would send ({what})", where=asked.where, hint="Is HF_ENDPOINT a Hub?"
+        ) from None
+
+
 def no_answer(error: BaseException, asked: Asked) -> HubError:
     """The error for what a client raised instead of an answer, or around one."""
     if isinstance(error, HfHubHTTPError):
@@ -115,6 +135,22 @@ def scrubbed(text: str) -> str:
     return text.replace(token, "***") if token else text
 
 
+def check_names() -> None:
+    """From now on refuses answers that would make huggingface_hub write outside its cache.
+
+    It names a file after the ETag, whatever that is, and nothing but the answer itself can be asked in time.
+    """
+    client = get_session()
+    if _check_name not in (hooks := client.event_hooks)["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _check_name]}
+
+
+def _check_name(answer: Any) -> None:
+    etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
+    if answer.request.method == "HEAD" and not {"/", "\\", "\0"}.isdisjoint(etag.removeprefix("W/")):
+        raise HubError("the Hub names a file so that it would leave the cache", hint="Is HF_ENDPOINT a Hub?")
+
+
 def check_login() -> None:
     """Raises HubError when there is no token to push with."""
     if get_token() is None:
@@ -136,7 +172,9 @@ def silence() -> Iterator[None]:
 
 def make_repo(repo: str, *, private: bool) -> None:
     """Makes a repo, unless it is there. Raises HubError."""
-    patiently(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked_for(repo, None))
+    asked = asked_for(repo, None)
+    with understood(asked):
+        patiently(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked)
 
 
 def commit(
@@ -153,9 +191,10 @@ def commit(
     operations += [CommitOperationDelete(f) for f in removed]
     asked = asked_for(repo, parent)
     try:
-        done = patiently(lambda: HfApi().create_commit(
-            repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
-        ), asked, tries=1)  # fmt: skip  # a second try could make a second commit of one whose answer was lost
+        with understood(asked, (ValueError, RuntimeError)):
+            done = patiently(lambda: HfApi().create_commit(
+                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
+            ), asked, tries=1)  # fmt: skip  # a second try could make a second commit of one whose answer was lost
     except (ValueError, RuntimeError) as e:  # huggingface_hub's words for a card it refuses, or an upload that failed
         if isinstance(e.__cause__, (HfHubHTTPError, NoAnswer)):
             raise no_answer(e.__cause__, asked) from None

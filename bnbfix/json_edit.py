@@ -31,7 +31,17 @@ def set_value(text: str, path: Sequence[str], value: Any) -> str:
 
 
 def remove_key(text: str, path: Sequence[str]) -> str:
-    """Removes a key and its value, with the comma and the space that held them. Raises KeyError if it is not there."""
+    """Removes a key and its value, with the comma and the space that held them. Raises KeyError if it is not there.
+
+    A key that is there more than once goes altogether: the last one counts, and without it an earlier one would.
+    """
+    text = _without_last(text, path)
+    while path[-1] in _object(text, path[:-1])[1]:
+        text = _without_last(text, path)
+    return text
+
+
+def _without_last(text: str, path: Sequence[str]) -> str:
     _, members, _ = _object(text, path[:-1])
     key_start, _, value_end = members[path[-1]]
     after = _skip(text, value_end)

@@ -19,15 +19,25 @@ HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 def parse_repo(text: str) -> tuple[str, str | None] | None:
     """(repo id, revision) of `org/name[@revision]`, `hf://org/name[@revision]` or a page's address; None of else.
 
-    Addresses are those of huggingface.co, and of the host that HF_ENDPOINT names.
+    Addresses are those of huggingface.co, and of the host that HF_ENDPOINT names. Raises UsageError when that is none.
     """
+    hosts = {*HOSTS, _endpoint()}
     if text.startswith(("https://", "http://")):
-        parts = urlsplit(text)
-        endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.rpartition("@")[2]
+        try:
+            parts = urlsplit(text)
+        except ValueError:  # brackets that hold no IPv6 address
+            return None
         m = _PAGE.fullmatch(parts.path.removeprefix("/"))
-        return (m[1], unquote(m[2]) if m[2] else None) if m and parts.netloc in (*HOSTS, endpoint) else None
+        return (m[1], unquote(m[2]) if m[2] else None) if m and parts.netloc in hosts else None
     m = _REPO.fullmatch(text.removeprefix("hf://").removeprefix("models/" if text.startswith("hf://") else ""))
     return (m[1], m[2]) if m and "--" not in m[1] and ".." not in m[1] else None
+
+
+def _endpoint() -> str:
+    try:
+        return urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.rpartition("@")[2]
+    except ValueError:
+        raise UsageError("HF_ENDPOINT is no address") from None
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import gemma4
-from .checkpoint import Checkpoint, Weight
+from .checkpoint import CONFIG, Checkpoint, Weight
 from .errors import InputError
 from .gemma4 import Model, Place
-from .skip_modules import honoured, vllm_skips
+from .skip_modules import honoured, repeats, vllm_skips
 from .vllm_releases import ReleaseRange
 
 MAX_PROJECTIONS = 1_500  # beside experts; each may be held against every skip entry, and real models have hundreds
+MAX_PATTERNS = 20  # skip entries that repeat more than once, which are slow to hold against a name; real ones do not
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Parameter:
 def projections(checkpoint: Checkpoint) -> list[Member]:
     """Every weight of a linear module: packed, or plain with two dimensions; damaged ones are neither. By name.
 
-    Raises InputError when there are more than any model has.
+    Raises InputError when there are more than any model has, of them or of patterns to hold against them.
     """
+    if (count := sum(repeats(e) > 1 for e in checkpoint.skip_modules)) > MAX_PATTERNS:
+        raise InputError(f"llm_int8_skip_modules has {count:,} patterns, more than any model", where=CONFIG)
     out, damaged = [], damaged_weights(checkpoint)
     for weight in checkpoint.weights.values():
         if weight.name in damaged:

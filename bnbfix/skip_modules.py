@@ -12,8 +12,11 @@ from functools import cache, lru_cache
 
 Matches = Callable[[str, str], bool]
 MAX_PATTERN = 1000  # characters
-MAX_REPEATS = 3
-GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?P=")  # a repeated group, or a reference back to one
+MAX_REPEATS = 2  # each may multiply the time by the name's length
+MAX_ALTERNATIVES = 2  # each may double it
+MAX_NAME = 128  # characters of a module's name; real ones have half of that
+# A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
+GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")
 
 
 def vllm_skips(entry: str, module: str) -> bool:
@@ -32,19 +35,25 @@ def transformers_skips(entry: str, module: str) -> bool:
     return _pattern(entry)(module) or module.endswith(entry)
 
 
+def repeats(entry: str) -> int:
+    """How many repetitions a regular expression has: each is a place where it may have to try again."""
+    return sum(map(entry.count, "*+{?"))
+
+
 @cache
 def _pattern(entry: str) -> Callable[[str], bool]:
     """Does a module's name start as the entry says?
 
     An entry that is no regular expression, or one that could take a time exponential in the name's length (something
-    repeated inside a group, or more than a few repetitions), counts as a plain prefix.
+    repeated inside a group, or more than a few repetitions), counts as a plain prefix; so does any for an absurd name.
     """
-    if len(entry) <= MAX_PATTERN and sum(map(entry.count, "*+{?")) <= MAX_REPEATS and not GROUPS.search(entry):
+    few = repeats(entry) <= MAX_REPEATS and entry.count("|") <= MAX_ALTERNATIVES
+    if len(entry) <= MAX_PATTERN and few and not GROUPS.search(entry):
         try:
             found = re.compile(entry)
         except (re.error, OverflowError, RecursionError):
             return lambda module: module.startswith(entry)
-        return lambda module: found.match(module) is not None
+        return lambda m: found.match(m) is not None if len(m) <= MAX_NAME else m.startswith(entry)
     return lambda module: module.startswith(entry)
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from .destination import SLACK, check_destination, disk_space, existing_parent, fetched_folder
+from .destination import SLACK, check_destination, disk_space, existing_parent, fetched_folder, hold
 from .errors import OutputError, UsageError
 from .layout import tensors_read
 from .plan import Plan
@@ -168,11 +168,16 @@ def _streaming(
             if uses[file] == 0:
                 source.forget(file, folder)
 
+    lock = None
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder, out)  # what another repair fetched must not be cleared away under it
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield bring
     except OSError as e:
         raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or folder)) from e
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)

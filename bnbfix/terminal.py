@@ -31,7 +31,7 @@ def layout(*, verbose: bool, quiet: bool) -> Layout:
     from .lines import Layout
 
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) >= 20 else WIDTH
+    width = int(columns) if columns.isdecimal() and int(columns) >= 20 else WIDTH
     if not columns and sys.stdout.isatty():
         with suppress(OSError):
             width = os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
@@ -73,7 +73,9 @@ def write_file(path: Path, parts: Iterable[str]) -> None:
     """A document to a file, whole or not at all; raises OutputError when it cannot be written."""
     if path.exists() and not path.is_file():
         raise OutputError("is no regular file", where=str(path))
-    path = path.resolve()  # what a link points to is replaced, not the link
+    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    if path.is_symlink():
+        raise OutputError("is a link to itself", where=str(path))
     try:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     except OSError as e:

@@ -11,7 +11,7 @@ from itertools import product
 
 from .checkpoint import Checkpoint, Weight
 from .codes import Code
-from .errors import InputError
+from .errors import Unrepairable
 from .gemma4 import Model, place
 from .mend import ConfigEdit, Mend, insert_shared, older_config
 from .parameters import projections
@@ -41,7 +41,7 @@ def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[Rel
 def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
     """Experts stored one by one, in the order in which transformers' tensor of all of them has their bytes.
 
-    Raises InputError when one is missing: those behind it would take the wrong places.
+    Raises Unrepairable where one is missing, behind which the others would take wrong places, or there twice.
     """
     found: dict[str, dict[tuple[int, int], Weight]] = {}
     for name, weight in checkpoint.weights.items():
@@ -49,11 +49,14 @@ def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:
             continue
         stem, number, part = re.fullmatch(r"(.*?)(?:\.moe)?\.experts\.(\d+)\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]  # what `place` calls an expert has such a name
         whole = f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
-        found.setdefault(whole, {})[int(number), int(part == "up_proj")] = weight
+        same = found.setdefault(whole, {}).setdefault((int(number), int(part == "up_proj")), weight)
+        if same is not weight:
+            raise Unrepairable(f"{same.name} and {name} are the same expert")
     for whole, ws in found.items():
         numbers = range(max(number for number, _ in ws) + 1)
         halves = ("gate_proj", "up_proj") if whole.endswith("gate_up_proj") else ("down_proj",)
         for number, half in product(numbers, range(len(halves))):
             if (number, half) not in ws:
-                raise InputError(f"expert {number} has no {halves[half]}, but others have one", where=whole)
+                gap = f"expert {number} has no {halves[half]}, but others have one"
+                raise Unrepairable(f"{whole} cannot be joined: {gap}")
     return {whole: tuple(ws[k] for k in sorted(ws)) for whole, ws in found.items()}

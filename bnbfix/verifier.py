@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import open_checkpoint
+from .checkpoint import MAX_JSON, open_checkpoint
 from .codes import Code
 from .errors import BnbfixError, InputError
 from .layout import Copy, Dequantize, Quantize, ShardPlan
@@ -81,6 +81,8 @@ def read_record(output: Source) -> dict[str, Any]:
     """bnbfix.json of an output; raises InputError when it is missing or not such a record."""
     if RECORD not in output.files:
         raise InputError("is missing; was this folder written by `bnbfix repair`?", where=f"{output.name}/{RECORD}")
+    if output.files[RECORD] > MAX_JSON:
+        raise InputError(f"{output.files[RECORD]:,} bytes are too many for such a file", where=RECORD)
     try:
         doc = json.loads(output.read(RECORD, [(0, output.files[RECORD])])[0])
         hashes = doc["sha256"]
@@ -122,7 +124,8 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
     for name in sorted((set(files) & recorded) - planned - {RECORD}):
         yield Problem(name, None, "is not in the plan")
     for name, text in plan.texts.items():
-        if name in files and output.read(name, [(0, files[name])])[0] != text.encode():
+        data = text.encode()
+        if name in files and (files[name] != len(data) or output.read(name, [(0, len(data))])[0] != data):
             yield Problem(name, None, "differs from what the plan writes")
     for name in plan.copied:
         if name not in files:

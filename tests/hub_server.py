@@ -261,6 +261,8 @@ class FakeHub:
         if blob.lfs:
             self.signature += 1
             etag = "0" * 64 if fault and fault.kind == "changed" else blob.oid
+            if fault and fault.kind == "leaves" and request.method == "HEAD":
+                etag = "../../../../stolen"
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{etag}"'}
             location = f"{self.cdn}/files/{name}/{sha}/{file}?signature={self.signature}"
             return Response(status_code=302, headers=headers | {"Location": location})
@@ -335,6 +337,8 @@ class FakeHub:
             os.close(fd)
 
     async def _spoiled(self, fault: Fault) -> Response:
+        if fault.kind == "says":
+            return Response(fault.headers["body"], media_type="application/json")
         return refuse(int(fault.kind), "", "as the test asked", dict(fault.headers))
 
     # Uploads
@@ -346,7 +350,7 @@ class FakeHub:
 
     async def _create(self, request: Request) -> Response:
         fault = self._note(request, "hub")
-        if fault and isinstance(fault.kind, int):
+        if fault:
             return await self._spoiled(fault)
         if no := self._may_write(request):
             return no
@@ -411,7 +415,7 @@ class FakeHub:
 
     async def _receive_commit(self, request: Request) -> Response:
         fault = self._note(request, "hub")
-        if fault and isinstance(fault.kind, int):
+        if fault:
             return await self._spoiled(fault)
         if no := self._may_write(request):
             return no

@@ -198,6 +198,8 @@ def header(change: Callable[[surgery.Header], object]) -> Damage:
     ("quantization is a list", config("quantization_config", to=["x"]), "quantization_config is not an object"),
     ("skip list is a string", config("quantization_config", "llm_int8_skip_modules", to="x"), "is not a list of names"),
     ("skip list of numbers", config("quantization_config", "llm_int8_skip_modules", to=[1]), "is not a list of names"),
+    ("skip list of patterns", config("quantization_config", "llm_int8_skip_modules", to=[".*a.*b"] * 21),
+     "has 21 patterns, more than any model"),
     ("half a surrogate pair", config("quantization_config", "llm_int8_skip_modules", to=["\ud800"]), "not valid JSON"),
 )
 @pytest.mark.parametrize("command", COMMANDS)
@@ -671,6 +673,21 @@ def test_folders_nested_without_end_are_refused(run: Cli, checkpoint: Make, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_to_verify_that_is_nested_without_end_is_refused(
+    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):  # one by one: no path may be that long
+        os.mkdir("d")
+        os.chdir("d")
+    done = run("verify", tmp_path)
+    for _ in range(1200):  # what removes temporary folders would not come that deep either
+        os.chdir("..")
+        os.rmdir("d")
+    assert (done.code, done.out) == (2, "")
+    assert done.error.endswith("lies more than 50 folders deep")
+
+
 def hub_cache(model: Path, cache: Path) -> Path:
     """The folder of a revision as huggingface_hub's cache has it: links into a heap of files named by their hash."""
     snapshot, blobs = cache / "models--u--m" / "snapshots" / ("a" * 40), cache / "models--u--m" / "blobs"
@@ -738,6 +755,17 @@ def test_a_destination_that_is_no_folder(run: Cli, pristine: Make, tmp_path: Pat
     assert (done.code, done.out) == (2, "")
     assert done.error == f"error: {out}: exists and is not a folder"
     assert out.read_text() == "mine"
+
+
+def test_a_destination_that_is_a_link_to_itself(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    before = snapshot(tmp_path)
+    for out in (tmp_path / "loop", tmp_path / "loop" / "out"):
+        done = run("repair", pristine("dense31b", "skip"), "--out", out)
+        assert (done.code, done.out) == (2, "") and done.error.startswith(f"error: {tmp_path}/loop: ")
+    done = run("scan", pristine("dense31b", "skip"), "--format", "json", "--output", tmp_path / "loop")
+    assert done.code == 2 and done.error == f"error: {tmp_path}/loop: is a link to itself"
+    assert snapshot(tmp_path) == before
 
 
 def test_a_broken_source_leaves_an_old_destination_alone_even_with_overwrite(

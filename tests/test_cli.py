@@ -101,6 +101,12 @@ def test_a_piped_scan_fits_80_columns_too(pristine: Make) -> None:
     assert harmless(done.out)
 
 
+def test_a_width_that_is_no_number_is_not_heeded(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = run("scan", pristine("e4b", "all"))
+    monkeypatch.setenv("COLUMNS", "\u00b2\u00b2")  # digits, but no number
+    assert run("scan", pristine("e4b", "all")) == shown
+
+
 def test_the_scan_table_says_what_each_range_of_releases_does(run: Cli, pristine: Make) -> None:
     lines = run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "portable").out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:2] == "0."}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from conftest import Make
 
 import bnbfix
+from bnbfix import UsageError
 from bnbfix.destination import Staging
 from bnbfix.plan import JOURNAL
 
@@ -231,3 +234,28 @@ def test_only_the_folder_that_is_locked_is_cleared(tmp_path: Path) -> None:
     mine.discard()
     mine.close()
     assert not mine.path.exists()
+
+
+# One folder by two names
+
+
+@pytest.fixture
+def mounted(pristine: Make, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder with a checkpoint in it, `model`, and another name of the same folder."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(pristine("text", "single"), one / "model")
+    other.mkdir()
+    command = ["mount", "--bind", str(one), str(other)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("folders cannot be mounted here")
+    yield one, other
+    subprocess.run(["umount", "--lazy", str(other)], check=True)
+
+
+@pytest.mark.parametrize("place", ["model", "model/out", "."])
+def test_an_output_that_is_the_source_by_another_name_is_refused(mounted: tuple[Path, Path], place: str) -> None:
+    one, other = mounted
+    before = tree(one)
+    with pytest.raises(UsageError, match="the output must lie outside the source"):
+        fix(one / "model", other / place, overwrite=True)
+    assert tree(one) == before

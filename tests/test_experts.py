@@ -171,22 +171,61 @@ def test_experts_are_not_joined_over_a_gap(one_by_one: Path, tmp_path: Path, gon
     take(tensors, f"model.language_model.layers.3.experts.{gone}.weight")
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
     number, part = gone.split(".")
-    with pytest.raises(bnbfix.InputError, match=rf"layers\.3\.experts\..*: expert {number} has no {part}"):
+    with pytest.raises(bnbfix.Unrepairable, match=rf"layers\.3\.experts\..*: expert {number} has no {part}"):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.22.1", bf16=True)
 
 
-def test_experts_of_a_dtype_that_nothing_quantizes_are_refused(one_by_one: Path, tmp_path: Path) -> None:
-    repacked(one_by_one, tmp_path / "source", lambda i, name, values: {name: values.double()})
-    with pytest.raises(bnbfix.Unrepairable, match="BNB102"):
-        bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")
+LAYER = "model.language_model.layers.3.experts"
 
 
-@pytest.mark.parametrize("cut", [slice(0, 127), slice(0, 0)], ids=["odd", "none"])
-def test_joined_experts_whose_rows_are_no_pairs_are_refused(pristine: Make, tmp_path: Path, cut: slice) -> None:
+def without_gates(t: Tensors) -> None:
+    for name in [n for n in t if n.startswith(LAYER) and ".gate_proj." in n]:
+        del t[name]
+
+
+def a_gap(t: Tensors) -> None:
+    for name in [n for n in t if n.startswith(f"{LAYER}.2.")]:
+        del t[name]
+
+
+def twice(t: Tensors) -> None:
+    t[f"{LAYER.replace('experts', 'moe.experts')}.0.up_proj.weight"] = take(dict(t), f"{LAYER}.0.up_proj.weight")
+
+
+def becomes(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensors], None]:
+    def change(t: Tensors) -> None:
+        take(t, f"{LAYER}.0.up_proj.weight")
+        t[f"{LAYER}.0.up_proj.weight"] = torch.zeros(shape, dtype=dtype)
+
+    return change
+
+
+BF16, NF4 = {"bf16": True}, {"vllm": "0.32.0"}
+
+
+@pytest.mark.parametrize(("change", "options"), [
+    (without_gates, BF16), (a_gap, BF16), (twice, BF16), (becomes(8, 128), BF16), (becomes(128), BF16),
+    (becomes(64, 128, dtype=torch.float64), BF16), (becomes(128), NF4), (becomes(2, 64, 128), NF4),
+    (becomes(64, 128, dtype=torch.float64), NF4),
+])  # fmt: skip
+def test_experts_that_are_no_whole_set_of_matrices_are_refused_by_name(
+    one_by_one: Path, tmp_path: Path, change: Callable[[Tensors], None], options: dict[str, object]
+) -> None:
+    tensors = load_file(one_by_one / FILE)
+    change(tensors)
+    shutil.copytree(one_by_one, tmp_path / "source")
+    save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.(moe\.)?experts"):
+        bnbfix.plan_repair(tmp_path / "source", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(0, 128, 128), (4, 127, 128), (4, 0, 128)])
+def test_experts_in_one_tensor_that_cannot_be_split_are_refused_by_name(
+    pristine: Make, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
     shutil.copytree(pristine("moe26b", "skip"), tmp_path / "source")
     tensors = load_file(tmp_path / "source" / FILE)
-    name = "model.language_model.layers.3.experts.gate_up_proj"
-    tensors[name] = tensors[name][:, cut].contiguous()
+    tensors[f"{LAYER}.gate_up_proj"] = torch.zeros(shape, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
-    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: .*BNB402"):
+    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: experts in one tensor"):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")

@@ -159,9 +159,16 @@ def test_revisions_and_spellings(hub: Hub, pristine: Make) -> None:
     ("org/na me", None), ("org/na--me", None), ("org/..", None), ("-org/name", None), ("org\\name", None), ("", None),
     ("https://example.com/org/name", None), ("https://huggingface.co/org", None),
     ("https://huggingface.co/org/name/blob/main/x", None), ("hf://datasets/org/name", None), ("~/models/name", None),
+    ("https://[org/name", None), ("https://huggingface.co]/org/name", None),
 ])  # fmt: skip
 def test_what_is_a_repo(text: str, repo: tuple[str, str | None] | None) -> None:
     assert parse_repo(text) == repo
+
+
+def test_an_endpoint_that_is_no_address_is_said(hub: Hub) -> None:
+    for model in ("org/name", "https://huggingface.co/org/name"):
+        done = hub.process("scan", model, HF_ENDPOINT="http://[")
+        assert (done.code, done.err) == (2, "error: HF_ENDPOINT is no address\n"), model
 
 
 def test_a_folder_wins_over_a_repo_of_its_name(

@@ -32,6 +32,7 @@ def repo(hub: Hub, checkpoint: Make) -> str:
 
 
 SHARD = {"path": "model.safetensors"}
+NONSENSE = "sent what no Hub would send ("
 CHANGED = "org/model: model.safetensors: changed on the Hub while it was being read"
 
 
@@ -50,6 +51,10 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
     ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "nothing safe", ""),
     ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "/org/model/resolve/main/model.safetensors"}},
      "redirects more than 10 times", ""),
+    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://[/?signature=1"}}, NONSENSE, "HF_ENDPOINT"),
+    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://h:99999/"}}, NONSENSE, "HF_ENDPOINT"),
+    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://127.0.0.1:1/\x7f"}}, NONSENSE, ""),
+    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://a..b/"}}, NONSENSE, ""),
     # Refusals
     ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
     ({"kind": 403, "origin": "hub"}, "the Hub does not allow this (HTTP 403)", "HF_TOKEN"),
@@ -73,6 +78,19 @@ def test_each_failure_has_its_own_error(hub: Hub, repo: str, fault: dict[str, An
     assert hint in "".join(rest) and "Traceback" not in done.err
     assert hub.server.sent < 16 << 20, "what was not asked for must not be read, but for what lies in buffers"
     assert "signature" not in done.err, "a signed address is a secret"
+
+
+@pytest.mark.parametrize("body", [
+    "<!DOCTYPE html><title>Log in to the network</title>", "", "[]", "null", "{}", "[" * 100_000,
+    '{"id": "a/b", "siblings": [{}]}', '{"id": "a/b", "siblings": [5]}', '{"id": "a/b", "lastModified": "once"}',
+    f'{{"id": "a/b", "sha": "{"a" * 40}", "siblings": [{{"rfilename": 5, "size": 1}}]}}',
+], ids=lambda body: body[:40] or "nothing")  # fmt: skip
+def test_a_listing_that_is_none_is_the_hubs_error(hub: Hub, repo: str, body: str) -> None:
+    hub.server.fault("says", "/api/models", origin="hub", headers={"body": body})
+    done = hub.run("scan", repo)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: org/model: http://127.0.0.1:") and NONSENSE in done.err
+    assert "Is HF_ENDPOINT a Hub?" in done.err and "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("fault", [

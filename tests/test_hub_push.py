@@ -179,6 +179,9 @@ def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: 
     ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
     ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
     ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
+    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
+    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
+    ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
 ])  # fmt: skip
 def test_a_push_that_is_refused_keeps_the_repair(
     hub: Hub, source: str, to: str, tmp_path: Path, fault: dict[str, object], words: str

@@ -18,6 +18,7 @@ from conftest import Hub, Make
 from hub_server import TOKEN
 
 import bnbfix
+from bnbfix.destination import fetched_folder, hold
 from bnbfix.plan import RECORD
 from bnbfix.supply import inputs, streaming_peak
 
@@ -97,6 +98,38 @@ def test_a_dry_run_downloads_nothing(hub: Hub, source: Path, repo: str) -> None:
     local = bnbfix.plan_repair(source, "0.22.1")
     assert done.code == 0 and done.json["bytes_written"] == local.bytes_written
     assert fetched(hub) == []
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_an_etag_cannot_lead_a_download_out_of_the_cache(
+    hub: Hub, pristine: Make, tmp_path: Path, stream: list[str]
+) -> None:
+    name = f"org/leaves{len(stream)}"
+    hub.server.add(name, pristine("e4b", "skip"))
+    hub.server.fault("leaves", "model.safetensors", origin="hub")
+    home = tmp_path / "home"
+    done = hub.process("repair", name, "--out", tmp_path / "out", *stream, HF_HOME=str(home / "hf"))
+    assert done.code == 2 and "the Hub names a file so that it would leave the cache" in done.err
+    assert "Traceback" not in done.err
+    assert not [p for p in tmp_path.rglob("*") if "stolen" in p.name] and not (tmp_path / "out").exists()
+
+
+def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str, tmp_path: Path) -> None:
+    folder = fetched_folder(tmp_path / "out")
+    lock = hold(folder, tmp_path / "out")
+    (folder / "model.safetensors").write_bytes(b"half of it")
+    done = hub.run("repair", repo, "--out", tmp_path / "out", "--stream")
+    assert done.code == 2 and "another repair is writing there" in done.err
+    assert (folder / "model.safetensors").read_bytes() == b"half of it"
+    os.close(lock)
+    assert hub.run("repair", repo, "--out", tmp_path / "out", "--stream").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
+    for more in ([], ["--dry-run"]):
+        done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
+        assert (done.code, done.err) == (2, "error: /: is the root, which nothing can replace\n")
 
 
 def test_stream_is_for_repos(hub: Hub, source: Path, tmp_path: Path) -> None:
@@ -179,7 +212,8 @@ def test_what_is_no_folder_where_a_stream_is_fetched_is_an_error_and_stays(
     (tmp_path / "precious" / "file").write_text("precious")
     place.write_text("in the way") if what == "file" else place.symlink_to("precious")
     done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")
-    assert (done.code, done.out) == (2, "") and done.err.startswith(f"error: {place}: cannot be written (File exists)")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {place}: cannot be written (Not a directory)")
     assert (tmp_path / "precious" / "file").read_text() == "precious" and fetched(hub) == []
     assert sorted(os.listdir(tmp_path)) == [".out.bnbfix-source", "precious"]
 

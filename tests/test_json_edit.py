@@ -139,7 +139,6 @@ def test_of_a_key_that_is_there_twice_the_last_counts_as_for_every_reader() -> N
     text = '{"a": 1, "b": 2, "a": 3}'
     assert set_value(text, ("a",), 4) == '{"a": 1, "b": 2, "a": 4}'
     assert json.loads(set_value(text, ("c",), 5)) == {"a": 3, "b": 2, "c": 5}
-    assert json.loads(remove_key('{"a": 1, "a": 3}', ("a",))) == {"a": 1}, "still JSON"
 
 
 KEYS = st.text(st.sampled_from('abü"\\{}[],: \n\u2028😀'), max_size=4)
@@ -192,3 +191,11 @@ def test_an_added_key_that_is_removed_again_leaves_the_text_as_it_was(
     assume(path[-1] not in at)
     text = dumps(doc, style)
     assert remove_key(set_value(text, path, {"a": [1]}), path) == text
+
+
+@pytest.mark.parametrize(("text", "rest"), [
+    ('{"a": 1, "a": 2}', "{}"), ('{"a": 1, "b": 0, "a": 2}', '{"b": 0}'),
+    ('{"b": 0, "a": 1, "\\u0061": {"a": 3}}', '{"b": 0}'),
+])  # fmt: skip
+def test_a_key_that_is_there_twice_is_removed_twice(text: str, rest: str) -> None:
+    assert remove_key(text, ["a"]) == rest

@@ -149,9 +149,25 @@ def test_cover_names_every_plain_module_and_no_packed_one(matches: Matches, stat
 
 
 @pytest.mark.parametrize(
-    "entry", [r"(a+)+$", r"(.*a){20}", r"(a|aa)*b", r"(\w*)*\1!", "a*" * 20 + "b", "a?" * 30 + "a" * 30]
-)
+    "entry",
+    [
+        r"(a+)+$", r"(.*a){20}", r"(a|aa)*b", r"(\w*)*\1!", "a*" * 20 + "b", "a?" * 30 + "a" * 30,
+        "(|)" * 40 + "b", "(aa|aa)" * 28 + "b", "(aa?)(?#)*b", "(?x)(aa?)#\n*b",
+    ],
+)  # fmt: skip
 def test_a_pattern_that_could_take_for_ever_counts_as_a_plain_prefix(entry: str) -> None:
     module = "a" * 60 + "!"
     assert not transformers_skips(entry, module)
     assert transformers_skips(entry, entry + ".q_proj")
+
+
+@pytest.mark.parametrize("entry", [r".*(vision|audio)_tower.*", "model.vision_tower.*|model.audio_tower.*"])
+def test_patterns_that_people_write_are_patterns(entry: str) -> None:
+    assert transformers_skips(entry, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    assert not transformers_skips(entry, "model.language_model.layers.0.self_attn.q_proj")
+
+
+def test_a_module_whose_name_has_no_end_is_held_against_prefixes_alone() -> None:
+    module = "model." + "a" * 100_000
+    assert not transformers_skips(".*.*.*b", module)
+    assert transformers_skips("model.a", module) and transformers_skips("aaa", module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -512,6 +513,13 @@ def test_a_broken_record_is_an_input_error(spoilt: Spoil, content: bytes) -> Non
     (out / "bnbfix.json").write_bytes(content)
     with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair"):
         bnbfix.verify(out, source)
+
+
+def test_a_record_without_end_is_not_read(spoilt: Spoil) -> None:
+    _, out, _ = spoilt
+    os.truncate(out / "bnbfix.json", 1 << 40)
+    with pytest.raises(InputError, match=r"bnbfix\.json: 1,099,511,627,776 bytes are too many for such a file"):
+        bnbfix.verify(out)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -85,6 +85,10 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         ),
         "skip entries without end": lambda: checkpoint({}, [f"m.{i}" for i in range(n(300_000))]),
         "a long skip entry": lambda: checkpoint({}, ["(a|b)*" * n(500_000), "(a+)+" * 9 + "$", "(?:" * n(20_000)]),
+        "skip patterns": lambda: checkpoint(
+            numbered("model.vision_tower." + "a" * 90 + "{}.weight", n(1_400), weight),
+            [f".*.*a{i}!" for i in range(n(2_900))],
+        ),
         "layers": lambda: checkpoint({}, num_hidden_layers=len(kinds), layer_types=kinds),
         "shared layers": lambda: checkpoint(
             numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight),
