@@ -174,9 +174,10 @@ class HubSource:
         asked = asked_for(self.repo, self.revision, file)
         check_names()
         try:
-            found = Path(patiently(lambda: hf_hub_download(
-                self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
-            ))  # fmt: skip
+            with understood(asked, (RuntimeError, ValueError)):
+                found = Path(patiently(lambda: hf_hub_download(
+                    self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
+                ))  # fmt: skip
         except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; what hf_xet says when it gives up
             words = scrubbed(str(getattr(e, "strerror", None) or e))
             raise HubError(f"cannot be downloaded ({words})", where=asked.where) from None

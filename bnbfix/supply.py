@@ -136,18 +136,19 @@ def _its_own_errors(progress: Progress | None) -> Iterator[Progress]:
 def fetch(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
     """Downloads files into the Hub's cache, the largest first; the first error stops what has not begun."""
     lock = threading.Lock()
-
-    def one_at_a_time(n: int) -> None:
-        with lock:
-            step(n)
-
     pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
-    try:
-        names = sorted(files, key=lambda f: -files[f])
-        for done in [pool.submit(source.fetch, name, None, one_at_a_time) for name in names]:
-            done.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with _its_own_errors(step) as told:
+
+        def one_at_a_time(n: int) -> None:
+            with lock:
+                told(n)
+
+        try:
+            names = sorted(files, key=lambda f: -files[f])
+            for done in [pool.submit(source.fetch, name, None, one_at_a_time) for name in names]:
+                done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -257,6 +257,7 @@ class FakeHub:
         if fault and fault.kind == "commit":
             headers["X-Repo-Commit"] = "f" * 40
         if fault and fault.kind == "elsewhere":
+            headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.oid}"'}
             return Response(status_code=302, headers=headers | {"Location": fault.headers["Location"]})
         if blob.lfs:
             self.signature += 1

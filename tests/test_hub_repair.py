@@ -310,7 +310,7 @@ def test_downloads_through_xet_are_counted_once_too(hub: Hub) -> None:
 
 
 OWN_ERROR = """
-import sys
+import sys, threading
 import bnbfix
 
 class Own(OSError):
@@ -319,18 +319,41 @@ class Own(OSError):
 def step(n):
     raise Own("mine")
 
-for stream in (False, True):
+def while_fetching(n):
+    if threading.current_thread().name.startswith("bnbfix-fetch"):
+        raise Own("mine")
+
+repo, source, out = sys.argv[1:]
+bnbfix.repair(source, out, "0.22.1", device="cpu")
+for work in (
+    lambda: bnbfix.repair(repo, out + "-2", "0.22.1", device="cpu", progress=step),
+    lambda: bnbfix.repair(repo, out + "-2", "0.22.1", device="cpu", stream=True, progress=step),
+    lambda: bnbfix.verify(out, repo, progress=while_fetching),
+):
     try:
-        bnbfix.repair(sys.argv[1], sys.argv[2], "0.22.1", device="cpu", stream=stream, progress=step)
+        work()
     except Own as e:
         print(e, e.__cause__)
 """
 
 
-def test_what_the_callers_progress_raises_is_not_the_hubs(hub: Hub, repo: str, tmp_path: Path) -> None:
-    done = hub.run(repo, tmp_path / "out", script=OWN_ERROR)
-    assert (done.out, done.err) == ("mine None\nmine None\n", "")
-    assert os.listdir(tmp_path) == []
+def test_what_the_callers_progress_raises_is_not_the_hubs(hub: Hub, source: Path, repo: str, tmp_path: Path) -> None:
+    done = hub.run(repo, source, tmp_path / "out", script=OWN_ERROR)
+    assert (done.out, done.err) == ("mine None\n" * 3, "")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+@pytest.mark.parametrize("place", ["http://127.0.0.1:1/\x7f", "http://a..b/", "http://["])
+def test_a_download_that_is_sent_to_no_address_is_the_hubs_error(
+    hub: Hub, repo: str, tmp_path: Path, place: str, stream: list[str]
+) -> None:
+    assert hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--dry-run").code == 0
+    planning = sum("/resolve/" in s.path and "model-00003" in s.path for s in hub.server.seen)
+    hub.server.fault("elsewhere", "model-00003", origin="hub", headers={"Location": place}, after=planning)
+    done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", *stream)
+    assert done.code == 2 and done.err.startswith(f"error: {repo}: model-00003-of-00004.safetensors: "), done.err
+    assert os.listdir(tmp_path) == [] and planning
 
 
 SPACE = """
