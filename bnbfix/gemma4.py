@@ -106,14 +106,14 @@ def _family(config: Mapping[str, Any]) -> Family:
         if named == family.architecture or (named is None and model_type in family.model_types):
             return family
     what = named or model_type
-    raise NotApplicable(f"is {what!r}, not a Gemma4 model" if what else "config names no architecture", where=CONFIG)
+    raise NotApplicable(f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture", where=CONFIG)
 
 
 def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
     value = text.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 <= value <= 10_000:
-        raise InputError(f"{key} is {value!r}, not a count", where=CONFIG)
+        raise InputError(f"{key} is {value!r:.100}, not a count", where=CONFIG)
     return value
 
 

@@ -75,12 +75,14 @@ def test_without_architectures_the_model_type_says_the_family(model_type: str) -
         ({"architectures": [{"a": 1}]}, "is {'a': 1}"),
         ({"model_type": "gemma3"}, "is 'gemma3'"),
         ({"model_type": ["gemma4"]}, "not a Gemma4 model"),
+        ({"model_type": "x" * 10**6}, "xxx, not a Gemma4 model"),
     ],
 )
 def test_another_model_is_not_applicable(doc: dict[str, Any], words: str) -> None:
     with pytest.raises(NotApplicable) as caught:
         read_model(doc)
     assert str(caught.value).startswith("config.json: ") and words in str(caught.value)
+    assert len(str(caught.value)) < 200, "an error is one line"
 
 
 @pytest.mark.parametrize(
