@@ -106,7 +106,8 @@ def _family(config: Mapping[str, Any]) -> Family:
         if named == family.architecture or (named is None and model_type in family.model_types):
             return family
     what = named or model_type
-    raise NotApplicable(f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture", where=CONFIG)
+    words = f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture"
+    raise NotApplicable(words, where=CONFIG)
 
 
 def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
