@@ -53,7 +53,8 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
      "redirects more than 10 times", ""),
     ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://[/?signature=1"}}, NONSENSE, "HF_ENDPOINT"),
     ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://h:99999/"}}, NONSENSE, "HF_ENDPOINT"),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://127.0.0.1:1/\x7f"}}, "127.0.0.1:", ""),  # httpx words it in some releases
+    # httpx says it in its own words in some releases.
+    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://127.0.0.1:1/\x7f"}}, "127.0.0.1:", ""),
     ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://a..b/"}}, NONSENSE, ""),
     # Refusals
     ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
