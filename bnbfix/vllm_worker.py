@@ -70,18 +70,16 @@ def bear_with_a_cpu() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
     if getattr(current_platform, "mem_get_info", None) is None:  # gemma4_mm.py asks how much GPU memory is free
         platform.mem_get_info = classmethod(lambda cls, *args: (4 << 30, 8 << 30))
-    _patch_gemm(torch)
+    _patch_gemm()
     _patch_experts(torch)
 
 
-def _patch_gemm(torch: Any) -> None:
-    """The kernels for ordinary weights take contiguous rows alone; the audio tower hands them others."""
-    import vllm._custom_ops as ops
+def _patch_gemm() -> None:
+    """The kernels for ordinary weights (oneDNN's, AMX's) take contiguous rows; the audio tower hands them others."""
+    import vllm.model_executor.layers.utils as layers
 
-    if (onednn := getattr(ops, "onednn_mm", None)) is not None:
-        ops.onednn_mm = lambda handler, x, bias: onednn(handler, x.contiguous(), bias)
-    if (amx := getattr(ops, "weight_packed_linear_cpu", None)) is not None:  # on processors that have AMX, from 0.32 on
-        ops.weight_packed_linear_cpu = lambda x, *rest: amx(x.contiguous(), *rest)
+    gemm = layers.cpu_unquantized_gemm
+    layers.cpu_unquantized_gemm = lambda layer, x, *rest: gemm(layer, x.contiguous(), *rest)
 
 
 def _patch_experts(torch: Any) -> None:
