@@ -29,13 +29,12 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
     """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
     target = Path(os.path.abspath(out))
     if isinstance(source, LocalSource):
-        here, there = Path(os.path.realpath(source.path)), Path(os.path.realpath(target))
-        if _holds(here, there) or _holds(there, here):
+        if _holds(source.path, target) or _holds(target, source.path):
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (Path(os.path.realpath(p)) for p in (*_scratch(real(out)), fetched_folder(out))):
-            if _holds(scratch, here):
+        for scratch in (*_scratch(real(out)), fetched_folder(out)):
+            if _holds(scratch, source.path):
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
                     hint="Rename it, or name another --out.",
@@ -52,6 +51,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
 
 def _holds(outer: Path, inner: Path) -> bool:
     """Is it the same folder, or one above? By inode too: a mount, or letters in another case, give it two names."""
+    outer, inner = (Path(os.path.realpath(p)) for p in (outer, inner))
     folders = (inner, *inner.parents)
     return outer in folders or (outer.exists() and any(p.exists() and outer.samefile(p) for p in folders))
 
@@ -159,7 +159,7 @@ class Staging:
         self.worth_keeping = bool(self.kept)  # is there anything in it that the next run could use?
         for entry in os.scandir(self.path):
             if entry.name not in self.kept:
-                _clear(Path(entry.path))
+                clear(Path(entry.path))
         self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
@@ -207,7 +207,7 @@ class Staging:
             leftover = self.path
         else:
             leftover = self._old
-            _clear(leftover)
+            clear(leftover)
             self.out.rename(leftover)
             try:
                 self.path.rename(self.out)
@@ -221,7 +221,7 @@ class Staging:
             raise
         if leftover is not None:
             with contextlib.suppress(OSError, KeyboardInterrupt):  # too late to interrupt: the output is there
-                _clear(leftover)
+                clear(leftover)
 
     def _unpublish(self, leftover: Path | None) -> None:
         if leftover == self.path:
@@ -235,7 +235,7 @@ class Staging:
         """Removes the folder and what is in it."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
-                _clear(self.path)
+                clear(self.path)
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -257,7 +257,8 @@ def fsync_folder(path: str | Path) -> None:
         os.close(fd)
 
 
-def _clear(path: Path) -> None:
+def clear(path: Path) -> None:
+    """Removes a file, a link or a whole folder; a link's target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):

@@ -36,7 +36,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from . import __version__
 from .errors import HubError, InputError
-from .hub_client import Again, asked_for, check_names, counting, patiently, refused, scrubbed, understood
+from .hub_client import Again, asked_for, counting, guard_cache, patiently, refused, scrubbed, understood
 from .ranges import Span, follow, merge, misfit, origin_of, safe_name
 from .refusals import refusal
 from .source import NOT_OURS, LocalSource, open_regular, read_exactly
@@ -172,7 +172,7 @@ class HubSource:
         if self.local_path(file) is not None:
             return
         asked = asked_for(self.repo, self.revision, file)
-        check_names()
+        guard_cache()
         try:
             with understood(asked, (RuntimeError, ValueError)):
                 found = Path(patiently(lambda: hf_hub_download(

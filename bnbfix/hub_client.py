@@ -99,7 +99,7 @@ def understood(asked: Asked, left: tuple[type[Exception], ...] = ()) -> Iterator
         yield
     except (BnbfixError, OSError):
         raise
-    except left:
+    except left:  # mypy takes no tuple with a star
         raise
     except Exception as e:  # urllib, httpx and huggingface_hub each raise what they stumble over, of any kind
         what = type(e).__name__  # and no more of it: their words may hold signed addresses
@@ -135,17 +135,17 @@ def scrubbed(text: str) -> str:
     return text.replace(token, "***") if token else text
 
 
-def check_names() -> None:
+def guard_cache() -> None:
     """From now on refuses answers that would make huggingface_hub write outside its cache.
 
     It names a file after the ETag, whatever that is, and nothing but the answer itself can be asked in time.
     """
     client = get_session()
-    if _check_name not in (hooks := client.event_hooks)["response"]:
-        client.event_hooks = {**hooks, "response": [*hooks["response"], _check_name]}
+    if _stays_in_cache not in (hooks := client.event_hooks)["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _stays_in_cache]}
 
 
-def _check_name(answer: Any) -> None:
+def _stays_in_cache(answer: Any) -> None:
     etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
     if answer.request.method == "HEAD" and not {"/", "\\", "\0"}.isdisjoint(etag.removeprefix("W/")):
         raise HubError("the Hub names a file so that it would leave the cache", hint="Is HF_ENDPOINT a Hub?")

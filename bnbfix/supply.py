@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from .destination import SLACK, check_destination, disk_space, existing_parent, fetched_folder, hold
+from .destination import SLACK, check_destination, clear, disk_space, existing_parent, fetched_folder, hold
 from .errors import OutputError, UsageError
 from .layout import tensors_read
 from .plan import Plan
@@ -127,7 +127,7 @@ def _its_own_errors(progress: Progress | None) -> Iterator[Progress]:
 
     try:
         yield step
-    except Exception:
+    except Exception:  # raised again: as what the caller raised, if that is where it came from
         if failed:
             raise failed[0] from None
         raise
@@ -174,7 +174,7 @@ def _streaming(
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = hold(folder, out)  # what another repair fetched must not be cleared away under it
         for left in folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            clear(left)
         yield bring
     except OSError as e:
         raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename or folder)) from e
