@@ -21,17 +21,16 @@ class OutputFile:
     """A new file, that must not exist. Leaving its block without `finish` closes it, unfinished.
 
     `step` is told of bytes as they are written, `finished` of the whole file's SHA-256, on another thread; `stop` makes
-    that thread give up, and `room` bounds the chunks it holds.
+    that thread give up.
     """
 
     def __init__(
-        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event,
-        room: threading.Semaphore,
-    ) -> None:  # fmt: skip
+        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event
+    ) -> None:
         self._step, self._finished, self._at = step, finished, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd, stop, room)
+        self._hasher = Hasher(self._fd, stop)
         self._flushing = False
 
     def __enter__(self) -> OutputFile:
@@ -44,7 +43,7 @@ class OutputFile:
     def append(self, chunk: bytes | memoryview) -> None:
         """Writes bytes after those already there."""
         syscalls.write_all(self._fd, chunk, self._at)
-        self._moved(len(chunk), chunk)
+        self._moved(len(chunk))
 
     def copy_file(self, source: Source, name: str, size: int) -> None:
         """The whole of a file of the source, sharing its bytes on disk where the file system can."""
@@ -69,10 +68,10 @@ class OutputFile:
                 syscalls.copy(fd, begin, self._fd, self._at, n, name)
                 self._moved(n)
 
-    def _moved(self, n: int, chunk: bytes | memoryview | None = None) -> None:
+    def _moved(self, n: int) -> None:
         syscalls.start_writeback(self._fd, self._at, n)
         self._at += n
-        self._hasher.reach(self._at, chunk)
+        self._hasher.reach(self._at)
         self._step(n)
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:

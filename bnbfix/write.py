@@ -23,7 +23,7 @@ from .errors import OutputError, UsageError, VerifyError
 from .kernels import resolve_device, use_threads
 from .layout import Copy, Dequantize, Quantize, ShardPlan
 from .output_file import OutputFile, write_small
-from .pipeline import HELD, Prefetch
+from .pipeline import Prefetch
 from .plan import RECORD, Plan
 from .record import plan_digest, record
 from .scanner import scan_checkpoint
@@ -79,7 +79,7 @@ def worker_memory(plan: Plan) -> int:
             blocks += [w.state.blocks for w in weights if w.state is not None]
             if isinstance(op, Quantize):
                 blocks.append(op.state().blocks + sum(i.nbytes for i in op.infos()) // 4)
-    return (AHEAD + HELD + 4) * CHUNK + 16 * max(blocks)
+    return (AHEAD + 4) * CHUNK + 16 * max(blocks)
 
 
 def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_memory: int | None) -> int:
@@ -159,7 +159,6 @@ class _Job:
     linked: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(HELD))
 
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last."""
@@ -249,7 +248,7 @@ class _Job:
             with self.lock:
                 self.staging.finished(name, digest)
 
-        return OutputFile(self.staging.path / name, self.step, finished, self.stop, self.room)
+        return OutputFile(self.staging.path / name, self.step, finished, self.stop)
 
     def _whole(self, name: str, size: int, flush: ThreadPoolExecutor) -> Future[str]:
         with self._file(name) as out:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import tiny_gemma4
 from hub_server import FakeHub
+
+import bnbfix
+
+for module in pkgutil.iter_modules(bnbfix.__path__):  # one that is first imported in a test keeps what the test patched
+    import_module(f"bnbfix.{module.name}")
 
 Make = Callable[..., Path]
 

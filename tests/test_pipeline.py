@@ -64,31 +64,21 @@ def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Pat
     data = os.urandom(3_000_001)
     with (tmp_path / "file").open("w+b") as f:
         stop = threading.Event()
-        hasher = Hasher(f.fileno(), stop, threading.Semaphore(4))
+        hasher = Hasher(f.fileno(), stop)
         for at in range(0, len(data), 700_000):
             f.write(data[at : at + 700_000])
             f.flush()
             hasher.reach(f.tell())
         assert hasher.result() == hashlib.sha256(data).hexdigest()
-        short = Hasher(f.fileno(), stop, threading.Semaphore(4))
+        short = Hasher(f.fileno(), stop)
         short.reach(len(data) + 1)
         with pytest.raises(OutputError, match=r"ended at byte 3,000,001"):
             short.result()
         stop.set()
-        stopped = Hasher(f.fileno(), stop, threading.Semaphore(4))
+        stopped = Hasher(f.fileno(), stop)
         stopped.reach(len(data))
         with pytest.raises(OutputError, match="stopped before a file was whole"):
             stopped.result()
-
-
-def test_chunks_in_memory_are_hashed_in_their_place_and_read_back_while_the_hash_lags(tmp_path: Path) -> None:
-    pieces = [os.urandom(300_000) for _ in range(30)]
-    with (tmp_path / "file").open("w+b", buffering=0) as f:
-        hasher = Hasher(f.fileno(), threading.Event(), threading.Semaphore(4))
-        for i, piece in enumerate(pieces):
-            f.write(piece)
-            hasher.reach(f.tell(), memoryview(piece) if i % 3 else None)
-        assert hasher.result() == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
