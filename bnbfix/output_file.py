@@ -21,16 +21,17 @@ class OutputFile:
     """A new file, that must not exist. Leaving its block without `finish` closes it, unfinished.
 
     `step` is told of bytes as they are written, `finished` of the whole file's SHA-256, on another thread; `stop` makes
-    that thread give up.
+    that thread give up. Unless the file `stays` in memory, the kernel is told that it need not.
     """
 
     def __init__(
-        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event
-    ) -> None:
+        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event,
+        *, stays: bool,
+    ) -> None:  # fmt: skip
         self._step, self._finished, self._at = step, finished, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd, stop)
+        self._hasher = Hasher(self._fd, stop, stays=stays)
         self._flushing = False
 
     def __enter__(self) -> OutputFile:

@@ -75,6 +75,22 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
+def physical_memory() -> int | None:
+    """Bytes of RAM of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def let_go(fd: int, end: int) -> None:
+    """Tells the kernel that what is on disk of the bytes before `end` need not stay in memory; it may do nothing."""
+    call: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
+    if call is not None:
+        with contextlib.suppress(OSError):  # advice; fsync, later, reports every error
+            call(fd, 0, end, os.POSIX_FADV_DONTNEED)
+
+
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Swaps two paths in one step. False where the system cannot."""
     call = _libc("renameat2")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from . import syscalls
@@ -101,6 +102,15 @@ def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_me
     return min(wanted, fit)
 
 
+def stays_in_memory(output: int, memory: int | None) -> bool:
+    """Should an output of so many bytes be left in the page cache, for whoever loads it next?
+
+    Not one beyond a quarter of the machine's memory (bytes; None: unknown): it would push out what others use and be
+    pushed out itself, and taking a page from the cache costs the writer more than filling it.
+    """
+    return memory is None or output <= memory // 4
+
+
 def write_plan(
     plan: Plan, out: Path, how: How | None = None, *, overwrite: bool = False, progress: Progress | None = None,
     bring: Bring | None = None,
@@ -159,6 +169,10 @@ class _Job:
     linked: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @cached_property
+    def stays(self) -> bool:
+        return stays_in_memory(self.plan.bytes_written, syscalls.physical_memory())
 
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last."""
@@ -248,7 +262,7 @@ class _Job:
             with self.lock:
                 self.staging.finished(name, digest)
 
-        return OutputFile(self.staging.path / name, self.step, finished, self.stop)
+        return OutputFile(self.staging.path / name, self.step, finished, self.stop, stays=self.stays)
 
     def _whole(self, name: str, size: int, flush: ThreadPoolExecutor) -> Future[str]:
         with self._file(name) as out:

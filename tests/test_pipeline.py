@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from build import planned
 from conftest import Make
 
 import bnbfix
-from bnbfix import syscalls, write
+from bnbfix import pipeline, syscalls, write
 from bnbfix.errors import InputError, OutputError, UsageError
 from bnbfix.pipeline import Hasher, Prefetch
-from bnbfix.write import BASE_MEMORY, choose_workers, worker_memory
+from bnbfix.write import BASE_MEMORY, choose_workers, stays_in_memory, worker_memory, write_plan
 
 
 def test_items_come_in_order_and_no_more_are_made_than_may_wait() -> None:
@@ -79,6 +80,54 @@ def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Pat
         stopped.reach(len(data))
         with pytest.raises(OutputError, match="stopped before a file was whole"):
             stopped.result()
+
+
+def test_what_was_hashed_is_let_go_of_but_for_the_last_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(40 * 1000)
+    monkeypatch.setattr(pipeline, "PIECE", 1000)
+    monkeypatch.setattr(pipeline, "LAG", 4000)
+    gone: list[int] = []
+    monkeypatch.setattr(syscalls, "let_go", lambda fd, end: gone.append(end))
+    with (tmp_path / "file").open("w+b", buffering=0) as f:
+        f.write(data)
+        for stays in (True, False):
+            hasher = Hasher(f.fileno(), threading.Event(), stays=stays)
+            hasher.reach(len(data) // 2)
+            hasher.reach(len(data))
+            assert hasher.result() == hashlib.sha256(data).hexdigest()
+            assert gone == ([] if stays else [*range(4000, 36_001, 4000)])
+
+
+def test_letting_go_loses_nothing_and_fails_in_silence(tmp_path: Path) -> None:
+    data = os.urandom(1_000_000)
+    with (tmp_path / "file").open("w+b", buffering=0) as f:
+        f.write(data)
+        syscalls.let_go(f.fileno(), len(data))
+        os.fsync(f.fileno())
+        syscalls.let_go(f.fileno(), len(data))
+        assert os.pread(f.fileno(), len(data), 0) == data
+        gone = os.dup(f.fileno())
+    os.close(gone)
+    syscalls.let_go(gone, 1)
+
+
+def test_an_output_stays_in_memory_up_to_a_quarter_of_it() -> None:
+    memory = syscalls.physical_memory()
+    assert memory is None or memory > 1 << 28
+    assert stays_in_memory(6 << 30, 24 << 30) and not stays_in_memory((6 << 30) + 1, 24 << 30)
+    assert stays_in_memory(1 << 50, None)
+
+
+def test_an_output_that_does_not_stay_is_the_same(
+    pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(pristine("dense31b", "skip"), "0.22.1")
+    kept = write_plan(plan, tmp_path / "kept")
+    told: list[int] = []
+    monkeypatch.setattr(pipeline, "LAG", 10_000)
+    monkeypatch.setattr(syscalls, "physical_memory", lambda: 1 << 20)
+    monkeypatch.setattr(syscalls, "let_go", lambda fd, end: told.append(end))
+    assert write_plan(plan, tmp_path / "out").files == kept.files and told
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
