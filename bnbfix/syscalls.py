@@ -75,10 +75,10 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
-def physical_memory() -> int | None:
-    """Bytes of RAM of the machine; None where the system does not say."""
+def free_memory() -> int | None:
+    """Bytes of RAM that hold nothing, no file's pages either; None where the system does not say."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
 

@@ -102,13 +102,13 @@ def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_me
     return min(wanted, fit)
 
 
-def stays_in_memory(output: int, memory: int | None) -> bool:
+def stays_in_memory(output: int, free: int | None) -> bool:
     """Should an output of so many bytes be left in the page cache, for whoever loads it next?
 
-    Not one beyond a quarter of the machine's memory (bytes; None: unknown): it would push out what others use and be
-    pushed out itself, and taking a page from the cache costs the writer more than filling it.
+    Not one beyond half of the memory that is free (bytes; None: unknown): it would push out what others use, and taking
+    a page from the cache costs the writer more than filling it.
     """
-    return memory is None or output <= memory // 4
+    return free is None or output <= free // 2
 
 
 def write_plan(
@@ -172,7 +172,7 @@ class _Job:
 
     @cached_property
     def stays(self) -> bool:
-        return stays_in_memory(self.plan.bytes_written, syscalls.physical_memory())
+        return stays_in_memory(self.plan.bytes_written, syscalls.free_memory())
 
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last."""
