@@ -15,6 +15,7 @@ from .source import Source, open_regular
 from .values import copy_range
 
 KERNEL_BYTES = 8 << 20  # moved by one call in the kernel
+LAG = 64 << 20  # bytes that were hashed last, which the disk may not have yet
 
 
 class OutputFile:
@@ -29,9 +30,10 @@ class OutputFile:
         *, stays: bool,
     ) -> None:  # fmt: skip
         self._step, self._finished, self._at = step, finished, 0
+        self._stays, self._gone = stays, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd, stop, stays=stays)
+        self._hasher = Hasher(self._fd, stop)
         self._flushing = False
 
     def __enter__(self) -> OutputFile:
@@ -73,6 +75,10 @@ class OutputFile:
         syscalls.start_writeback(self._fd, self._at, n)
         self._at += n
         self._hasher.reach(self._at)
+        # Here and not where it is hashed: of the two threads this is the one that waits.
+        if not self._stays and self._hasher.at >= self._gone + 2 * LAG:
+            self._gone = self._hasher.at - LAG
+            syscalls.let_go(self._fd, self._gone)
         self._step(n)
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:

@@ -9,14 +9,12 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from . import syscalls
 from .errors import OutputError
 
 T = TypeVar("T")
 # Bytes read back and hashed at a time: they stay in the cache of the core that hashes. SHA-256 straight from a chunk
 # that another core has just made is slower than that, by a tenth on a Xeon with SHA-NI.
 PIECE = 512 << 10
-LAG = 64 << 20  # bytes that were hashed last, which the disk may not have yet
 STOPPED = "stopped before a file was whole"
 
 
@@ -72,16 +70,12 @@ class Prefetch(Generic[T]):
 
 
 class Hasher:
-    """SHA-256 of a file that grows, read back on its own thread. With `stop` set it gives up, and `result` raises.
+    """SHA-256 of a file that grows, read back on its own thread. With `stop` set it gives up, and `result` raises."""
 
-    Unless it `stays` in memory, what was hashed and is on disk is let go of on the way.
-    """
-
-    def __init__(self, fd: int, stop: threading.Event, *, stays: bool = True) -> None:
-        self._fd, self._stop, self._stays = fd, stop, stays
+    def __init__(self, fd: int, stop: threading.Event) -> None:
+        self._fd, self._stop = fd, stop
         self._digest = hashlib.sha256()
-        self._at = 0  # bytes that were hashed
-        self._gone = 0  # bytes that memory was asked to let go of
+        self.at = 0  # bytes that were hashed
         self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._closed = False
@@ -115,14 +109,11 @@ class Hasher:
             self._error = e
 
     def _read_back(self, end: int, buffer: memoryview) -> None:
-        while self._at < end and not self._closed:
+        while self.at < end and not self._closed:
             if self._stop.is_set():
                 raise OutputError(STOPPED)
-            got = os.preadv(self._fd, [buffer[: end - self._at]], self._at)
+            got = os.preadv(self._fd, [buffer[: end - self.at]], self.at)
             if not got:
-                raise OutputError(f"a file being written ended at byte {self._at:,}; is something else writing it?")
+                raise OutputError(f"a file being written ended at byte {self.at:,}; is something else writing it?")
             self._digest.update(buffer[:got])
-            self._at += got
-            if not self._stays and self._at >= self._gone + 2 * LAG:
-                self._gone = self._at - LAG
-                syscalls.let_go(self._fd, self._gone)
+            self.at += got

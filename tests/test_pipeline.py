@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from build import planned
 from conftest import Make
 
 import bnbfix
-from bnbfix import pipeline, syscalls, write
+from bnbfix import output_file, syscalls, write
 from bnbfix.errors import InputError, OutputError, UsageError
 from bnbfix.pipeline import Hasher, Prefetch
 from bnbfix.write import BASE_MEMORY, choose_workers, stays_in_memory, worker_memory, write_plan
@@ -84,18 +85,21 @@ def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Pat
 
 def test_what_was_hashed_is_let_go_of_but_for_the_last_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(40 * 1000)
-    monkeypatch.setattr(pipeline, "PIECE", 1000)
-    monkeypatch.setattr(pipeline, "LAG", 4000)
+    monkeypatch.setattr(output_file, "LAG", 4000)
     gone: list[int] = []
     monkeypatch.setattr(syscalls, "let_go", lambda fd, end: gone.append(end))
-    with (tmp_path / "file").open("w+b", buffering=0) as f:
-        f.write(data)
-        for stays in (True, False):
-            hasher = Hasher(f.fileno(), threading.Event(), stays=stays)
-            hasher.reach(len(data) // 2)
-            hasher.reach(len(data))
-            assert hasher.result() == hashlib.sha256(data).hexdigest()
-            assert gone == ([] if stays else [*range(4000, 36_001, 4000)])
+    for stays in (True, False):
+        file = output_file.OutputFile(
+            tmp_path / str(stays), lambda n: None, lambda digest: None, threading.Event(), stays=stays
+        )
+        with file, ThreadPoolExecutor(1) as pool:
+            for at in range(0, len(data), 1000):
+                while file._hasher.at < at:
+                    time.sleep(0.001)
+                file.append(data[at : at + 1000])
+            assert file.finish(pool).result() == hashlib.sha256(data).hexdigest()
+        assert bool(gone) is not stays
+    assert gone == sorted(gone) and 4000 <= gone[0] <= 6000 and 31_000 <= gone[-1] <= 36_000
 
 
 def test_letting_go_loses_nothing_and_fails_in_silence(tmp_path: Path) -> None:
@@ -123,11 +127,9 @@ def test_an_output_that_does_not_stay_is_the_same(
 ) -> None:
     plan = planned(pristine("dense31b", "skip"), "0.22.1")
     kept = write_plan(plan, tmp_path / "kept")
-    told: list[int] = []
-    monkeypatch.setattr(pipeline, "LAG", 10_000)
-    monkeypatch.setattr(syscalls, "free_memory", lambda: 1 << 20)
-    monkeypatch.setattr(syscalls, "let_go", lambda fd, end: told.append(end))
-    assert write_plan(plan, tmp_path / "out").files == kept.files and told
+    monkeypatch.setattr(output_file, "LAG", 100)
+    monkeypatch.setattr(syscalls, "free_memory", lambda: 0)
+    assert write_plan(plan, tmp_path / "out").files == kept.files
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
