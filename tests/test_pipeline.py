@@ -94,7 +94,9 @@ def test_what_was_hashed_is_let_go_of_but_for_the_last_of_it(tmp_path: Path, mon
         )
         with file, ThreadPoolExecutor(1) as pool:
             for at in range(0, len(data), 1000):
+                deadline = time.monotonic() + 5
                 while file._hasher.at < at:
+                    assert time.monotonic() < deadline
                     time.sleep(0.001)
                 file.append(data[at : at + 1000])
             assert file.finish(pool).result() == hashlib.sha256(data).hexdigest()
