@@ -15,11 +15,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
     from .api import check_before_upload, plan_repair, repair, scan, verify
-    from .codes import Code, Severity
+    from .engines.vllm.releases import ReleaseRange, Target
     from .errors import (
         BnbfixError,
         FindingsRemain,
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
-    from .plan import Edit, Plan
-    from .scanner import Finding, ReleaseVerdict, ScanResult
-    from .verifier import Problem, VerifyResult
-    from .vllm_releases import ReleaseRange, Target
-    from .write import RepairResult
+    from .planner.plan import Edit, Plan
+    from .rules.rule import Code, Severity
+    from .rules.scan import Finding, ReleaseVerdict, ScanResult
+    from .verifier.verify import Problem, VerifyResult
+    from .writer.write import RepairResult
 
 __all__ = [
     "BnbfixError", "Code", "Edit", "Finding", "FindingsRemain", "HeaderError", "HubError", "InputError",
@@ -50,14 +50,14 @@ _HOME = {
     name: module
     for module, names in {
         "api": ("check_before_upload", "plan_repair", "repair", "scan", "verify"),
-        "codes": ("Code", "Severity"),
+        "rules.rule": ("Code", "Severity"),
         "errors": ("BnbfixError", "FindingsRemain", "HeaderError", "HubError", "InputError", "NotApplicable",
                    "OutputError", "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
-        "plan": ("Edit", "Plan"),
-        "scanner": ("Finding", "ReleaseVerdict", "ScanResult"),
-        "verifier": ("Problem", "VerifyResult"),
-        "vllm_releases": ("ReleaseRange", "Target"),
-        "write": ("RepairResult",),
+        "planner.plan": ("Edit", "Plan"),
+        "rules.scan": ("Finding", "ReleaseVerdict", "ScanResult"),
+        "verifier.verify": ("Problem", "VerifyResult"),
+        "engines.vllm.releases": ("ReleaseRange", "Target"),
+        "writer.write": ("RepairResult",),
     }.items()
     for name in names
 }  # fmt: skip

@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import CONFIG, INDEX, open_checkpoint
-from .codes import Code
+from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
+from .checkpoint.source import LocalSource
+from .engines.vllm.releases import Target, find_installed, resolve_target
 from .errors import FindingsRemain, NotApplicable, UsageError
-from .gemma4 import Model, read_model
-from .locate import open_source
-from .scanner import Finding, ScanResult, scan_checkpoint, target_ranges
-from .source import LocalSource
-from .vllm_releases import Target, find_installed, resolve_target
+from .hub.resolve import open_source
+from .models.gemma4 import Model, read_model
+from .rules.rule import Code
+from .rules.scan import Finding, ScanResult, scan_checkpoint, target_ranges
 
 if TYPE_CHECKING:
-    from .plan import Options, Plan
-    from .verifier import VerifyResult
-    from .write import Progress, RepairResult
+    from .planner.plan import Options, Plan
+    from .verifier.verify import VerifyResult
+    from .writer.write import Progress, RepairResult
 
 StrPath = str | os.PathLike[str]
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
@@ -105,13 +105,13 @@ def plan_repair(
     Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
     them load in the target.
     """
-    from .plan import plan_checkpoint
+    from .planner.plan import plan_checkpoint
 
     return plan_checkpoint(open_source(path, revision), _target(vllm), _options(bf16, max_shard_size, ragged))
 
 
 def _options(bf16: bool, max_shard_size: int, ragged: str) -> Options:
-    from .plan import Options
+    from .planner.plan import Options
 
     if ragged not in ("dequantize", "quantize"):
         raise UsageError(f"ragged is {ragged!r}, neither dequantize nor quantize")
@@ -151,10 +151,10 @@ def repair(
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
-    from .destination import check_destination
-    from .plan import plan_checkpoint
-    from .supply import carry_out
-    from .write import How
+    from .planner.plan import plan_checkpoint
+    from .writer.download import carry_out
+    from .writer.staging import check_destination
+    from .writer.write import How
 
     source = open_source(path, revision)
     check_destination(source, Path(out), overwrite=overwrite)
@@ -172,7 +172,7 @@ def verify(
 
     Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
     """
-    from .verifier import verify_output
+    from .verifier.verify import verify_output
 
     found = open_source(source, revision) if source is not None else None
     return verify_output(Path(out), found, progress=progress)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import pickle
+import pkgutil
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Make
 
 import bnbfix
+from bnbfix.engines.vllm.releases import Installed
 from bnbfix.errors import BnbfixError
-from bnbfix.vllm_releases import Installed
+from tests.support.build import Make
 
 RESULTS = [
     "Edit", "Finding", "Plan", "Problem", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Target",
@@ -53,14 +54,14 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_modules_do_not_hide_the_functions() -> None:
-    for path in Path(bnbfix.__file__).parent.glob("[a-z]*.py"):
-        if path.stem != "vllm_worker":
-            importlib.import_module(f"bnbfix.{path.stem}")
+    for module in pkgutil.walk_packages(bnbfix.__path__, "bnbfix."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     assert all(inspect.isfunction(getattr(bnbfix, name)) for name in FUNCTIONS)
 
 
 def test_importing_what_is_run_with_python_m_runs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("bnbfix.__main__", "bnbfix.pre_commit"):
+    for name in ("bnbfix.__main__", "bnbfix.cli.pre_commit"):
         assert importlib.reload(importlib.import_module(name)).main
     assert capfd.readouterr() == ("", "")
 

@@ -1,4 +1,4 @@
-"""Which module may import which, and what a scan may not pull in; and the linters, which are tests like others."""
+"""Which folder may import which, and what a scan may not pull in; and the linters, which are tests like others."""
 
 from __future__ import annotations
 
@@ -6,146 +6,127 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import Make
 
 import bnbfix
+from tests.support.build import Make
 
 PACKAGE = Path(bnbfix.__file__).parent
 ROOT = PACKAGE.parent
-FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-# From the ground up: a module imports from rows above its own alone. A new module needs a place here.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("safetensors_header", "source", "beside", "refusals", "json_edit", "skip_modules", "codes", "vllm_releases"),
-    ("quant_state", "ranges", "card", "hub_client"),
-    ("checkpoint", "hub"),
-    ("locate",),
-    ("gemma4",),
-    ("parameters",),
-    ("rules",),
-    ("scanner",),
-    ("native", "syscalls"),
-    ("kernels", "decode", "layout", "installed", "selection", "grid", "pipeline"),
-    ("experts", "values"),
-    ("mend", "recompute"),
-    ("assemble", "unpack"),
-    ("plan",),
-    ("destination", "output_file", "record"),
-    ("write",),
-    ("supply",),
-    ("verifier", "outcome"),
-    ("publish",),
-    ("words", "api"),
-    ("lines", "report", "report_json", "report_markdown", "report_github", "report_sarif", "report_html"),
-    ("report_map",),
-    ("report_table", "terminal"),
-    ("cli_scan", "pre_commit"),
-    ("cli",),
-    ("__main__", "__init__"),
-)
-APART = "vllm_worker"  # runs in a process of its own, and knows nothing of the rest
-SCANNING = [name for row in LAYERS[:9] for name in row]
-REMOTE = {"hub", "hub_client", "ranges", "refusals"}  # of a scan of a repo alone
-PLANNING = {"json_edit", "card"}  # of no scan
+# From the ground up: a module imports from its own folder and from those above it in this list.
+FOLDERS = (
+    "errors", "__version__", "checkpoint", "hub", "models", "engines", "rules", "kernels", "planner", "writer",
+    "verifier", "api", "report", "cli", "__init__", "__main__",
+)  # fmt: skip
+WORKER = "engines.vllm.worker"  # runs in a process of its own, and knows nothing of the rest
+NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "cli"}
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "torch": {"kernels", APART},
-    "bitsandbytes": {"kernels"},
-    "huggingface_hub": {"hub", "hub_client"},
-    "numpy": {"decode", "native"},
-    "rich": {"report", "terminal", "cli"},
-    "typer": {"cli", "cli_scan"},
-    "vllm": {APART},
-    "vllm_bnb_plugin": {APART},
+    "torch": {"kernels.bnb", WORKER},
+    "bitsandbytes": {"kernels.bnb"},
+    "huggingface_hub": {"hub.source", "hub.client"},
+    "numpy": {"kernels.reference", "kernels.native"},
+    "rich": {"report.results", "report.terminal", "cli.main"},
+    "typer": {"cli.main", "cli.scan"},
+    "vllm": {WORKER},
+    "vllm_bnb_plugin": {WORKER},
 }
+PRINTING = {"report", "cli"}
 
 
-@dataclass(frozen=True)
-class Import:
-    """One imported name: `module` of ours, or the top-level package of others."""
-
-    ours: bool
-    module: str
-    line: int
-
-
-def imports(name: str) -> Iterator[Import]:
-    """Every import in a module, wherever it stands: at the top, in a function, for the type checker."""
+def imports(name: str) -> Iterator[tuple[bool, str, int]]:
+    """(is it ours? the module, the line) of every import, wherever it stands: at the top, in a function, for types."""
+    folder = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
+    if folder == ["__init__"]:
+        folder = []
+    folder = [part for part in folder if part != "__init__"]
     for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name.split(".")[0] == "bnbfix", alias.name.split(".")[0], node.lineno)
+            yield from ((False, alias.name.split(".")[0], node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"{name}:{node.lineno} climbs out of the package"
-            if node.module:
-                yield Import(True, node.module, node.lineno)
-            else:  # `from . import x`: a module, or a name of the package itself, which is there already
-                yield from (Import(True, a.name, node.lineno) for a in node.names if a.name in FILES)
+            base = [*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]
+            module = ".".join(filter(None, base))
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                yield True, inner if inner in FILES else module if module in FILES else f"{module}.__init__", node.lineno
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None
-            yield Import(False, node.module.split(".")[0], node.lineno)
+            yield False, node.module.split(".")[0], node.lineno
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("import_module", "__import__"):
             if isinstance(node.args[0], ast.Constant):
-                yield Import(False, str(node.args[0].value).split(".")[0], node.lineno)
+                yield False, str(node.args[0].value).split(".")[0], node.lineno
 
 
-ARROWS = {name: {i.module for i in imports(name) if i.ours} for name in FILES}
+ARROWS = {name: {module for ours, module, _ in imports(name) if ours} for name in FILES}
+
+
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def test_the_walk_over_imports_finds_them() -> None:
-    assert {"torch", "bitsandbytes"} <= {i.module for i in imports("kernels") if not i.ours}
-    assert {"errors", "quant_state", "source", "safetensors_header"} <= ARROWS["checkpoint"]
-    assert "verifier" in ARROWS["api"], "imports inside functions count"
+    assert {"torch", "bitsandbytes"} <= {module for ours, module, _ in imports("kernels.bnb") if not ours}
+    assert {"errors", "checkpoint.quant_state", "checkpoint.source"} <= ARROWS["checkpoint.checkpoint"]
+    assert "verifier.verify" in ARROWS["api"], "imports inside functions count"
 
 
-def test_every_module_has_its_place() -> None:
-    placed = [name for row in LAYERS for name in row] + [APART]
-    assert sorted(placed) == sorted(FILES)
+def test_every_folder_has_its_place() -> None:
+    assert {folder_of(name) for name in FILES} == set(FOLDERS)
 
 
-def test_imports_make_no_circle() -> None:
-    order = list(TopologicalSorter(ARROWS).static_order())
-    assert set(order) == set(FILES)
-
-
-@pytest.mark.parametrize("name", sorted(set(FILES) - {APART}))
-def test_a_module_imports_from_layers_below_alone(name: str) -> None:
-    height = {module: i for i, row in enumerate(LAYERS) for module in row}
-    climbing = {module for module in ARROWS[name] if height.get(module, len(LAYERS)) >= height[name]}
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_from_folders_below_it(folder: str) -> None:
+    below = set(FOLDERS[: FOLDERS.index(folder)]) | {folder}
+    climbing = {(n, m) for n, ms in ARROWS.items() if folder_of(n) == folder for m in ms if folder_of(m) not in below}
     assert climbing == set()
 
 
-@pytest.mark.parametrize("name", SCANNING)
-def test_scanning_imports_nothing_of_repairing_or_reporting(name: str) -> None:
-    assert ARROWS[name] <= set(SCANNING)
+def test_imports_make_no_circle() -> None:
+    try:
+        order = list(TopologicalSorter(ARROWS).static_order())
+    except CycleError as e:
+        pytest.fail(f"a circle: {' <- '.join(e.args[1])}")
+    assert set(order) == set(FILES)
+
+
+def test_themes_of_rules_do_not_know_each_other() -> None:
+    frame = {"__init__", "rule", "changes", "scan", "selection"}
+    themes = {name for name in FILES if folder_of(name) == "rules"} - {f"rules.{name}" for name in frame}
+    assert len(themes) >= 8
+    assert {(name, module) for name in themes for module in ARROWS[name] & themes} == set()
+
+
+def test_folders_are_small() -> None:
+    folders = {path.parent for path in FILES.values()}
+    sizes = {f: len([p for p in f.iterdir() if p.is_file() and p.name != "__init__.py"]) for f in folders}
+    assert {str(f): n for f, n in sizes.items() if n > (8 if f == PACKAGE else 12)} == {}
 
 
 def test_the_worker_inside_vllms_process_stands_apart() -> None:
-    assert ARROWS[APART] == set()
-    assert not any(APART in found for found in ARROWS.values())
+    assert ARROWS[WORKER] == set()
+    assert not any(WORKER in found for found in ARROWS.values())
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_third_parties_are_imported_where_they_may_be_alone(name: str) -> None:
+def test_third_parties_are_imported_only_where_they_may_be(name: str) -> None:
     known = set(sys.stdlib_module_names) | {package for package, users in THIRD_PARTIES.items() if name in users}
-    strangers = {f"{i.module}, line {i.line}" for i in imports(name) if not i.ours and i.module not in known}
+    strangers = {f"{module}, line {line}" for ours, module, line in imports(name) if not ours and module not in known}
     assert strangers == set()
 
 
 @pytest.mark.parametrize(("package", "users"), THIRD_PARTIES.items())
 def test_whoever_may_import_a_third_party_does(package: str, users: set[str]) -> None:
-    found = {name for name in FILES if package in {i.module for i in imports(name) if not i.ours}}
+    found = {name for name in FILES if package in {module for ours, module, _ in imports(name) if not ours}}
     assert found == users
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - {"report", "terminal", "cli_scan", "cli"}))
+@pytest.mark.parametrize("name", sorted(n for n in FILES if folder_of(n) not in PRINTING))
 def test_only_the_report_and_the_command_line_print(name: str) -> None:
     tree = ast.parse(FILES[name].read_text("utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
@@ -156,7 +137,7 @@ def test_only_the_report_and_the_command_line_print(name: str) -> None:
         if isinstance(n, ast.Attribute) and n.attr in ("stdout", "stderr") and getattr(n.value, "id", "") == "sys"
     ]
     assert printing == []
-    assert writing == [] or name == APART
+    assert writing == [] or name == WORKER
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -183,14 +164,15 @@ def loaded(code: str) -> tuple[str, set[str]]:
 
 
 def test_importing_the_package_imports_nothing_of_it() -> None:
-    assert loaded("import bnbfix") == ("[]", set())
+    assert loaded("import bnbfix") == ("[]", {"__version__"})
 
 
 def test_a_scan_imports_nothing_heavy_and_nothing_of_repairing(pristine: Make) -> None:
     source = str(pristine("dense31b", "ragged", shards=2))
     heavy, ours = loaded(f"import bnbfix\nassert not bnbfix.scan({source!r}, vllm='portable').ok")
     assert heavy == "[]"
-    assert ours == set(SCANNING) - PLANNING - REMOTE | {"api"}
+    assert {folder_of(m) for m in ours} & NOT_OF_A_SCAN == set()
+    assert {"api", "rules.scan"} <= ours and not any(m.startswith("hub.") and m != "hub.resolve" for m in ours)
 
 
 def test_planning_a_repair_imports_nothing_heavy(pristine: Make) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Make
 
 import bnbfix
-from bnbfix import pre_commit
+from bnbfix.cli import pre_commit
+from tests.support.build import Make
 
 ROOT = Path(bnbfix.__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -178,7 +178,7 @@ def test_the_hooks_manifest_names_files_of_checkpoints() -> None:
     names = ("config.json", "a/config.json", "m/model-00001-of-00002.safetensors", "m/model.safetensors.index.json")
     assert all(re.search(pattern, name) for name in names)
     assert not any(re.search(pattern, name) for name in ("tokenizer_config.json", "a/b.json", "x.safetensors.txt"))
-    assert set(re.findall(r"entry: (.*)", text)) == {"python -m bnbfix.pre_commit"}
+    assert set(re.findall(r"entry: (.*)", text)) == {"python -m bnbfix.cli.pre_commit"}
 
 
 def test_the_hooks_manifest_is_valid() -> None:
@@ -201,5 +201,5 @@ def test_the_hook_checks_each_folder_once(
     (tmp_path / "model.safetensors").touch()
     assert pre_commit.main([*files[bad], str(tmp_path / "config.json")]) == 2
     assert pre_commit.main([]) == 0
-    done = python("-m", "bnbfix.pre_commit", "--vllm", "0.32.0", *files[good], *files[bad])
+    done = python("-m", "bnbfix.cli.pre_commit", "--vllm", "0.32.0", *files[good], *files[bad])
     assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr

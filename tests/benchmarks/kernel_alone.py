@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bnbfix import kernels
-from bnbfix.checkpoint import open_checkpoint
-from bnbfix.source import LocalSource
-from bnbfix.values import plain_values
+from bnbfix.checkpoint.checkpoint import open_checkpoint
+from bnbfix.checkpoint.source import LocalSource
+from bnbfix.kernels import bnb as kernels
+from bnbfix.writer.tensor_data import plain_values
 
 source = LocalSource.open(Path(sys.argv[1]))
 kernels.use_threads(1)

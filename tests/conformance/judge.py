@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bnbfix import vllm_worker
+from bnbfix.engines.vllm import worker as vllm_worker
 
 os.environ.update({k: os.environ.get(k, v) for k, v in vllm_worker.ENVIRONMENT.items()})
 

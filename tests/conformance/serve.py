@@ -39,7 +39,7 @@ TOKENS = 6
 TIE = 0.25  # how much less likely than transformers' best a token may be, as a natural logarithm
 NAME = "mended"
 # vLLM calls what a package registers here in each of its processes: this puts `bear_with_a_cpu` into all of them.
-PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.vllm_worker:bear_with_a_cpu\n"
+PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.engines.vllm.worker:bear_with_a_cpu\n"
 # Its command line asks for the version of a distribution named vllm, which the CPU build is not.
 ENTRY = """
 from importlib import metadata

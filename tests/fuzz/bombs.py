@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from build import Raw, Tensors, plain
-from fuzz.memory import packed
-from surgery import pack
-
-from bnbfix.checkpoint import CONFIG, INDEX
+from bnbfix.checkpoint.checkpoint import CONFIG, INDEX
+from tests.fuzz.memory import packed
+from tests.support.build import Raw, Tensors, plain
+from tests.support.surgery import pack
 
 Files = dict[str, bytes]
 SHARD, INDEXED = "model.safetensors", "model-00001-of-00001.safetensors"

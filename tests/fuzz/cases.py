@@ -16,19 +16,19 @@ from typing import Any
 
 import tiny_gemma4
 import torch
-from build import Raw as Tensor
-from build import read_tensors
-from fuzz import structure
-from fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading
-from fuzz.memory import MemorySource, packed
-from surgery import pack
 
-from bnbfix.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
+from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
+from bnbfix.checkpoint.quant_state import SIBLING_SUFFIXES
+from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import BnbfixError, InputError, NotApplicable, QuantStateError, Unrepairable
-from bnbfix.plan import Options, plan_checkpoint
-from bnbfix.quant_state import SIBLING_SUFFIXES
-from bnbfix.scanner import scan_checkpoint
-from bnbfix.vllm_releases import resolve_target
+from bnbfix.planner.plan import Options, plan_checkpoint
+from bnbfix.rules.scan import scan_checkpoint
+from tests.fuzz import structure
+from tests.fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading
+from tests.fuzz.memory import MemorySource, packed
+from tests.support.build import Raw as Tensor
+from tests.support.build import read_tensors
+from tests.support.surgery import pack
 
 Files = dict[str, bytes]
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "hidden_size": 64}

@@ -15,16 +15,15 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent)]
 
-from fuzz.bombs import Files, bombs  # noqa: E402
-from fuzz.memory import MemorySource  # noqa: E402
-
-from bnbfix.checkpoint import open_checkpoint  # noqa: E402
+from bnbfix.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from bnbfix.engines.vllm.releases import resolve_target  # noqa: E402
 from bnbfix.errors import BnbfixError  # noqa: E402
-from bnbfix.plan import plan_checkpoint  # noqa: E402
-from bnbfix.scanner import scan_checkpoint  # noqa: E402
-from bnbfix.vllm_releases import resolve_target  # noqa: E402
+from bnbfix.planner.plan import plan_checkpoint  # noqa: E402
+from bnbfix.rules.scan import scan_checkpoint  # noqa: E402
+from tests.fuzz.bombs import Files, bombs  # noqa: E402
+from tests.fuzz.memory import MemorySource  # noqa: E402
 
 
 def ending(files: Files) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from bitsandbytes.functional import QuantState
 from safetensors import SafetensorError, deserialize
 
-from bnbfix.checkpoint import Checkpoint, Weight
+from bnbfix.checkpoint.checkpoint import Checkpoint, Weight
+from bnbfix.checkpoint.safetensors import Header, header_length, parse_header
 from bnbfix.errors import HeaderError
-from bnbfix.plan import Plan
-from bnbfix.safetensors_header import Header, header_length, parse_header
+from bnbfix.planner.plan import Plan
 
 STRICTER = (  # the rules for headers that the library does not have
     "is in the header twice",

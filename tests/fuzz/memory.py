@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from build import Raw as Tensor
-from surgery import pack
+from tests.support.build import Raw as Tensor
+from tests.support.surgery import pack
 
 
 @dataclass(frozen=True)

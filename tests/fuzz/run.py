@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "examples"), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "examples")]
 
-from fuzz.cases import case, corpus  # noqa: E402
-from fuzz.runner import Figures, run_cases  # noqa: E402
+from tests.fuzz.cases import case, corpus  # noqa: E402
+from tests.fuzz.runner import Figures, run_cases  # noqa: E402
 
 BATCH = 2000
 SHOWN = 20  # failures told in full; all are counted

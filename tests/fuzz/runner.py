@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from fuzz.cases import case
-from fuzz.judges import Disagreement
+from tests.fuzz.cases import case
+from tests.fuzz.judges import Disagreement
 
 LIMIT = 10.0  # seconds for a case; the slowest takes a tenth of one on an idle machine
 

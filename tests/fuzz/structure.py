@@ -6,9 +6,8 @@ import json
 from random import Random
 from typing import Any
 
-from surgery import pack
-
-from bnbfix.safetensors_header import DTYPE_BITS, tensor_nbytes
+from bnbfix.checkpoint.safetensors import DTYPE_BITS, tensor_nbytes
+from tests.support.surgery import pack
 
 
 class Raw(str):

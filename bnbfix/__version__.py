@@ -1,0 +1,3 @@
+"""The version, for whoever states it."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""A checkpoint as data: where its bytes come from, safetensors headers, quant states."""

@@ -1,0 +1,282 @@
+"""A checkpoint as data: config, index, shard headers and quant states, read through a source of byte ranges.
+
+Opening reads headers and the JSON of each quant state, never the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import ntpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import InputError, NotApplicable, QuantStateError
+from . import quant_state as qs
+from . import safetensors as st
+from .source import Source
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+# What bounds time and memory, an order of magnitude above the largest real ones: 26B with its experts one by one.
+MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
+MAX_HEADERS = 100_000_000  # bytes of all headers together
+MAX_TENSORS = 500_000
+MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is held against each module
+HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor, the shard it lies in, and where its bytes start in that file."""
+
+    shard: str
+    info: st.TensorInfo
+    offset: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is no sibling, with its siblings by suffix, and its quant state when it is packed in 4 bits."""
+
+    name: str
+    tensor: Tensor
+    siblings: Mapping[str, Tensor]
+    state: qs.QuantState | None
+
+    @property
+    def int8(self) -> bool:
+        """Is it an LLM.int8 weight?"""
+        return self.state is None and ".SCB" in self.siblings
+
+    @property
+    def packed(self) -> bool:
+        """Does it hold quantized bytes (4 bit, or LLM.int8)?"""
+        return self.state is not None or self.int8
+
+    @property
+    def form(self) -> str:
+        """nf4, fp4, int8, or the dtype of a plain tensor."""
+        return self.state.quant_type if self.state else "int8" if self.int8 else self.tensor.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in elements, before packing."""
+        return self.state.shape if self.state else self.tensor.info.shape
+
+    def sibling_names(self) -> dict[str, str]:
+        """Tensor name of each sibling, by suffix."""
+        return {suffix: qs.sibling_name(self.name, suffix) for suffix in self.siblings}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that can be known without reading weights."""
+
+    source: Source
+    config: Mapping[str, Any]
+    config_text: str
+    index: Mapping[str, Any] | None
+    shards: Mapping[str, st.Header]
+    weights: Mapping[str, Weight]
+    orphans: Mapping[str, Tensor]  # siblings that no packed weight claims
+    duplicates: Mapping[str, tuple[str, ...]]  # tensors that lie in several shards
+    damaged: tuple[QuantStateError, ...]
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """quantization_config, empty if there is none."""
+        value = self.config.get("quantization_config") or {}
+        if not isinstance(value, dict):
+            raise InputError("quantization_config is not an object", where=CONFIG)
+        return value
+
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        """llm_int8_skip_modules, which names the skip modules of 4-bit checkpoints too."""
+        value = self.quantization.get("llm_int8_skip_modules") or []
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise InputError("llm_int8_skip_modules is not a list of names", where=CONFIG)
+        if len(value) > MAX_SKIP:
+            raise InputError(f"llm_int8_skip_modules has {len(value):,} entries, more than any model", where=CONFIG)
+        return tuple(value)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by name; of one that lies in several shards, that which `open_checkpoint` chose."""
+        out = dict(self.orphans)
+        for w in self.weights.values():
+            out[w.name] = w.tensor
+            out |= {name: w.siblings[suffix] for suffix, name in w.sibling_names().items()}
+        return out
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Reads config, index, headers and quant states.
+
+    Raises InputError for whatever is missing or broken, NotApplicable when there are no safetensors to look at.
+    A quant state that lies does not raise: it is kept in `damaged`, and its weight counts as neither packed nor whole.
+    """
+    if CONFIG not in source.files:
+        if "adapter_config.json" in source.files:
+            raise NotApplicable("is a PEFT adapter, not a model; merge it first", where=source.name)
+        raise InputError("is missing", where=CONFIG, hint=f"Is {source.name} a model folder?")
+    config_text, config = _json(source, CONFIG)
+    index = _json(source, INDEX)[1] if INDEX in source.files else None
+    names = _shard_names(source, index)
+    shards = _headers(source, names)
+    tensors, duplicates = _tensors(shards, _weight_map(index) if index else {})
+    weights, orphans, damaged = _group(source, tensors)
+    return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
+
+
+def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
+    """The shard of every tensor, as the index says it."""
+    return _weight_map(index)
+
+
+def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
+    size = source.files[name]
+    if size > (MAX_CONFIG if name == CONFIG else MAX_JSON):
+        raise InputError(f"{size:,} bytes are too many for such a file", where=name)
+    try:
+        text = source.read(name, [(0, size)])[0].decode("utf-8")
+        doc = json.loads(text)
+        if "\\ud" in text.lower():  # it may spell half a surrogate pair, which no file can be written with
+            json.dumps(doc, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"is not valid JSON ({e})", where=name) from e
+    if not isinstance(doc, dict):
+        raise InputError("is not a JSON object", where=name)
+    return text, doc
+
+
+def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    value = index.get("weight_map")
+    if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
+        raise InputError("weight_map must map tensor names to file names", where=INDEX)
+    return value
+
+
+def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
+    """The files that vLLM reads: those the index names, or without one every *.safetensors beside the config."""
+    if index is None:
+        names = [f for f in source.files if f.endswith(".safetensors") and "/" not in f]
+        if not names:
+            raise NotApplicable("has no safetensors files", where=source.name)
+        return names
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are no names
+            raise InputError(f"weight_map names {name!r}, which is not a file beside it", where=INDEX)
+        if name not in source.files:
+            raise InputError(
+                f"shard {name} is missing; the index names it", where=source.name,
+                hint="Download or copy the checkpoint again.",
+            )  # fmt: skip
+    return names
+
+
+def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
+    """The header of every shard, in two rounds of reads at most."""
+    sizes = {name: source.files[name] for name in names}
+    found = source.read_many({n: [(0, min(HEADER_GUESS, sizes[n]))] for n in names})
+    begun = {name: part for name, (part,) in found.items()}
+    ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
+    if (total := sum(ends.values())) > MAX_HEADERS:
+        raise InputError(f"{total:,} bytes of headers are more than any model has", where=source.name)
+    rest = {n: [(len(begun[n]), ends[n] - len(begun[n]))] for n in names if ends[n] > len(begun[n])}
+    for name, (part,) in source.read_many(rest).items():
+        begun[name] += part
+    out = {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
+    if (count := sum(len(h.tensors) for h in out.values())) > MAX_TENSORS:
+        raise InputError(f"{count:,} tensors are more than any model has", where=source.name)
+    return out
+
+
+def _tensors(
+    shards: Mapping[str, st.Header], named: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    found: dict[str, list[Tensor]] = {}
+    for shard, header in shards.items():
+        for info in header.tensors.values():
+            found.setdefault(info.name, []).append(Tensor(shard, info, header.data_start + info.begin))
+    missing = sorted(set(named) - set(found))
+    if missing:
+        raise InputError(
+            f"the index names tensor {missing[0]!r} in {named[missing[0]]}, no shard has it"
+            + (f" ({len(missing)} such tensors)" if len(missing) > 1 else ""),
+            where=INDEX,
+        )
+    # Of a tensor in several shards, take the one the index names: it is what its author meant.
+    chosen = {n: next((t for t in ts if t.shard == named.get(n)), ts[-1]) for n, ts in found.items()}
+    return chosen, {n: tuple(t.shard for t in ts) for n, ts in found.items() if len(ts) > 1}
+
+
+def _group(
+    source: Source, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Weight], dict[str, Tensor], tuple[QuantStateError, ...]]:
+    siblings: dict[str, dict[str, Tensor]] = {}
+    bases: dict[str, Tensor] = {}
+    for name, found in tensors.items():
+        if (split := qs.split_sibling(name)) is not None:
+            siblings.setdefault(split[0], {})[split[1]] = found
+        else:
+            bases[name] = found
+    raw = _read_states(source, siblings)
+    weights: dict[str, Weight] = {}
+    orphans: dict[str, Tensor] = {}
+    damaged: list[QuantStateError] = []
+    for name in sorted(set(bases) | set(siblings)):
+        own, state = siblings.get(name, {}), None
+        t = bases.get(name)
+        if t is not None:
+            try:
+                state = _state(name, t, own, raw)
+            except QuantStateError as e:
+                damaged.append(e)
+        if t is None or (state is None and not qs.is_int8(own)):
+            orphans |= {qs.sibling_name(name, suffix): s for suffix, s in own.items()}
+            own = {}
+        if t is not None:
+            weights[name] = Weight(name, t, own, state)
+    return weights, orphans, tuple(damaged)
+
+
+def _state(
+    name: str, t: Tensor, own: Mapping[str, Tensor], raw: Mapping[tuple[str, str], bytes]
+) -> qs.QuantState | None:
+    """The checked quant state of a weight; None for a plain or LLM.int8 one; raises QuantStateError when they lie."""
+    where = f"{t.shard}: {name}"
+    if qs.is_int8(own):
+        qs.check_int8(t.info, {k: v.info for k, v in own.items()}, where)
+        if qs.WEIGHT_FORMAT in own:
+            qs.check_weight_format(raw[name, qs.WEIGHT_FORMAT], where)
+        return None
+    suffix = next((s for s in qs.STATE_SUFFIXES if s in own), None)
+    if suffix is None:
+        if t.info.dtype in ("U8", "I8"):
+            raise QuantStateError("holds quantized bytes, but has no quant state", where=where)
+        return None
+    if (name, suffix) not in raw:
+        raise QuantStateError(f"its quant state has {own[suffix].info.nbytes:,} bytes", where=where)
+    state = qs.parse_state(raw[name, suffix], suffix, where)
+    if t.info.dtype in qs.DTYPES.values() and t.info.shape == state.shape:
+        return None  # a plain weight beside stale siblings
+    qs.check(state, t.info, {k: v.info for k, v in own.items()}, where)
+    return state
+
+
+def _read_states(source: Source, siblings: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
+    """The bytes of every quant state's JSON and of every weight_format, by (weight, suffix), all in one call."""
+    wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
+    for name, own in siblings.items():
+        for suffix in (*qs.STATE_SUFFIXES, qs.WEIGHT_FORMAT):
+            if (t := own.get(suffix)) is not None and t.info.nbytes <= qs.MAX_STATE_JSON:
+                wanted.setdefault(t.shard, []).append((name, suffix, t))
+    out: dict[tuple[str, str], bytes] = {}
+    found = source.read_many({s: [(t.offset, t.info.nbytes) for _, _, t in items] for s, items in wanted.items()})
+    for shard, parts in found.items():
+        out |= {(name, suffix): part for (name, suffix, _), part in zip(wanted[shard], parts, strict=True)}
+    return out

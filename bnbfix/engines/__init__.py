@@ -1,0 +1,1 @@
+"""What loads a checkpoint: the parameters that an engine makes, and the skip entries that it understands."""

@@ -1,0 +1,1 @@
+"""vLLM: its releases, its parameters, and the one that is installed."""

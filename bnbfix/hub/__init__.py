@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: repos read by byte ranges, files downloaded, repairs pushed."""

@@ -1,0 +1,1 @@
+"""4-bit decoding and encoding: bitsandbytes' kernels, and an independent reference."""

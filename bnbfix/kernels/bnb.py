@@ -1,0 +1,361 @@
+"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. The only module that imports torch and bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.quant_state import WIDTH, QuantState
+from ..errors import QuantStateError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
+Start = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: begun, and waited for
+SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
+KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
+# FP4 has two zeros. Whether the second, code 8, comes out as +0 or -0 depends on the kernel and on the shape; the first
+# is +0 everywhere, as both are in bitsandbytes' table. So packed bytes go through this, which makes every 8 a 0.
+FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A packed weight: checked state, statistics as raw bytes, and packed bytes read by (offset, length)."""
+
+    state: QuantState
+    read: Callable[[int, int], bytes]
+    absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
+    nested_absmax: bytes | None  # F32 [ceil(blocks / nested blocksize)]
+    nested_quant_map: bytes | None  # F32 [256]
+
+
+def choose_device(request: str, cuda_count: int) -> str:
+    """The torch device that a request means on a machine with this many CUDA devices.
+
+    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that is not there.
+    """
+    if request == "auto":
+        return "cuda:0" if cuda_count else "cpu"
+    if request == "cpu":
+        return "cpu"
+    m = re.fullmatch(r"cuda(?::(\d+))?", request)
+    if m is None:
+        raise UsageError(f"--device {request!r} is none of auto, cpu, cuda, cuda:N")
+    number = int(m[1] or 0)
+    if number >= cuda_count:
+        there = f"{cuda_count} CUDA device{'s' if cuda_count != 1 else ''}" if cuda_count else "no CUDA device"
+        raise UsageError(f"--device {request}: torch sees {there}", hint="Use --device cpu; the result is the same.")
+    return f"cuda:{number}"
+
+
+def resolve_device(request: str) -> str:
+    """`choose_device` with what torch sees here. "cpu", and "auto" without a GPU's driver, need no torch to answer."""
+    if request == "cpu" or (request == "auto" and not gpu_driver()):
+        return "cpu"
+    import torch
+
+    return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def gpu_driver() -> bool:
+    """May there be a GPU that torch can use? On Linux its driver shows as a device file; elsewhere, torch must say."""
+    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in GPU_DRIVERS)
+
+
+def use_threads(count: int) -> None:
+    """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
+    from . import native
+
+    library = native.load()
+    if library is not None:
+        library.use_threads(count)
+    else:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
+    """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
+
+    A chunk holds at least one block, and stays valid after the next is drawn. On CUDA the next one is under way while
+    one is yielded. Raises QuantStateError when `read` comes back short, as the kernel would read on past the buffer,
+    and UsageError when the GPU fails.
+
+    The kernel is shown nothing but whole blocks, as rows of one block, of 1024 values at most, because on the CPU
+    its answer depends on the shape (bitsandbytes 0.50, csrc/cpu_ops.cpp and backends/cpu/ops.py):
+    - With AVX-512, a weight whose columns are a multiple of 16 but not of the blocksize gets the scales of other
+      blocks. 31B's vision tower has such columns: 4304.
+    - With an odd last dimension, or AVX-512 and blocks of 2048 or more, a generic fallback runs, which torch compiles
+      and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
+    """
+    with _gpu_errors(device):
+        yield from _chunks(packed, device, chunk_bytes)
+
+
+def _chunks(packed: PackedTensor, device: str, chunk_bytes: int) -> Iterator[memoryview]:
+    state = packed.state
+    size, width = min(state.blocksize, KERNEL_BLOCK), WIDTH[state.dtype]
+    native = _native(packed, size) if device == "cpu" else None
+    start = partial(partial, native) if native is not None else _torch(packed, size, device)
+    ahead = 0 if device == "cpu" else 1
+    step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
+    begun: deque[tuple[Callable[[], memoryview], int]] = deque()
+    for begin in range(0, state.numel, step):
+        count = min(step, state.numel - begin)
+        rows = -(-count // size)
+        raw = packed.read(begin // 2, (count + 1) // 2)
+        if len(raw) != (count + 1) // 2:
+            raise QuantStateError(f"a read of {(count + 1) // 2:,} packed bytes came back with {len(raw):,}")
+        if len(raw) != rows * size // 2:
+            raw = raw.ljust(rows * size // 2, b"\0")  # to the end of the last block
+        if state.quant_type == "fp4":
+            raw = raw.translate(FP4_ONE_ZERO)
+        begun.append((start(raw, begin // size, rows), count * width))
+        if len(begun) > ahead:
+            values, nbytes = begun.popleft()
+            yield values()[:nbytes]
+    for values, nbytes in begun:
+        yield values()[:nbytes]
+
+
+@contextmanager
+def _gpu_errors(device: str) -> Iterator[None]:
+    """Raises UsageError for what torch says of a GPU: no memory left, no kernel for it, no library for its CUDA."""
+    try:
+        yield
+    except RuntimeError as e:
+        if device == "cpu":
+            raise
+        words = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise UsageError(
+            f"--device {device}: {words}", hint="Free the GPU's memory, or use --device cpu; the result is the same."
+        ) from e
+
+
+def _native(packed: PackedTensor, size: int) -> Decode | None:
+    """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
+    from . import native
+
+    library, state = native.load(), packed.state
+    if library is None:
+        return None
+    scales = library.scales(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    if native.any_below(scales, SUBNORMAL):
+        return None
+    return library.decoder(scales, state, size)
+
+
+def _torch(packed: PackedTensor, size: int, device: str) -> Start:
+    """The same kernel through torch, on the CPU or on CUDA."""
+    import torch
+
+    bnb = _bitsandbytes()
+    state = packed.state
+    dtype: torch.dtype = getattr(torch, state.dtype)
+    absmax = _absmax(packed, device)
+    # Numbers below the normal ones are flushed to zero by AVX512-BF16 and by CUDA (--use_fast_math), in float32 too;
+    # the CPU's float32 kernel and torch's own rounding keep them.
+    inner = dtype
+    if bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any()):
+        device, inner, absmax = "cpu", torch.float32, _absmax(packed, "cpu")
+    absmax = absmax.repeat_interleave(state.blocksize // size)
+
+    def kernel(column: torch.Tensor, first: int, rows: int) -> torch.Tensor:
+        part = bnb.QuantState(
+            absmax=absmax[first : first + rows], shape=torch.Size((rows, size)), blocksize=size,
+            quant_type=state.quant_type, dtype=inner,
+        )  # fmt: skip
+        out: torch.Tensor = bnb.dequantize_4bit(column.view(-1, 1), part)
+        return out.view(-1).to(dtype).view(torch.uint8)
+
+    def decode(raw: bytes, first: int, rows: int) -> memoryview:
+        return memoryview(kernel(torch.frombuffer(bytearray(raw), dtype=torch.uint8), first, rows).numpy().data)
+
+    return partial(partial, decode) if device == "cpu" else _through_gpu(kernel, device)
+
+
+def _through_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> Start:
+    """Chunks through pinned memory: one stream copies in and runs the kernel, another copies back meanwhile.
+
+    Every chunk has buffers of its own. torch's allocators hand a buffer out again, without a call to CUDA, once it is
+    dropped here and the streams that used it are done with it; so there are as many as are in use at a time.
+    """
+    import torch
+
+    work, back = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types
+    work.wait_stream(torch.cuda.current_stream(device))  # which made the scales
+
+    def start(raw: bytes, first: int, rows: int) -> Callable[[], memoryview]:
+        with torch.cuda.stream(work):
+            sent = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
+            memoryview(sent.numpy().data)[:] = raw
+            values = kernel(sent.to(device, non_blocking=True), first, rows)
+        back.wait_stream(work)
+        with torch.cuda.stream(back):
+            came = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
+            came.copy_(values, non_blocking=True)
+            values.record_stream(back)
+            there = back.record_event()
+
+        def wait() -> memoryview:
+            there.synchronize()
+            return memoryview(came.numpy().data)
+
+        return wait
+
+    return start
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight quantized to NF4, as raw bytes: U8 [ceil(n / 2)], and its statistics as bitsandbytes lays them out."""
+
+    weight: bytes
+    absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
+    quant_map: bytes  # F32 [16]
+    nested_absmax: bytes | None
+    nested_quant_map: bytes | None
+    offset: float | None
+
+
+def quantize(
+    values: Iterable[bytes | memoryview], dtype: str, device: str, *, blocksize: int, nested_blocksize: int | None
+) -> Quantized:
+    """Quantizes raw little-endian values in `dtype` to NF4; all chunks but the last hold whole blocks.
+
+    Equal to `bitsandbytes.functional.quantize_4bit` on the whole tensor. Memory: a chunk, and the result. Raises
+    UsageError when the GPU fails.
+    """
+    import torch
+
+    bnb = _bitsandbytes()
+    kind: torch.dtype = getattr(torch, dtype)
+    packed, scales = bytearray(), []
+    with _gpu_errors(device), _exact():
+        _forget_tables()
+        for chunk in values:
+            part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)
+            q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
+            packed += _raw(q)
+            scales.append(state.absmax.float())
+        absmax = torch.cat(scales)
+        quant_map = _raw(bnb.get_4bit_type("nf4", device="cpu"))
+        if nested_blocksize is None:
+            return Quantized(bytes(packed), _raw(absmax), quant_map, None, None, None)
+        offset = absmax.mean()
+        table = bnb.create_dynamic_map().to(device)
+        inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
+        return Quantized(
+            bytes(packed), _raw(inner), quant_map, _raw(nested.absmax.float()), _raw(nested.code.float()), offset.item()
+        )
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """What surrounds every kernel: no compiler, and tables in float32.
+
+    bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here; and it
+    makes its code tables in torch's default dtype, which vLLM for one sets to bfloat16.
+    """
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _forget_tables() -> None:
+    """Makes bitsandbytes compute its bounds again: a host process may have filled the caches under another dtype."""
+    ops = import_module("bitsandbytes.backends.default.ops")
+    utils = import_module("bitsandbytes.backends.utils")
+    if (bounds := getattr(ops, "_get_4bit_quantize_bounds", None)) is not None:
+        bounds.cache_clear()
+    getattr(utils, "_code_4bit_cache", {}).clear()
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+
+
+def dequantize_int8(
+    read: Callable[[int, int], bytes], shape: tuple[int, int], scales: bytes, dtype: str, chunk_bytes: int = 4 << 20
+) -> Iterator[memoryview]:
+    """Yields an LLM.int8 weight's values in `dtype`, row chunks in order: I8 [out, in] by its scales F32 [out] / 127.
+
+    The arithmetic is `bitsandbytes.functional.int8_vectorwise_dequant`'s.
+    """
+    import torch
+
+    bnb = _bitsandbytes()
+    kind: torch.dtype = getattr(torch, dtype)
+    rows, columns = shape
+    if not rows * columns:  # torch makes no tensor of an empty buffer
+        return
+    stats = torch.frombuffer(bytearray(scales), dtype=torch.float32)
+    step = max(1, chunk_bytes // (columns * 4))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        raw = torch.frombuffer(bytearray(read(first * columns, count * columns)), dtype=torch.int8)
+        values: torch.Tensor = bnb.int8_vectorwise_dequant(raw.view(count, columns), stats[first : first + count])
+        yield memoryview(values.to(kind).reshape(-1).view(torch.uint8).numpy().data)
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """bitsandbytes.functional, imported without the detour that fetches native code from the Hub.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 asks the `kernels` package for a gemm as it is imported
+    (backends/cpu/ops.py), which downloads and loads it, or warns. Nothing here multiplies matrices.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, absent = log.level, "kernels" not in sys.modules
+    log.setLevel(logging.ERROR)
+    if absent:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # the import system's mark for "not to be had"
+    try:
+        return import_module("bitsandbytes.functional")
+    finally:
+        log.setLevel(level)
+        if absent:
+            del sys.modules["kernels"]
+
+
+def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:
+    """The scale of every block in float32, F32 [blocks], double quantization undone."""
+    import torch
+
+    bnb = _bitsandbytes()
+    nested = packed.state.nested
+    if nested is None:
+        return torch.frombuffer(bytearray(packed.absmax), dtype=torch.float32).to(device)
+    assert packed.nested_absmax is not None and packed.nested_quant_map is not None  # quant_state.check saw to it
+    inner = bnb.QuantState(
+        absmax=torch.frombuffer(bytearray(packed.nested_absmax), dtype=torch.float32).to(device),
+        code=torch.frombuffer(bytearray(packed.nested_quant_map), dtype=torch.float32).to(device),
+        blocksize=nested.blocksize,
+        dtype=torch.float32,
+    )
+    quantized = torch.frombuffer(bytearray(packed.absmax), dtype=torch.uint8).to(device)
+    # The offset stays float32 whatever torch's default dtype is: vLLM loads under bfloat16, which rounds it.
+    offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
+    values: torch.Tensor = bnb.dequantize_blockwise(quantized, inner)
+    return values + offset

@@ -1,0 +1,1 @@
+"""What a repair writes, to the byte, before anything is written."""

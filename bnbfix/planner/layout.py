@@ -1,0 +1,168 @@
+"""The layout of output shards: what each tensor is made from, and where its bytes go. Offsets are known beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from ..checkpoint import quant_state as qs
+from ..checkpoint import safetensors as st
+from ..checkpoint.checkpoint import Tensor, Weight
+
+QUANT_TYPE = "nf4"  # what weights are quantized to: vLLM decodes experts with this table whatever they say
+BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # bitsandbytes' own choice (functional.py, `quantize_4bit`)
+STATE_JSON = 256  # bytes at least; space-padded, since the offset's length is known only when it has been computed
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A matrix inside a plain tensor: `begin` and `nbytes` count from the tensor's first byte."""
+
+    tensor: Tensor
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The bytes of a tensor of the source."""
+
+    origin: Tensor
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """The values of packed weights, or of plain ones among them, one after the other, in one dtype."""
+
+    weights: tuple[Weight, ...]
+    dtype: str  # safetensors name
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A matrix quantized to NF4: a weight and its siblings, made together and laid out as one run of bytes."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str  # torch name of the values' dtype
+    values: Slice | Weight
+    double: bool  # with double quantization?
+
+    def state(self, offset: float = 0.0) -> qs.QuantState:
+        """The quant state it gets; the offset of a double quantization is known only afterwards."""
+        nested = qs.NestedState(NESTED_BLOCKSIZE, offset) if self.double else None
+        return qs.QuantState(QUANT_TYPE, BLOCKSIZE, self.dtype, self.shape, nested)
+
+    def infos(self) -> tuple[st.TensorInfo, ...]:
+        """Its tensors, widest first, all sizes known; a multiple of 8 bytes together: what follows is aligned."""
+        state = self.state()
+        parts = [(".absmax", "F32", state.blocks)]
+        if self.double:
+            parts = [(".nested_absmax", "F32", -(-state.blocks // NESTED_BLOCKSIZE)), (".nested_quant_map", "F32", 256)]
+        parts.append((".quant_map", "F32", 16))
+        parts.append(("", "U8", state.packed_bytes))
+        if self.double:
+            parts.append((".absmax", "U8", state.blocks))
+        used = sum(n * st.DTYPE_BITS[dtype] // 8 for _, dtype, n in parts)
+        parts.append((f".quant_state.bitsandbytes__{QUANT_TYPE}", "U8", STATE_JSON + -(used + STATE_JSON) % ALIGNMENT))
+        out, at = [], 0
+        for suffix, dtype, n in parts:
+            end = at + n * st.DTYPE_BITS[dtype] // 8
+            out.append(st.TensorInfo(self.name + suffix, dtype, (n, 1) if suffix == "" else (n,), at, end))
+            at = end
+        return tuple(out)
+
+    def state_json(self, offset: float) -> bytes:
+        """The JSON as `QuantState.as_dict(packed=True)` writes it, padded to its tensor's size."""
+        doc: dict[str, object] = {
+            "quant_type": QUANT_TYPE, "blocksize": BLOCKSIZE, "dtype": self.dtype, "shape": list(self.shape),
+        }  # fmt: skip
+        if self.double:
+            doc |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
+        return json.dumps(doc).encode().ljust(self.infos()[-1].nbytes)
+
+
+Op = Copy | Dequantize | Quantize
+
+
+def tensors_read(op: Op) -> list[Tensor]:
+    """The tensors of the source that an operation reads, siblings included."""
+    if isinstance(op, Copy):
+        return [op.origin]
+    if isinstance(op, Quantize) and isinstance(op.values, Slice):
+        return [op.values.tensor]
+    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
+    return [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of an output shard and what it is made from. All tensors of one Quantize lie side by side."""
+
+    info: st.TensorInfo  # name, dtype, shape and offsets in the output
+    op: Op
+
+    @property
+    def copied(self) -> bool:
+        return isinstance(self.op, Copy)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output shard: header bytes, then its tensors in order. `copied`: equal to its source file, header and all."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorPlan, ...]
+    copied: bool
+    size: int  # bytes of the file
+
+    @property
+    def data_start(self) -> int:
+        return self.size - sum(t.info.nbytes for t in self.tensors)
+
+    def runs(self) -> Iterable[tuple[TensorPlan, ...]]:
+        """Its tensors in order, those of one Quantize together."""
+        for _, run in groupby(self.tensors, lambda t: id(t.op if isinstance(t.op, Quantize) else t)):
+            yield tuple(run)
+
+
+def copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:
+    """A tensor copied byte for byte, perhaps under another name; `column` declares it U8 [N, 1]."""
+    info = replace(origin.info, name=name or origin.info.name)
+    return TensorPlan(replace(info, dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
+
+
+def dequantize(name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...]) -> TensorPlan:
+    """A tensor of the values of weights, in `dtype` (safetensors name)."""
+    nbytes = math.prod(shape) * st.DTYPE_BITS[dtype] // 8
+    return TensorPlan(st.TensorInfo(name, dtype, shape, 0, nbytes), Dequantize(weights, dtype))
+
+
+def quantize(op: Quantize) -> list[TensorPlan]:
+    """The tensors of a quantized weight."""
+    return [TensorPlan(info, op) for info in op.infos()]
+
+
+def lay_out(name: str, tensors: Iterable[TensorPlan], metadata: Mapping[str, str], old: st.Header | None) -> ShardPlan:
+    """Gives every tensor its offsets. `old` is the header of the source file of that name, if there is one."""
+
+    # Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its
+    # offset has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent.
+    # What is quantized comes before all: each such run keeps its own order and is a multiple of 8 bytes long.
+    def width(t: TensorPlan) -> int:
+        return -128 if isinstance(t.op, Quantize) else -st.DTYPE_BITS[t.info.dtype]
+
+    placed, at = [], 0
+    for t in sorted(tensors, key=width):
+        info = replace(t.info, begin=at, end=at + t.info.nbytes)
+        placed.append(TensorPlan(info, t.op))
+        at = info.end
+    if old is not None and all(t.copied for t in placed) and [t.info for t in placed] == list(old.tensors.values()):
+        return ShardPlan(name, b"", tuple(placed), True, old.file_size)
+    header = st.build_header([t.info for t in placed], metadata)
+    return ShardPlan(name, header, tuple(placed), False, len(header) + at)

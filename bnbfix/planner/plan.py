@@ -1,0 +1,316 @@
+"""Turns decisions into the exact output: every shard's layout and offsets, every text, every byte count.
+
+A plan is complete before the first byte moves: writing it needs no further decision.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from ..checkpoint.source import Source
+from ..engines.vllm.releases import Target
+from ..errors import InputError, Unrepairable
+from ..models.gemma4 import read_model
+from ..rules.files import is_pickle
+from ..rules.rule import Code, Severity
+from ..rules.scan import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
+from . import json_edit
+from . import model_card as card
+from .dequantize_all import decide_unpacked
+from .fixes import Mend, decide
+from .layout import Copy, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
+from .shards import repaired_shards, unpacked_shards
+
+RECORD = "bnbfix.json"
+JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose beyond the target."""
+
+    bf16: bool = False  # dequantize everything and drop quantization_config
+    max_shard_size: int = 5_000_000_000  # bytes of tensors in a shard, where `bf16` cuts shards anew
+    ragged: str = "dequantize"  # what becomes of a fused group that is partly packed: dequantize, or quantize
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change in words: what is done to which tensor or config key, and the code that asked for it.
+
+    The code is None where the user asked.
+    """
+
+    action: str  # dequantize, drop, insert, retype, quantize, rename, config
+    name: str
+    code: Code | None
+    detail: str
+
+    def document(self) -> dict[str, str | None]:
+        """As JSON has it."""
+        return {"action": self.action, "name": self.name, "code": self.code and self.code.value, "detail": self.detail}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a repair will write, to the byte."""
+
+    checkpoint: Checkpoint
+    target: Target
+    scan: ScanResult
+    edits: tuple[Edit, ...]
+    shards: tuple[ShardPlan, ...]
+    texts: Mapping[str, str]  # files written from text: the card; config.json and the index, where they change
+    copied: tuple[str, ...]  # other files, copied as they are
+    remaining: tuple[Finding, ...]  # what counts against the checkpoint and no file can mend
+    options: Options
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return not self.edits
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the output in bytes, without the record."""
+        files = self.checkpoint.source.files
+        texts = sum(len(t.encode()) for t in self.texts.values())
+        return sum(s.size for s in self.shards) + texts + sum(files[f] for f in self.copied)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that writing reads."""
+        files = self.checkpoint.source.files
+        whole = sum(files[s.name] for s in self.shards if s.copied) + sum(files[f] for f in self.copied)
+        return whole + sum(_bytes_in(run) for s in self.shards if not s.copied for run in s.runs())
+
+    def config_diff(self) -> str:
+        """The change of config.json as a unified diff; empty when there is none."""
+        if CONFIG not in self.texts:
+            return ""
+        old, new = self.checkpoint.config_text, self.texts[CONFIG]
+        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), CONFIG, CONFIG, n=1, lineterm="")
+        return "\n".join(lines)
+
+
+def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
+    """Scans a checkpoint and plans its repair for a target.
+
+    Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
+    damaged, and Unrepairable when a finding of the target cannot be mended.
+    """
+    options = options or Options()
+    checkpoint = open_checkpoint(source)
+    model = check_applicable(checkpoint)
+    if checkpoint.damaged:
+        raise checkpoint.damaged[0]
+    scan = scan_checkpoint(checkpoint, target)
+    remaining = tuple(f for f in scan.findings if f.remains and f.reason is not None)
+    blocking = [f for f in remaining if f.code is not Code.PLUGIN]
+    if options.bf16:
+        if hopeless := [f for f in blocking if f.code in (Code.UNKNOWN_CLASS, Code.QUANT_STATE)]:
+            _refuse(target, hopeless, [])
+        mend = decide_unpacked(checkpoint, model, target_ranges(target, model))
+        shards = tuple(unpacked_shards(checkpoint, mend, options.max_shard_size))
+        return _plan(checkpoint, target, scan, mend, shards, remaining, options)
+    mend = decide(checkpoint, model, target_ranges(target, model), options.ragged)
+    int8 = [n for n in mend.dequantize if checkpoint.weights[n].int8]
+    if blocking or int8:
+        _refuse(target, blocking, int8)
+    if not any(f.remains and f.reason is None for f in scan.findings):
+        return Plan(checkpoint, target, scan, (), (), {}, (), remaining, options)
+    plan = _plan(checkpoint, target, scan, mend, tuple(repaired_shards(checkpoint, mend)), remaining, options)
+    after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
+    if left := [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]:
+        _refuse(target, left, [])
+    return plan
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    target: Target,
+    scan: ScanResult,
+    mend: Mend,
+    shards: tuple[ShardPlan, ...],
+    remaining: tuple[Finding, ...],
+    options: Options,
+) -> Plan:
+    _check_names(target, shards)
+    edits = tuple(_edits(checkpoint, mend))
+    known = replace(target, ranges=target_ranges(target, read_model(checkpoint.config)))  # what the card may promise
+    texts = _texts(checkpoint, mend, shards) | _card(checkpoint.source, known, edits, options)
+    written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
+    if INDEX not in texts and options.bf16:
+        written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
+    copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
+    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
+    if leaving := sorted(checkpoint.source.outside & {*copied, *texts}):
+        raise InputError(
+            "is a link out of the model folder; a repair would copy what it leads to", where=leaving[0],
+            hint="Put the file itself in its place. Weights alone may lie elsewhere.",
+        )  # fmt: skip
+    return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """The output of a plan as a source, before it is written: what a scan reads of it is known already."""
+
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        return self.plan.checkpoint.source.name
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        source = self.plan.checkpoint.source.files
+        out = {f: source[f] for f in self.plan.copied} | {s.name: s.size for s in self.plan.shards}
+        return out | {name: len(text.encode()) for name, text in self.plan.texts.items()}
+
+    @property
+    def stamp(self) -> str:
+        return self.plan.checkpoint.source.stamp
+
+    @property
+    def outside(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def origin(self) -> Mapping[str, str] | None:
+        return self.plan.checkpoint.source.origin
+
+    def local_path(self, file: str) -> None:
+        """Nowhere yet."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to check: what does not exist does not change."""
+
+    def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
+        return {file: self.read(file, ranges) for file, ranges in wanted.items()}
+
+    def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes of a text, a header, or a copied tensor; dequantized bytes do not exist yet."""
+        source = self.plan.checkpoint.source
+        if file in self.plan.texts:
+            text = self.plan.texts[file].encode()
+            return [text[offset : offset + length] for offset, length in ranges]
+        shard = next((s for s in self.plan.shards if s.name == file), None)
+        if shard is None or shard.copied:
+            return source.read(file, ranges)
+        starts = [t.info.begin for t in shard.tensors]
+        out = []
+        for offset, length in ranges:
+            if offset < len(shard.header):
+                out.append(shard.header[offset : offset + length])
+                continue
+            t = shard.tensors[bisect.bisect_right(starts, offset - len(shard.header)) - 1]
+            inside = offset - len(shard.header) - t.info.begin
+            if isinstance(t.op, Copy):
+                out += source.read(t.op.origin.shard, [(t.op.origin.offset + inside, length)])
+            elif isinstance(t.op, Quantize) and ".quant_state." in t.info.name:
+                out.append(t.op.state_json(0.0)[inside : inside + length])
+            else:
+                raise InputError(f"tensor {t.info.name!r} is not made yet", where=file)
+        return out
+
+
+def _check_names(target: Target, shards: tuple[ShardPlan, ...]) -> None:
+    seen: set[str] = set()
+    for name in (t.info.name for s in shards for t in s.tensors):
+        if name in seen:
+            raise Unrepairable(f"cannot be made to load in {target.name}: two tensors would be named {name!r}")
+        seen.add(name)
+
+
+def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
+    if blocking:
+        worst = max(blocking, key=lambda f: f.severity)
+        name = f"{worst.tensors[0]}: " if worst.tensors else ""
+        raise Unrepairable(
+            f"cannot be made to load in {target.name}: {name}{worst.message} ({worst.code.value})", hint=worst.reason
+        )
+    raise Unrepairable(
+        f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8.value})",
+        hint=f"Name the releases you need with --vllm; {Severity.NOTE.verdict} is what `bnbfix scan` says of those.",
+    )
+
+
+def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
+    op = run[0].op
+    if isinstance(op, Quantize) and isinstance(op.values, Slice):
+        return op.values.nbytes
+    return sum(t.info.nbytes for t in tensors_read(op))
+
+
+def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
+    out = {}
+    if mend.config:
+        text = checkpoint.config_text
+        for edit in mend.config:
+            if edit.remove:
+                text = json_edit.remove_key(text, edit.path)
+            else:
+                text = json_edit.set_value(text, edit.path, edit.value)
+        out[CONFIG] = text
+    if checkpoint.index is not None or len(shards) > 1:
+        index = _index(checkpoint.index or {}, shards)
+        ours = {*checkpoint.shards, *(s.name for s in shards)}
+        # Without an index every *.safetensors beside the config is read, those that the old one left out too.
+        strays = any(f.endswith(".safetensors") and "/" not in f and f not in ours for f in checkpoint.source.files)
+        kept = any(s.name in checkpoint.shards for s in shards)
+        if index != checkpoint.index and (len(shards) > 1 or kept or strays):
+            out[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return out
+
+
+def _card(source: Source, target: Target, edits: Sequence[Edit], options: Options) -> dict[str, str]:
+    """README.md with its section; nothing where the file is no text that a section could go into."""
+    old = None
+    if (size := source.files.get(card.CARD)) is not None:
+        if size > card.MAX_CARD:
+            return {}
+        try:
+            old = source.read(card.CARD, [(0, size)])[0].decode("utf-8")
+        except UnicodeDecodeError:
+            return {}
+    section = card.describe(target, [(e.action, e.name) for e in edits], bf16=options.bf16)
+    return {card.CARD: card.with_section(old, section, quantized=not options.bf16)}
+
+
+def _index(old: Mapping[str, Any], shards: tuple[ShardPlan, ...]) -> dict[str, Any]:
+    metadata = old.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(t.info.nbytes for s in shards for t in s.tensors)
+    return dict(old) | {"metadata": metadata, "weight_map": {t.info.name: s.name for s in shards for t in s.tensors}}
+
+
+def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
+    for name, code in mend.dequantize.items():
+        yield Edit("dequantize", name, code, "to full precision, siblings dropped")
+    for name, code in mend.drop.items():
+        yield Edit("drop", name, code, "")
+    for name, shards in checkpoint.duplicates.items():
+        if name in mend.drop:
+            continue  # none of them is kept
+        kept = checkpoint.tensors[name].shard
+        yield Edit("drop", name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}")
+    for insert in mend.insert:
+        how = "values of" if insert.dequantize else "exact copy of"
+        yield Edit("insert", insert.name, insert.code, f"{how} {insert.donor.name}")
+    for name, code in mend.quantize.items():
+        yield Edit("quantize", name, code, "to NF4, which loses precision")
+    for name, parts in mend.stack.items():
+        yield Edit("stack", name, None, f"one tensor of {len(parts)} matrices")
+    for name, expert in mend.experts.items():
+        yield Edit(expert.action, name, expert.code, expert.detail)
+    for name, code in mend.retype.items():
+        yield Edit("retype", name, code, "same bytes, declared U8 [N, 1]")
+    for edit in mend.config:
+        detail = "removed" if edit.remove else json.dumps(edit.value, ensure_ascii=False)
+        yield Edit("config", ".".join(edit.path), edit.code, detail)

@@ -1,0 +1,208 @@
+"""A scan as one self-contained page: verdicts by release, a map of the checkpoint, and the findings.
+
+It asks nothing from anywhere: no script, no image, no font; its style is inside, and its policy forbids the rest. All
+of it is ASCII, so it may be written in any encoding.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from html import escape
+from importlib import resources
+
+from ..__version__ import __version__
+from ..rules.rule import Severity
+from ..rules.scan import Finding, ScanResult
+from .layer_map import Cell, Grid, Row, Section, State
+from .outcome import Outcome
+from .text import by_code, collapse, conclude, contents, count, matrix, mending, plain, runs, summarize, totals
+
+SIGNS = {"loads": "\u2713", "degraded": "~", "wrong": "\u2260", "fails": "\u2715", "error": "!", "skipped": "\u2013"}
+OPEN = 8  # so many names are shown at once; more are behind a click
+
+
+def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """The page. Outcomes should carry their grids."""
+    found = list(outcomes)
+    text = "\n".join(_page(found))
+    yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
+
+
+def style() -> str:
+    """The page's style sheet."""
+    return resources.files(__package__).joinpath("html.css").read_text("utf-8").strip()
+
+
+def _page(found: Sequence[Outcome]) -> Iterator[str]:
+    css = style()
+    own = b64encode(sha256(css.encode()).digest()).decode()
+    title = _e(plain(found[0].model)) if len(found) == 1 else count(len(found), "model")
+    yield f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-{own}'; base-uri 'none'; \
+form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{title} - bnbfix</title>
+<style>{css}</style>
+</head>
+<body>
+<main>"""
+    if len(found) > 1:
+        yield from _summary(found)
+    for i, o in enumerate(found, 1):
+        yield from _model(o, f"m{i}")
+    yield f"</main>\n<footer>bnbfix {__version__}</footer>\n</body>\n</html>"
+
+
+def _summary(found: Sequence[Outcome]) -> Iterator[str]:
+    rows = [summarize(o) for o in found]
+    yield f'<section class="summary"><h1>{_e(totals(rows))}</h1>\n<div class="scroll"><table class="list">'
+    yield '<thead><tr><th scope="col">model<th scope="col">verdict<th scope="col">because of</thead><tbody>'
+    for i, row in enumerate(rows, 1):
+        yield f'<tr><th scope="row"><a href="#m{i}">{_e(row.model)}</a><td>{_verdict(row.verdict)}'
+        yield f"<td>{_e(row.because)}"
+    yield "</tbody></table></div></section>"
+
+
+def _model(o: Outcome, key: str) -> Iterator[str]:
+    yield f'<article id="{key}">'
+    if o.result is None:
+        verdict = summarize(o).verdict
+        yield f"<header><h1>{_e(plain(o.model))}</h1>\n<p>{_verdict(verdict)} {_e(plain(str(o.error)))}</p>"
+        yield f"<p>{_e(plain(o.error.hint))}</p></header>" if o.error and o.error.hint else "</header>"
+    else:
+        yield from _header(o, o.result)
+        yield from _releases(o.result, key)
+        if o.grid is not None:
+            yield from _map(o.grid, _target(o.result), key)
+        yield from _findings(o.result, key)
+    yield "</article>"
+
+
+def _header(o: Outcome, result: ScanResult) -> Iterator[str]:
+    last = conclude(o)
+    yield f"<header><h1>{_e(plain(o.model))}</h1>\n<p>{_e(contents(result))}</p>"
+    yield f'<p class="last">{_verdict(result.verdict)} {_e(last.words)}</p>'
+    yield f"<p>Mend it: <code>{_e(last.command)}</code></p></header>" if last.command else "</header>"
+
+
+def _verdict(verdict: str) -> str:
+    return f'<span class="verdict {verdict}"><span aria-hidden="true">{SIGNS[verdict]}</span> {verdict}</span>'
+
+
+def _releases(result: ScanResult, key: str) -> Iterator[str]:
+    told = {f.code.value for f in result.findings}
+    yield '<section class="releases"><h2>By vLLM release</h2>\n<div class="scroll"><table class="list">'
+    yield '<thead><tr><th scope="col">vLLM<th scope="col">verdict<th scope="col" class="n">tensors'
+    yield '<th scope="col">because of</thead><tbody>'
+    for v in matrix(result.releases):
+        codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in told else c for c in v.codes.split())
+        yield f'<tr><th scope="row">{v.releases}<td>{_verdict(v.severity.verdict)}'
+        yield f'<td class="n">{v.tensors or ""}<td>{codes}'
+    yield "</tbody></table></div></section>"
+
+
+def _target(result: ScanResult) -> str:
+    return "every release" if len(result.target.ranges) > 1 else f"vLLM {_e(result.target.name)}"
+
+
+def _map(grid: Grid, target: str, key: str) -> Iterator[str]:
+    yield f'<section class="map"><h2>Map of the checkpoint, for {target}</h2>\n<ul class="legend">'
+    for state, n in grid.counts().items():
+        yield f'<li><span class="cell {_name(state)}">{state.mark}</span> {state.meaning} <small>{n}</small>'
+    yield '</ul>\n<div class="stacks">'
+    for section in grid.sections:
+        yield from _around(section, key) if section.columns == ("",) else _stack(section, key)
+    yield "</div></section>"
+
+
+def _stack(section: Section, key: str) -> Iterator[str]:
+    caption = f"{section.title}, {count(len(section.rows), 'layer')}"
+    yield f'<div class="stack scroll"><table class="grid"><caption>{caption}</caption><thead><tr><th scope="col">layer'
+    yield "".join(f'<th scope="col">{f"<span>{c}</span>" if len(c) > 1 else c}' for c in section.columns)
+    yield "</thead><tbody>"
+    for row in section.rows:
+        kind = f" <small>{row.kind.replace('sliding, ', '')}</small>" if row.kind not in ("", "sliding") else ""
+        label = f'<tr{_full(row)}><th scope="row">{row.label}{kind}'
+        yield label + "".join(_cell(row.cells.get(c), f"layer {row.label}, {c}", key) for c in section.columns)
+    yield "</tbody></table></div>"
+
+
+def _full(row: Row) -> str:
+    return ' class="full"' if row.kind.startswith("full") else ""
+
+
+def _cell(cell: Cell | None, where: str, key: str) -> str:
+    if cell is None:
+        return "<td>"
+    return f"<td>{_mark(cell, where, key)}"
+
+
+def _mark(cell: Cell, where: str, key: str) -> str:
+    codes = " ".join(c.value for c in cell.codes)
+    meaning = cell.state.meaning if cell.state is not State.ABSENT else "not in the file"
+    title = _e(plain(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}"))
+    attributes = f'class="cell {_name(cell.state)}" title="{title}"'
+    if cell.codes:
+        return f'<a href="#{key}-{cell.codes[0].value}" {attributes}>{cell.state.mark}</a>'
+    return f"<abbr {attributes}>{cell.state.mark}</abbr>"
+
+
+def _around(section: Section, key: str) -> Iterator[str]:
+    yield f'<div class="stack scroll"><table class="around"><caption>{section.title}</caption><tbody>'
+    for row in section.rows:
+        name = _e(plain(row.label)).replace(".", ".<wbr>").replace("_", "_<wbr>")
+        yield f'<tr><td>{_mark(row.cells[""], row.label, key)}<th scope="row">{name}'
+        yield f"<td><small>{_e(plain(row.cells[''].note))}</small>"
+    yield "</tbody></table></div>"
+
+
+def _name(state: State) -> str:
+    return state.name.lower()
+
+
+def _findings(result: ScanResult, key: str) -> Iterator[str]:
+    yield f'<section class="findings"><h2>Findings, for {_target(result)}</h2>'
+    if not result.findings:
+        yield "<p>None.</p>"
+    for same in by_code(result.findings):
+        yield from _code(same, key)
+    yield "</section>"
+
+
+def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
+    code, worst = findings[0].code, max(f.severity for f in findings)
+    verdict = worst.verdict if worst is not Severity.NOTE else "note"
+    yield f'<section class="finding {verdict}" id="{key}-{code.value}"><h3>{code.value} '
+    yield f'<span class="verdict {verdict}">{worst.label}</span> {_e(code.explanation.title)}</h3>'
+    yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
+    for f in findings:
+        yield f"<li>{runs(f.releases)} <b>{f.severity.label}</b>: {_e(plain(f.message))}"
+    for words in dict.fromkeys(map(mending, findings)):
+        yield f"<li>{_prose(words)}"
+    yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)
+    yield "</ul>"
+    names = list(dict.fromkeys(name for f in findings for name in f.tensors))
+    patterns = collapse(names)
+    if names:
+        opened = " open" if len(patterns) <= OPEN else ""
+        yield f"<details{opened}><summary>{count(len(names), 'name')}</summary><ul>"
+        yield "".join(f"<li><code>{_e(pattern)}</code>" for pattern in patterns)
+        yield "</ul></details>"
+    yield "</section>"
+
+
+def _prose(text: str) -> str:
+    """Text with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _e(text))
+
+
+def _e(text: str) -> str:
+    return escape(text, quote=True)

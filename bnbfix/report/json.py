@@ -1,0 +1,151 @@
+"""Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
+
+Shapes are told in README.md, under "JSON".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..rules.scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
+from .outcome import Outcome
+
+if TYPE_CHECKING:  # a scan needs none of these
+    from ..engines.vllm.probe import LoadResult, ProbeResult
+    from ..engines.vllm.releases import ReleaseRange
+    from ..hub.push import Pushed
+    from ..planner.plan import Plan
+    from ..verifier.verify import VerifyResult
+    from ..writer.write import RepairResult
+
+
+def render(outcomes: Iterable[Outcome], *, several: bool) -> Iterator[str]:
+    """One document: a scan's, or for several models {schema, models: [a document for each]}."""
+    documents = [outcome_document(o) for o in outcomes]
+    whole = {"schema": SCHEMA, "models": documents} if several else documents[0]
+    yield json.dumps(whole, indent=2) + "\n"
+
+
+def render_lines(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """JSON Lines: a document for each model, in a line of its own, as soon as it is known."""
+    for outcome in outcomes:
+        yield json.dumps(outcome_document(outcome)) + "\n"
+
+
+def outcome_document(outcome: Outcome) -> dict[str, Any]:
+    """A scan's document, or {schema, model, error} where there was none."""
+    if outcome.result is not None:
+        return scan_document(outcome.result)
+    error = outcome.error
+    assert error is not None
+    told = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
+    return {"schema": SCHEMA, "model": outcome.model, "error": told}
+
+
+def scan_document(result: ScanResult) -> dict[str, Any]:
+    """{schema, model, target, verdict, releases, findings, ...}"""
+    return {
+        "schema": SCHEMA,
+        "model": result.model,
+        "family": result.family,
+        "target": result.target.name,
+        "verdict": result.verdict,
+        "weights": dict(result.counts),
+        "shards": result.shards,
+        "releases": [_release(v) for v in result.releases],
+        "findings": [_finding(f) for f in result.findings],
+    }
+
+
+def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
+    """{schema, model, target, edits, shards, config_diff, bytes_read, bytes_written, disk_needed, disk_free}"""
+    return {
+        "schema": SCHEMA,
+        "model": plan.checkpoint.source.name,
+        "target": plan.target.name,
+        "nothing_to_do": plan.nothing_to_do,
+        "edits": [e.document() for e in plan.edits],
+        "shards": [
+            {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
+            for s in plan.shards
+        ],
+        "config_diff": plan.config_diff(),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "disk_needed": needed,
+        "disk_free": free,
+    }
+
+
+def repair_document(result: RepairResult) -> dict[str, Any]:
+    """The plan's document with {out, sha256, linked, resumed}; out is null when there was nothing to do."""
+    out = str(result.out) if result.out else None
+    done = {"sha256": dict(result.files), "linked": list(result.linked), "resumed": list(result.kept)}
+    return plan_document(result.plan) | {"out": out} | done
+
+
+def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
+    """{pushed: {repo, url, commit}}; null where there was nothing to push."""
+    return {"pushed": vars(pushed) if pushed else None}
+
+
+def verify_document(result: VerifyResult) -> dict[str, Any]:
+    """{schema, out, target, ok, problems, files, kept, decoded}"""
+    return {
+        "schema": SCHEMA,
+        "out": str(result.out),
+        "target": result.target,
+        "ok": result.ok,
+        "problems": [{"file": p.file, "tensor": p.tensor, "message": p.message} for p in result.problems],
+        "files": result.files,
+        "kept": result.kept,
+        "decoded": result.decoded,
+    }
+
+
+def load_document(result: LoadResult) -> dict[str, Any]:
+    """{ok, versions, error, parameters, packed, unbound, requantized, forward}"""
+    return {"ok": result.ok} | _lists(vars(result))
+
+
+def probe_document(result: ProbeResult) -> dict[str, Any]:
+    """{schema, versions, release, modules, skips, disagreements}"""
+    doc = {"schema": SCHEMA} | _lists(vars(result)) | {"release": _span(result.release)}
+    return doc | {"disagreements": [vars(d) for d in result.disagreements]}
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
+    """{schema, ranges}: the release table."""
+    return {
+        "schema": SCHEMA,
+        "ranges": [
+            {k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows
+        ],
+    }  # fmt: skip
+
+
+def _span(r: ReleaseRange) -> dict[str, str]:
+    return {"first": r.first, "last": r.last}
+
+
+def _release(v: ReleaseVerdict) -> dict[str, Any]:
+    return _span(v.release) | {"verdict": v.verdict, "codes": [c.value for c in v.codes], "tensors": v.tensors}
+
+
+def _finding(f: Finding) -> dict[str, Any]:
+    return {
+        "code": f.code.value,
+        "severity": f.severity.label,
+        "title": f.code.explanation.title,
+        "tensors": list(f.tensors),
+        "releases": [_span(r) for r in f.releases],
+        "message": f.message,
+        "fix": f.fix,
+        "reason": f.reason,
+    }

@@ -1,0 +1,96 @@
+"""A scan as GitHub's and the Hub's markdown: for a pull request, a model card or a job's summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..rules.rule import Severity
+from ..rules.scan import Finding, ScanResult
+from .outcome import Outcome
+from .text import by_code, collapse, conclude, contents, count, matrix, mending, plain, runs, summarize, totals
+
+BAR = "\\|"  # ends no cell, in a code span neither
+SIGNS = {"loads": "\u2705", "degraded": "\u26a0\ufe0f", "wrong": "\u274c", "fails": "\u274c", "error": "\u26d4",
+         "skipped": "\u2796"}  # fmt: skip
+
+
+def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """A section for each model, and for several a summary."""
+    seen = []
+    for o in outcomes:
+        seen.append(summarize(o))
+        yield from (line + "\n" for line in _section(o))
+    if len(seen) > 1:
+        yield "## Summary\n\n"
+        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
+        yield from (line + "\n" for line in _table(("model", "verdict", "because of"), rows))
+        yield f"\n{totals(seen)}\n"
+
+
+def _section(o: Outcome) -> Iterator[str]:
+    yield f"## bnbfix: {code(plain(o.model))}"
+    yield ""
+    if o.result is None:
+        yield f"{SIGNS[summarize(o).verdict]} {escape(plain(str(o.error)))}"
+        yield ""
+        return
+    last = conclude(o)
+    yield f"{SIGNS[o.result.verdict]} **{last.words}** {escape(contents(o.result))}."
+    yield ""
+    yield from _releases(o.result)
+    yield ""
+    for same in by_code(o.result.findings):
+        yield from _code(same)
+    if last.command:
+        yield f"Mend it: {code(last.command)}"
+        yield ""
+
+
+def _releases(result: ScanResult) -> Iterator[str]:
+    rows = [
+        (v.releases, f"{SIGNS[v.severity.verdict]} {v.severity.verdict}", str(v.tensors or ""), v.codes)
+        for v in matrix(result.releases)
+    ]
+    return _table(("vLLM", "verdict", "tensors", "because of"), rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'|'.join('---' for _ in heads)}|"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |"
+
+
+def _code(findings: Sequence[Finding]) -> Iterator[str]:
+    worst: Severity = max(f.severity for f in findings)
+    yield f"### {findings[0].code.value} {worst.label}: {escape(findings[0].code.explanation.title)}"
+    yield ""
+    for f in findings:
+        yield f"- {runs(f.releases)} **{f.severity.label}**: {escape(plain(f.message))}"
+    for words in dict.fromkeys(map(mending, findings)):
+        yield f"- {escape(words)}"
+    yield ""
+    names = list(dict.fromkeys(name for f in findings for name in f.tensors))
+    if names:
+        yield f"<details><summary>{count(len(names), 'name')}</summary>"
+        yield ""
+        yield from (f"- {code(name)}" for name in collapse(names))
+        yield ""
+        yield "</details>"
+        yield ""
+
+
+def escape(text: str) -> str:
+    """Text that stays text: no markup, no HTML, no mentions and no links."""
+    text = re.sub(r"([\\`*_\[\]#~])", r"\\\1", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"@(?=\w)", "@\u200b", text)
+    return re.sub(r"(?i)(://|www\.)", "\u200b\\1\u200b", text)
+
+
+def code(text: str) -> str:
+    """Text in a code span, which knows no escapes but a fence longer than any run of backticks."""
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"

@@ -1,0 +1,103 @@
+"""Scans one model after another. One that fails does not stop the rest: its error is its outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..checkpoint.checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
+from ..checkpoint.source import Source
+from ..engines.vllm.releases import Target
+from ..errors import BnbfixError, InputError, UsageError
+from ..hub.resolve import open_source
+from ..models.gemma4 import read_model
+from ..rules.rule import Code, Severity
+from ..rules.scan import Finding, ScanResult, scan_checkpoint
+from ..rules.selection import Selection, findings_code
+
+if TYPE_CHECKING:
+    from .layer_map import Grid
+
+RECORD = "bnbfix.json"  # what `bnbfix repair` leaves beside the weights
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one MODEL: a result, or the error that kept it from being scanned."""
+
+    model: str
+    result: ScanResult | None = None  # with the findings that were selected; verdicts tell of all
+    error: BnbfixError | None = None
+    left_out: int = 0  # findings that --select and --ignore left out
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
+    grid: Grid | None = field(default=None, repr=False)
+
+    def file(self, finding: Finding) -> str:
+        """The file to look at for a finding: the shard of its first tensor, else config.json or the index."""
+        if finding.tensors:
+            return self.files.get(finding.tensors[0], CONFIG)
+        return INDEX if finding.code is Code.INDEX else CONFIG
+
+    def exit_code(self, fail_on: Severity | None = Severity.DEGRADED) -> int:
+        """As it would be for this model alone."""
+        if self.result is None:
+            return self.error.exit_code if self.error else 0
+        return findings_code(self.result.findings, fail_on)
+
+
+def examine(
+    models: Iterable[str], target: Target, selection: Selection | None = None, *, revision: str | None = None,
+    with_grid: bool = False,
+) -> Iterator[Outcome]:  # fmt: skip
+    """The outcome of each model, in order, as soon as it is known. `revision` is that of every repo."""
+    for model in models:
+        try:
+            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid)
+        except BnbfixError as e:
+            yield Outcome(model, error=e)
+        except OSError as e:
+            error = InputError(e.strerror or str(e), where=str(e.filename or "input/output"))
+            yield Outcome(model, error=error)
+
+
+def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> Outcome:
+    checkpoint = open_checkpoint(source)
+    result = scan_checkpoint(checkpoint, target)
+    chosen = selection.of(result.findings)
+    grid = None
+    if with_grid:
+        from .layer_map import draw
+
+        grid = draw(checkpoint, read_model(checkpoint.config), chosen, mended(checkpoint.source))
+    return Outcome(
+        model, replace(result, findings=chosen), None, len(result.findings) - len(chosen),
+        _files(checkpoint, {name for f in chosen for name in f.tensors}), grid,
+    )  # fmt: skip
+
+
+def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """The shard of each tensor; files are their own; config.json for names that are neither, such as skip entries."""
+    tensors, files = checkpoint.tensors if names else {}, checkpoint.source.files
+    return {n: tensors[n].shard if n in tensors else n if n in files else CONFIG for n in names}
+
+
+def mended(source: Source) -> frozenset[str]:
+    """Names of the tensors that an earlier repair changed, as its record has them; whether it is true, verify says."""
+    if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
+        return frozenset()
+    try:
+        edits = json.loads(source.read(RECORD, [(0, source.files[RECORD])])[0])["edits"]
+        return frozenset(e["name"] for e in edits if e["action"] not in ("drop", "config"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
+
+
+def read_names(text: str, where: str) -> list[str]:
+    """The models that a list names, one a line, without comments; raises UsageError when there are none."""
+    lines = (line.strip() for line in text.splitlines())
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise UsageError("names no model", where=where, hint="One MODEL a line; # begins a comment.")
+    return names

@@ -1,0 +1,1 @@
+"""The findings: each theme's file explains, checks and fixes its codes."""

@@ -1,0 +1,110 @@
+"""Numbers of an output held against an independent decode (decode.py) of what they were made from, chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from ..checkpoint import quant_state as qs
+from ..checkpoint.checkpoint import Tensor, Weight
+from ..checkpoint.source import Source
+from ..kernels import reference as decode
+from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice
+from ..writer.tensor_data import CHUNK, copy_range, packed_tensor
+
+
+def check_decoded(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
+    """What is wrong with dequantized bytes of the output at a file offset; None when they are right to the bit."""
+    for want in _values(source, op.weights, op.dtype):
+        got = output.read(file, [(at, len(want))])[0]
+        if got != want and not decode.same_values(got, want, op.dtype):
+            return f"is not what its packed weight decodes to, before byte {at + len(want):,} of the file"
+        at += len(want)
+    return None
+
+
+def check_quantized(source: Source, op: Quantize, output: Source, file: str, at: int) -> str | None:
+    """What is wrong with a weight that was quantized: its values must be within 4-bit rounding of those it came from.
+
+    NF4's widest gap is 0.304 of a block's scale, so no value moves by more than half of that, and by what double
+    quantization changed the scale; the scale itself must be that of the values, within 8-bit rounding.
+    """
+    parts, cursor = {}, at
+    for info in op.infos():
+        parts[info.name[len(op.name) :]] = output.read(file, [(cursor, info.nbytes)])[0]
+        cursor += info.nbytes
+    raw = parts[f".quant_state.bitsandbytes__{QUANT_TYPE}"]
+    offset = _offset(raw)
+    if offset is None or raw != op.state_json(offset):
+        return "its quant state is not the one that the plan writes"
+    if parts[".quant_map"] != decode.table(QUANT_TYPE).tobytes():
+        return "its quant_map is not NF4's"
+    state = op.state(offset)
+    scales = decode.absmax_values(state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map"))
+    slack = decode.scale_rounding(state, parts.get(".nested_absmax"))
+    first = 0
+    for chunk in _inputs(source, op):
+        count = len(chunk) // qs.WIDTH[op.dtype]
+        blocks = -(-count // state.blocksize)
+        packed = parts[""][first // 2 : (first + count + 1) // 2]
+        part = slice(first // state.blocksize, first // state.blocksize + blocks)
+        if not decode.within_rounding(state, packed, scales[part], slack[part], chunk):
+            return f"is not a 4-bit rounding of what it was made from, near element {first:,}"
+        first += count
+    return None
+
+
+def _offset(raw: bytes) -> float | None:
+    """The offset in the JSON of a quant state, 0 where it has none; None when it is no such JSON."""
+    try:
+        doc = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    value = doc.get("nested_offset", 0.0) if isinstance(doc, dict) else None
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _inputs(source: Source, op: Quantize) -> Iterator[bytes]:
+    if isinstance(op.values, Slice):
+        tensor = op.values.tensor
+        yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
+    else:
+        yield from _values(source, (op.values,), qs.DTYPES[op.dtype])
+
+
+def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator[bytes]:
+    for weight in weights:
+        if weight.state is not None:
+            yield from _four_bit(source, weight)
+        elif weight.int8:
+            yield from _eight_bit(source, weight, dtype)
+        else:
+            t = weight.tensor
+            yield from copy_range(source, t.shard, t.offset, t.info.nbytes)
+
+
+def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
+    packed = packed_tensor(source, weight)
+    state = packed.state
+    scales = decode.absmax_values(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK // (4 * state.blocksize))
+    for first in range(0, state.blocks, blocks):
+        begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
+        raw = packed.read(begin // 2, (end - begin + 1) // 2)
+        yield decode.decode_chunk(state, raw, scales[first : first + blocks])[: (end - begin) * width]
+
+
+def _eight_bit(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:
+    rows, columns = weight.shape
+    scales = _read(source, weight.siblings[".SCB"])
+    step = max(1, CHUNK // (4 * columns))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        at = weight.tensor.offset + first * columns
+        raw = source.read(weight.tensor.shard, [(at, count * columns)])[0]
+        yield decode.decode_int8(raw, scales[first * 4 : (first + count) * 4], dtype)
+
+
+def _read(source: Source, t: Tensor) -> bytes:
+    return source.read(t.shard, [(t.offset, t.info.nbytes)])[0]

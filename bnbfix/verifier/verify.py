@@ -1,0 +1,194 @@
+"""Proves a repair: the output against its record, against the source and the plan, and by a fresh scan.
+
+Dequantized tensors are compared with an independent decode (decode.py), not with the kernels that wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import MAX_JSON, open_checkpoint
+from ..checkpoint.source import LocalSource, Source, remote
+from ..engines.vllm.releases import Target, resolve_target
+from ..errors import BnbfixError, InputError
+from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
+from ..planner.plan import RECORD, Options, Plan, plan_checkpoint
+from ..rules.rule import Code
+from ..rules.scan import scan_checkpoint
+from ..writer.download import fetch, to_fetch
+from ..writer.tensor_data import CHUNK, copy_range
+from ..writer.write import Progress
+
+RAGGED = ("dequantize", "quantize")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One difference: the file, the tensor if it is one's, and what differs."""
+
+    file: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor + ': ' if self.tensor else ''}{self.message}"
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verification found. Counts say what was compared."""
+
+    out: Path
+    target: str
+    problems: tuple[Problem, ...]
+    files: int  # hashed
+    kept: int  # tensors compared byte for byte with the source
+    decoded: int  # weights compared with an independent decode
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify_output(out: Path, source: Source | None, progress: Progress | None = None) -> VerifyResult:
+    """See `bnbfix.verify`. `progress` is called with the number of bytes just compared."""
+    step = progress or (lambda n: None)
+    output = LocalSource.open(out)
+    doc = read_record(output)
+    target, options = resolve_target(doc["target"]), Options(**doc["options"])
+    problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
+    kept = decoded = 0
+    if source is not None:
+        plan = plan_checkpoint(source, target, options)
+        if plan.nothing_to_do:
+            problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
+        else:
+            if (elsewhere := remote(source)) is not None:
+                fetch(elsewhere, to_fetch(plan), step)
+            problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
+            decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
+            kept = sum(t.copied for s in plan.shards for t in s.tensors)
+    problems += _fresh_scan(output, target, options)
+    return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
+
+
+def read_record(output: Source) -> dict[str, Any]:
+    """bnbfix.json of an output; raises InputError when it is missing or not such a record."""
+    if RECORD not in output.files:
+        raise InputError("is missing; was this folder written by `bnbfix repair`?", where=f"{output.name}/{RECORD}")
+    if output.files[RECORD] > MAX_JSON:
+        raise InputError(f"{output.files[RECORD]:,} bytes are too many for such a file", where=RECORD)
+    try:
+        doc = json.loads(output.read(RECORD, [(0, output.files[RECORD])])[0])
+        hashes = doc["sha256"]
+        if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
+            raise ValueError("target and sha256 are not what they should be")
+        options = Options(**doc["options"])
+        size = options.max_shard_size
+        if type(options.bf16) is not bool or type(size) is not int or size < 1 or options.ragged not in RAGGED:
+            raise ValueError("options are not what they should be")
+        if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
+            raise ValueError("linked is not a list of files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
+    return dict(doc)
+
+
+def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Progress) -> Iterator[Problem]:
+    for name in sorted(set(output.files) - set(expected) - linked - {RECORD}):
+        yield Problem(name, None, "is not in the record")
+    for name in sorted(linked - set(output.files)):
+        yield Problem(name, None, "is missing")
+    for name, want in expected.items():
+        if name not in output.files:
+            yield Problem(name, None, "is missing")
+            continue
+        digest = hashlib.sha256()
+        for chunk in copy_range(output, name, 0, output.files[name]):
+            digest.update(chunk)
+            step(len(chunk))
+        if digest.hexdigest() != want:
+            yield Problem(name, None, "differs from the hash in the record")
+
+
+def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:
+    source, files = plan.checkpoint.source, output.files
+    planned = {s.name for s in plan.shards} | set(plan.texts) | set(plan.copied)
+    for name in sorted(planned - set(files) - recorded):  # the record's own are missed by `_hashes`
+        yield Problem(name, None, "is missing")
+    for name in sorted((set(files) & recorded) - planned - {RECORD}):
+        yield Problem(name, None, "is not in the plan")
+    for name, text in plan.texts.items():
+        data = text.encode()
+        if name in files and (files[name] != len(data) or output.read(name, [(0, len(data))])[0] != data):
+            yield Problem(name, None, "differs from what the plan writes")
+    for name in plan.copied:
+        if name not in files:
+            continue
+        if files[name] != source.files[name]:
+            yield Problem(name, None, f"has {files[name]:,} bytes, the source {source.files[name]:,}")
+        elif (at := _difference(source, name, 0, output, name, 0, source.files[name])) is not None:
+            yield Problem(name, None, f"differs from the source at byte {at:,}")
+    for shard in plan.shards:
+        if shard.name not in files:
+            continue
+        if files[shard.name] != shard.size:
+            yield Problem(shard.name, None, f"has {files[shard.name]:,} bytes, the plan {shard.size:,}")
+        else:
+            yield from _shard(output, plan, shard, step)
+
+
+def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
+    from .compare_weights import check_decoded, check_quantized  # here, since it imports numpy
+
+    source = plan.checkpoint.source
+    if shard.copied:
+        if (at := _difference(source, shard.name, 0, output, shard.name, 0, shard.data_start)) is not None:
+            yield Problem(shard.name, None, f"its header differs from the source at byte {at:,}")
+    elif output.read(shard.name, [(0, len(shard.header))])[0] != shard.header:
+        yield Problem(shard.name, None, "its header differs from what the plan writes")
+        return
+    for run in shard.runs():
+        op, first = run[0].op, run[0].info
+        at = shard.data_start + first.begin
+        if isinstance(op, Copy):
+            origin = op.origin
+            where = _difference(source, origin.shard, origin.offset, output, shard.name, at, first.nbytes)
+            problem = f"differs from {origin.info.name} of the source at byte {where:,}" if where is not None else None
+        elif isinstance(op, Dequantize):
+            problem = check_decoded(source, op, output, shard.name, at)
+        else:
+            problem = check_quantized(source, op, output, shard.name, at)
+        if problem is not None:
+            yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)
+        step(sum(t.info.nbytes for t in run))
+
+
+def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b: int, length: int) -> int | None:
+    """The first byte, counted from the start, at which two ranges differ."""
+    for done in range(0, length, CHUNK):
+        n = min(CHUNK, length - done)
+        x, y = a.read(file_a, [(at_a + done, n)])[0], b.read(file_b, [(at_b + done, n)])[0]
+        if x != y:
+            return done + next(i for i in range(n) if x[i] != y[i])
+    return None
+
+
+def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Problem]:
+    try:
+        checkpoint = open_checkpoint(output)
+        if options.bf16:
+            yield from (Problem(w.tensor.shard, w.name, "is packed") for w in checkpoint.weights.values() if w.packed)
+            return
+        result = scan_checkpoint(checkpoint, target)
+    except BnbfixError as e:
+        yield Problem(e.where or output.name, None, f"cannot be scanned: {e}")
+        return
+    for f in result.findings:
+        if f.remains and f.code is not Code.PLUGIN:
+            yield Problem(output.name, f.tensors[0] if f.tensors else None, f"{f.code.value}: {f.message}")

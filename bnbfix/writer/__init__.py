@@ -1,0 +1,1 @@
+"""Writes a planned output, whole or not at all."""

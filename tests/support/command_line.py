@@ -1,0 +1,69 @@
+"""The command line, run in this process or in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bnbfix.cli import main as cli
+
+EVIL = "\x1b[31m\x07\r\x7f\x9b2J\u202e"  # colours, a bell, an overwritten line, C1 controls, text turned round
+
+
+@dataclass
+class Run:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        """stdout in one line, as if it had not been wrapped."""
+        return " ".join(self.out.split())
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Run]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the command line in this process, on a machine without vLLM."""
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for module in ("bnbfix.api", "bnbfix.engines.vllm.probe", "bnbfix.engines.vllm.releases"):
+        monkeypatch.setattr(f"{module}.find_installed", lambda: None)
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert isinstance(caught.value.code, int)
+        return Run(caught.value.code, *capsys.readouterr())
+
+    return run
+
+
+def process(*arguments: object, runner: tuple[str, ...] = ("-m", "bnbfix")) -> Run:
+    """The same in a process of its own, with pipes for stdout and stderr."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "FORCE_COLOR")}
+    command = [sys.executable, *runner, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    return Run(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def harmless(text: str) -> bool:
+    return all(c.isprintable() for c in text.replace("\n", ""))
