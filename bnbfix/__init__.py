@@ -40,19 +40,54 @@ if TYPE_CHECKING:
     from .writer.write import RepairResult
 
 __all__ = [
-    "BnbfixError", "Code", "Edit", "Finding", "FindingsRemain", "HeaderError", "HubError", "InputError",
-    "NotApplicable", "OutputError", "Plan", "Problem", "QuantStateError", "ReleaseRange", "ReleaseVerdict",
-    "RepairResult", "ScanResult", "Severity", "Target", "Unrepairable", "UsageError", "VerifyError", "VerifyResult",
-    "check_before_upload", "plan_repair", "repair", "scan", "verify",
-]  # fmt: skip
+    "BnbfixError",
+    "Code",
+    "Edit",
+    "Finding",
+    "FindingsRemain",
+    "HeaderError",
+    "HubError",
+    "InputError",
+    "NotApplicable",
+    "OutputError",
+    "Plan",
+    "Problem",
+    "QuantStateError",
+    "ReleaseRange",
+    "ReleaseVerdict",
+    "RepairResult",
+    "ScanResult",
+    "Severity",
+    "Target",
+    "Unrepairable",
+    "UsageError",
+    "VerifyError",
+    "VerifyResult",
+    "check_before_upload",
+    "plan_repair",
+    "repair",
+    "scan",
+    "verify",
+]
 
 _HOME = {
     name: module
     for module, names in {
         "api": ("check_before_upload", "plan_repair", "repair", "scan", "verify"),
         "rules.rule": ("Code", "Severity"),
-        "errors": ("BnbfixError", "FindingsRemain", "HeaderError", "HubError", "InputError", "NotApplicable",
-                   "OutputError", "QuantStateError", "Unrepairable", "UsageError", "VerifyError"),
+        "errors": (
+            "BnbfixError",
+            "FindingsRemain",
+            "HeaderError",
+            "HubError",
+            "InputError",
+            "NotApplicable",
+            "OutputError",
+            "QuantStateError",
+            "Unrepairable",
+            "UsageError",
+            "VerifyError",
+        ),
         "planner.plan": ("Edit", "Plan"),
         "rules.scan": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier.verify": ("Problem", "VerifyResult"),
@@ -60,7 +95,7 @@ _HOME = {
         "writer.write": ("RepairResult",),
     }.items()
     for name in names
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

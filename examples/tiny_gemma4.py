@@ -27,67 +27,158 @@ Tensors = dict[str, torch.Tensor]
 
 STANDARD_PREFIX = "model.language_model."  # of language tensors; older files have "language_model.model."
 VOCAB = 512
-# fmt: off
+
 SPECIAL_TOKENS = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-MEDIA_TOKENS = {"image": "<|image|>", "boi": "<|image>", "eoi": "<image|>", "audio": "<|audio|>",
-                "boa": "<|audio>", "eoa": "<audio|>", "video": "<|video|>"}
+MEDIA_TOKENS = {
+    "image": "<|image|>",
+    "boi": "<|image>",
+    "eoi": "<image|>",
+    "audio": "<|audio|>",
+    "boa": "<|audio>",
+    "eoa": "<audio|>",
+    "video": "<|video|>",
+}
 TOKENS = [*SPECIAL_TOKENS.values(), *MEDIA_TOKENS.values(), "<|turn>", "<turn|>"]
 
 COMMON: Config = {"dtype": "bfloat16", "initializer_range": 0.02, "rms_norm_eps": 1e-06}
 ATTENTION = {"attention_bias": False, "attention_dropout": 0.0, "hidden_activation": "gelu_pytorch_tanh"}
-TEXT: Config = COMMON | ATTENTION | {
-    "model_type": "gemma4_text", "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "hidden_size": 128,
-    "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_global_key_value_heads": None, "head_dim": 32, "global_head_dim": 64, "attention_k_eq_v": False,
-    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "sliding_window": 64,
-    "max_position_embeddings": 4096, "final_logit_softcapping": 30.0, "use_bidirectional_attention": None,
-    "use_cache": True, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    "rope_parameters": {
-        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
-}
+TEXT: Config = (
+    COMMON
+    | ATTENTION
+    | {
+        "model_type": "gemma4_text",
+        "vocab_size": VOCAB,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_global_key_value_heads": None,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "sliding_window": 64,
+        "max_position_embeddings": 4096,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": None,
+        "use_cache": True,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+    }
+)
 K_EQ_V: Config = TEXT | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 NO_EXPERTS: Config = dict.fromkeys(["num_experts", "top_k_experts", "moe_intermediate_size"])
 NO_EXPERTS |= {"enable_moe_block": False}
 EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 4, "moe_intermediate_size": 64}
-SMALL: Config = TEXT | NO_EXPERTS | {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
-                                     "layer_types": ["sliding_attention", "full_attention"] * 3}
+SMALL: Config = (
+    TEXT
+    | NO_EXPERTS
+    | {
+        "hidden_size_per_layer_input": 32,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+)
 NESTED: Config = COMMON | {  # what every config has is written out for those inside another
-    "_name_or_path": "", "architectures": None, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
-    "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
-    "problem_type": None, "output_attentions": False, "output_hidden_states": False, "return_dict": True,
+    "_name_or_path": "",
+    "architectures": None,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "problem_type": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
 }
-VISION: Config = NESTED | ATTENTION | {
-    "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "patch_size": 4,
-    "pooling_kernel_size": 3, "position_embedding_size": 128, "default_output_length": 70,
-    "max_position_embeddings": 131072, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
-    "standardize": True, "use_clipped_linears": False,
-}
+VISION: Config = (
+    NESTED
+    | ATTENTION
+    | {
+        "model_type": "gemma4_vision",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "patch_size": 4,
+        "pooling_kernel_size": 3,
+        "position_embedding_size": 128,
+        "default_output_length": 70,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        "standardize": True,
+        "use_clipped_linears": False,
+    }
+)
 VISION_SMALL: Config = VISION | {"standardize": False, "use_clipped_linears": True}
 VISION_UNIFIED: Config = NESTED | {
-    "model_type": "gemma4_unified_vision", "hidden_size": 128, "mm_embed_dim": 128, "mm_posemb_size": 128,
-    "output_proj_dims": 128, "num_soft_tokens": 70, "default_output_length": 70, "patch_size": 16,
+    "model_type": "gemma4_unified_vision",
+    "hidden_size": 128,
+    "mm_embed_dim": 128,
+    "mm_posemb_size": 128,
+    "output_proj_dims": 128,
+    "num_soft_tokens": 70,
+    "default_output_length": 70,
+    "patch_size": 16,
     "pooling_kernel_size": 3,
 }
 AUDIO: Config = NESTED | {
-    "model_type": "gemma4_audio", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "subsampling_conv_channels": [128, 8], "output_proj_dims": 96, "conv_kernel_size": 5,
-    "hidden_act": "silu", "attention_chunk_size": 12, "attention_context_left": 13,
-    "attention_context_right": 0, "attention_invalid_logits_value": -1e9, "attention_logit_cap": 50.0,
-    "gradient_clipping": 1e10, "residual_weight": 0.5, "use_clipped_linears": True,
+    "model_type": "gemma4_audio",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [128, 8],
+    "output_proj_dims": 96,
+    "conv_kernel_size": 5,
+    "hidden_act": "silu",
+    "attention_chunk_size": 12,
+    "attention_context_left": 13,
+    "attention_context_right": 0,
+    "attention_invalid_logits_value": -1e9,
+    "attention_logit_cap": 50.0,
+    "gradient_clipping": 1e10,
+    "residual_weight": 0.5,
+    "use_clipped_linears": True,
 }
 AUDIO_UNIFIED: Config = NESTED | {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640}
 
-SKIP = ["lm_head", "model.vision_tower", "model.audio_tower", "model.embed_vision", "model.embed_audio",
-        "model.vision_embedder", "router.proj"]
+SKIP = [
+    "lm_head",
+    "model.vision_tower",
+    "model.audio_tower",
+    "model.embed_vision",
+    "model.embed_audio",
+    "model.vision_embedder",
+    "router.proj",
+]
 MIXED = [f"{STANDARD_PREFIX}layers.1.self_attn", f"{STANDARD_PREFIX}layers.3.mlp"]
 ALL: Config = {
-    "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
-    "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-    "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": None,
-    "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
+    "quant_method": "bitsandbytes",
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": None,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_threshold": 6.0,
 }
 SKIPPED: Config = ALL | {"llm_int8_skip_modules": SKIP}
 QUANTS: dict[str, Config | None] = {  # the quantization_config, which packing follows
@@ -99,15 +190,25 @@ QUANTS: dict[str, Config | None] = {  # the quantization_config, which packing f
     "fp4": SKIPPED | {"bnb_4bit_quant_type": "fp4"},
     "single": SKIPPED | {"bnb_4bit_use_double_quant": False},
     "storage-bf16": SKIPPED | {"bnb_4bit_quant_storage": "bfloat16"},
-    "int8": SKIPPED | {"_load_in_4bit": False, "_load_in_8bit": True, "load_in_4bit": False,
-                       "load_in_8bit": True, "bnb_4bit_compute_dtype": "float32",
-                       "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": SKIPPED
+    | {
+        "_load_in_4bit": False,
+        "_load_in_8bit": True,
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+    },
 }
 
 # Tables of tensors: "name dimension ...,"; {a|b} means both, letters are sizes worked out for each layer.
 NORMS = "{input|post_attention|pre_feedforward|post_feedforward}_layernorm.weight h,"
-LAYER = NORMS + """layer_scalar 1, self_attn.q_proj.weight q h, self_attn.o_proj.weight h q,
+LAYER = (
+    NORMS
+    + """layer_scalar 1, self_attn.q_proj.weight q h, self_attn.o_proj.weight h q,
     self_attn.q_norm.weight d, mlp.{gate|up}_proj.weight i h, mlp.down_proj.weight h i,"""
+)
 LAYER_K = "self_attn.k_proj.weight k h, self_attn.k_norm.weight d,"
 LAYER_V = "self_attn.v_proj.weight k h,"
 LAYER_EXPERTS = """router.proj.weight e h, router.scale h, router.per_expert_scale e,
@@ -122,9 +223,11 @@ TOWERS: dict[str, dict[str, str]] = {  # by model_type; a * stands for the layer
     "gemma4_vision": {
         "model.embed_vision.": "embedding_projection.weight 128 64,",
         "model.vision_tower.patch_embedder.": "input_proj.weight 64 48, position_embedding_table 2 128 64,",
-        "model.vision_tower.encoder.layers.*.": NORMS.replace("h,", "64,") + """
+        "model.vision_tower.encoder.layers.*.": NORMS.replace("h,", "64,")
+        + """
             self_attn.{q|k}_norm.weight 32, self_attn.{q|k|v|o}_proj.linear.weight 64 64,
-            mlp.{gate|up}_proj.linear.weight 128 64, mlp.down_proj.linear.weight 64 128,"""},
+            mlp.{gate|up}_proj.linear.weight 128 64, mlp.down_proj.linear.weight 64 128,""",
+    },
     "gemma4_audio": {
         "model.embed_audio.": "embedding_projection.weight 128 96,",
         "model.audio_tower.": "output_proj.weight 96 64, output_proj.bias 96,",
@@ -138,17 +241,24 @@ TOWERS: dict[str, dict[str, str]] = {  # by model_type; a * stands for the layer
             lconv1d.linear_end.linear.weight 64 64, lconv1d.depthwise_conv1d.weight 64 1 5,
             feed_forward{1|2}.{pre|post}_layer_norm.weight 64,
             feed_forward{1|2}.ffw_layer_1.linear.weight 256 64,
-            feed_forward{1|2}.ffw_layer_2.linear.weight 64 256,"""},
+            feed_forward{1|2}.ffw_layer_2.linear.weight 64 256,""",
+    },
     "gemma4_unified_vision": {
         "model.embed_vision.": "embedding_projection.weight 128 128,",
         "model.vision_embedder.": """patch_ln1.{weight|bias} 6912, patch_dense.weight 128 6912,
-            patch_dense.bias 128, {patch_ln2|pos_norm}.{weight|bias} 128, pos_embedding 128 2 128,"""},
+            patch_dense.bias 128, {patch_ln2|pos_norm}.{weight|bias} 128, pos_embedding 128 2 128,""",
+    },
     "gemma4_unified_audio": {"model.embed_audio.": "embedding_projection.weight 128 640,"},
 }
 # Values: mean and spread by the first pattern found; else matrices get 1/sqrt(fan in), vectors are around 1.
-VALUES = [(r"put_min$", -6.0, 0.0), (r"put_max$", 6.0, 0.0), (r"layer_scalar$", 0.8, 0.0),
-          (r"[qk]_norm\.weight$", 0.3, 0.06), (r"position_embedding|pos_embedding", 0.0, 0.3),
-          (r"embed_tokens|per_dim_scale$|std_bias$|\.bias$", 0.0, 0.1)]
+VALUES = [
+    (r"put_min$", -6.0, 0.0),
+    (r"put_max$", 6.0, 0.0),
+    (r"layer_scalar$", 0.8, 0.0),
+    (r"[qk]_norm\.weight$", 0.3, 0.06),
+    (r"position_embedding|pos_embedding", 0.0, 0.3),
+    (r"embed_tokens|per_dim_scale$|std_bias$|\.bias$", 0.0, 0.1),
+]
 
 CHAT_TEMPLATE = """<bos>{% for message in messages %} <|turn> {{ message.role }}
 {%- if message.content is string %} {{ message.content }}{% else %}{% for part in message.content %}
@@ -163,7 +273,6 @@ tags: [gemma4, bitsandbytes]
 
 Random weights in the structure of a Gemma4 checkpoint, for tests. It has learnt nothing.
 """
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -317,11 +426,15 @@ def _tokenizer() -> Config:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     vocab = {word: i for i, word in enumerate(TOKENS + [f"t{i}" for i in range(len(TOKENS), VOCAB)])}
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
-    return {"version": "1.0"} | empty | {
-        "added_tokens": [{"id": i, "content": token} | flags for i, token in enumerate(TOKENS)],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
-    }  # fmt: skip
+    return (
+        {"version": "1.0"}
+        | empty
+        | {
+            "added_tokens": [{"id": i, "content": token} | flags for i, token in enumerate(TOKENS)],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        }
+    )
 
 
 def _write_json(path: Path, content: Config) -> None:

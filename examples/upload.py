@@ -1,6 +1,6 @@
 """Uploads a model folder to the Hub, but not one that vLLM cannot load.
 
-    python examples/upload.py FOLDER ORG/NAME [--vllm TARGET] [--private]
+python examples/upload.py FOLDER ORG/NAME [--vllm TARGET] [--private]
 """
 
 from __future__ import annotations

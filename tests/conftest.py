@@ -26,7 +26,6 @@ for module in pkgutil.walk_packages(bnbfix.__path__, "bnbfix."):  # first import
         import_module(module.name)
 
 
-
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No BNBFIX_* of whoever runs the tests."""

@@ -22,9 +22,17 @@ from bnbfix.errors import BnbfixError
 from tests.support.build import Make
 
 RESULTS = [
-    "Edit", "Finding", "Plan", "Problem", "ReleaseRange", "ReleaseVerdict", "RepairResult", "ScanResult", "Target",
+    "Edit",
+    "Finding",
+    "Plan",
+    "Problem",
+    "ReleaseRange",
+    "ReleaseVerdict",
+    "RepairResult",
+    "ScanResult",
+    "Target",
     "VerifyResult",
-]  # fmt: skip
+]
 ERRORS = sorted(n for n in bnbfix.__all__ if isinstance(getattr(bnbfix, n), type) and n.endswith("Error"))
 FUNCTIONS = ["check_before_upload", "plan_repair", "repair", "scan", "verify"]
 
@@ -211,10 +219,17 @@ def test_a_plan_with_options_is_what_a_repair_with_them_writes(
 
 
 EXIT_CODES = {
-    "BnbfixError": 2, "UsageError": 2, "InputError": 2, "HeaderError": 2, "QuantStateError": 2, "NotApplicable": 3,
-    "Unrepairable": 1, "VerifyError": 1, "OutputError": 2,
+    "BnbfixError": 2,
+    "UsageError": 2,
+    "InputError": 2,
+    "HeaderError": 2,
+    "QuantStateError": 2,
+    "NotApplicable": 3,
+    "Unrepairable": 1,
+    "VerifyError": 1,
+    "OutputError": 2,
     "HubError": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "code"), EXIT_CODES.items())
@@ -311,10 +326,12 @@ def test_a_check_before_upload_does_not_hold_the_machine_against_the_checkpoint(
 def test_a_check_before_upload_passes_what_is_not_its_business(pristine: Make, tmp_path: Path) -> None:
     assert bnbfix.check_before_upload(pristine("dense31b", "bf16"), "portable") is None
     for name, files in {
-        "empty": {}, "no weights": {"config.json": "{"}, "no config": {"x.safetensors": ""},
+        "empty": {},
+        "no weights": {"config.json": "{"},
+        "no config": {"x.safetensors": ""},
         "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
         "below": {"config.json": "{", "unet/model.safetensors": ""},
-    }.items():  # fmt: skip
+    }.items():
         for file, text in files.items():
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).write_text(text)

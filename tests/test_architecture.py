@@ -20,9 +20,23 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 
 # From the ground up: a module imports from its own folder and from those above it in this list.
 FOLDERS = (
-    "errors", "__version__", "checkpoint", "hub", "models", "engines", "rules", "kernels", "planner", "writer",
-    "verifier", "api", "report", "cli", "__init__", "__main__",
-)  # fmt: skip
+    "errors",
+    "__version__",
+    "checkpoint",
+    "hub",
+    "models",
+    "engines",
+    "rules",
+    "kernels",
+    "planner",
+    "writer",
+    "verifier",
+    "api",
+    "report",
+    "cli",
+    "__init__",
+    "__main__",
+)
 WORKER = "engines.vllm.worker"  # runs in a process of its own, and knows nothing of the rest
 NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "cli"}
 
@@ -54,7 +68,11 @@ def imports(name: str) -> Iterator[tuple[bool, str, int]]:
             module = ".".join(filter(None, base))
             for alias in node.names:
                 inner = f"{module}.{alias.name}".lstrip(".")
-                yield True, inner if inner in FILES else module if module in FILES else f"{module}.__init__", node.lineno
+                yield (
+                    True,
+                    inner if inner in FILES else module if module in FILES else f"{module}.__init__",
+                    node.lineno,
+                )
         elif isinstance(node, ast.ImportFrom):
             assert node.module is not None
             yield False, node.module.split(".")[0], node.lineno
@@ -194,6 +212,7 @@ def tool(*command: str) -> None:
 
 def test_ruff_finds_nothing() -> None:
     tool("ruff", "check", "--no-cache", ".")
+    tool("ruff", "format", "--check", "--no-cache", ".")
 
 
 def test_mypy_finds_nothing_in_strict_mode() -> None:

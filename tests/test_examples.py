@@ -186,9 +186,7 @@ def test_the_hooks_manifest_is_valid() -> None:
     assert python("-m", "pre_commit", "validate-manifest", HOOKS).returncode == 0
 
 
-def test_the_hook_checks_each_folder_once(
-    pristine: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_hook_checks_each_folder_once(pristine: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad, good, other = (pristine(*m) for m in (("dense31b", "ragged"), ("e4b", "all"), ("dense31b", "bf16")))
     (tmp_path / "config.json").write_text("{")
     files = {m: [str(m / n) for n in ("config.json", "model.safetensors")] for m in (bad, good, other)}

@@ -172,9 +172,10 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
             raise InputError(f"weight_map names {name!r}, which is not a file beside it", where=INDEX)
         if name not in source.files:
             raise InputError(
-                f"shard {name} is missing; the index names it", where=source.name,
+                f"shard {name} is missing; the index names it",
+                where=source.name,
                 hint="Download or copy the checkpoint again.",
-            )  # fmt: skip
+            )
     return names
 
 

@@ -23,12 +23,32 @@ MAX_USEFUL_HEADER = 25_000_000  # bytes; the longest that the Hub parses, and fa
 LENGTH_BYTES = 8
 
 # Bits for each element. F4 and F6 types are packed below one byte.
-DTYPE_BITS: Mapping[str, int] = MappingProxyType({
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
-})  # fmt: skip
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "BOOL": 8,
+        "U8": 8,
+        "I8": 8,
+        "F8_E5M2": 8,
+        "F8_E4M3": 8,
+        "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+        "I16": 16,
+        "U16": 16,
+        "F16": 16,
+        "BF16": 16,
+        "I32": 32,
+        "U32": 32,
+        "F32": 32,
+        "F64": 64,
+        "I64": 64,
+        "U64": 64,
+        "C64": 64,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +92,9 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     if n + LENGTH_BYTES > file_size:
         raise HeaderError(
             f"truncated: the header needs {n + LENGTH_BYTES:,} bytes, the file has {file_size:,}",
-            where=where, hint="Download or copy the file again.",
-        )  # fmt: skip
+            where=where,
+            hint="Download or copy the file again.",
+        )
     return n
 
 
@@ -97,8 +118,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     if at > size:
         raise HeaderError(
             f"truncated: the tensors need {at:,} bytes of data, the file has {size:,}",
-            where=where, hint="Download or copy the file again.",
-        )  # fmt: skip
+            where=where,
+            hint="Download or copy the file again.",
+        )
     if at < size:
         raise HeaderError(f"{size - at:,} bytes left over after the last tensor", where=where)
     return Header(MappingProxyType({t.name: t for t in infos}), MappingProxyType(metadata), data_start)

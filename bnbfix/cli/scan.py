@@ -39,33 +39,48 @@ class Level(str, Enum):
 
 
 Render = Callable[[Iterable[Outcome]], Iterator[str]]
-# fmt: off
+
 Models = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL", help="Folders, or repos on the Hub: org/name[@revision].")]
-Revision = Annotated[str | None, typer.Option(
-    "--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")]
-From = Annotated[str | None, typer.Option(
-    "--from", metavar="FILE", help="Scan the models that FILE names, one a line; - is stdin.")]
-Vllm = Annotated[str | None, typer.Option(
-    "--vllm", metavar="TARGET", envvar="BNBFIX_VLLM",
-    help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
-    "Left out: the vLLM installed here, else portable.")]
+    list[str] | None, typer.Argument(metavar="MODEL", help="Folders, or repos on the Hub: org/name[@revision].")
+]
+Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="FILE", help="Scan the models that FILE names, one a line; - is stdin.")
+]
+Vllm = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm",
+        metavar="TARGET",
+        envvar="BNBFIX_VLLM",
+        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
+        "Left out: the vLLM installed here, else portable.",
+    ),
+]
 AsFormat = Annotated[Format, typer.Option("--format", envvar="BNBFIX_FORMAT", help="How the result is written.")]
-Output = Annotated[Path | None, typer.Option(
-    "--output", metavar="FILE", help="Write --format to FILE, and the table to stdout.")]
-Select = Annotated[list[str] | None, typer.Option(
-    "--select", metavar="CODES", envvar="BNBFIX_SELECT",
-    help="Count these findings alone: codes or their beginnings (BNB1), with commas between.")]
-Ignore = Annotated[list[str] | None, typer.Option(
-    "--ignore", metavar="CODES", envvar="BNBFIX_IGNORE", help="Do not count these findings.")]
-FailOn = Annotated[Level, typer.Option(
-    "--fail-on", envvar="BNBFIX_FAIL_ON", help="The least severity that makes the exit code 1.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write --format to FILE, and the table to stdout.")
+]
+Select = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--select",
+        metavar="CODES",
+        envvar="BNBFIX_SELECT",
+        help="Count these findings alone: codes or their beginnings (BNB1), with commas between.",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="CODES", envvar="BNBFIX_IGNORE", help="Do not count these findings."),
+]
+FailOn = Annotated[
+    Level, typer.Option("--fail-on", envvar="BNBFIX_FAIL_ON", help="The least severity that makes the exit code 1.")
+]
 ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain: --fail-on never.")]
 Map = Annotated[bool, typer.Option("--map", help="Draw which modules of which layers are packed or in conflict.")]
-Verbose = Annotated[bool, typer.Option(
-    "--verbose", "-v", envvar="BNBFIX_VERBOSE", help="Every tensor, and notes too.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar="BNBFIX_VERBOSE", help="Every tensor, and notes too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="A line for each model, no more.")]
-# fmt: on
 
 
 def scan(

@@ -52,9 +52,7 @@ def asked_for(repo: str, revision: str | None, file: str | None = None) -> Asked
     return Asked(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file)
 
 
-def patiently(
-    work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: threading.Event | None = None
-) -> T:
+def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: threading.Event | None = None) -> T:
     """Does it, again after failures that may pass, until `stop` is set. Raises HubError, and UsageError for a name
     that cannot be.
     """
@@ -178,9 +176,15 @@ def make_repo(repo: str, *, private: bool) -> None:
 
 
 def commit(
-    folder: Path, repo: str, files: Iterable[str], removed: Iterable[str], message: str, *, create_pr: bool,
+    folder: Path,
+    repo: str,
+    files: Iterable[str],
+    removed: Iterable[str],
+    message: str,
+    *,
+    create_pr: bool,
     parent: str | None,
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """Commits files of a folder to a repo and returns (address of the commit or pull request, sha). Raises HubError.
 
     One commit, where `upload_folder` may make several: nobody ever loads half of a repaired checkpoint. What a push
@@ -192,9 +196,13 @@ def commit(
     asked = asked_for(repo, parent)
     try:
         with understood(asked, (ValueError, RuntimeError)):
-            done = patiently(lambda: HfApi().create_commit(
-                repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
-            ), asked, tries=1)  # fmt: skip  # a second try could make a second commit of one whose answer was lost
+            done = patiently(
+                lambda: HfApi().create_commit(
+                    repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
+                ),
+                asked,
+                tries=1,
+            )  # a second try could make a second commit of one whose answer was lost
     except (ValueError, RuntimeError) as e:  # huggingface_hub's words for a card it refuses, or an upload that failed
         if isinstance(e.__cause__, (HfHubHTTPError, NoAnswer)):
             raise no_answer(e.__cause__, asked) from None

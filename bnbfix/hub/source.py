@@ -97,9 +97,10 @@ class HubSource:
         found = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(found, str):
             raise HubError(
-                "offline mode is on (HF_HUB_OFFLINE), and the local cache does not have it", where=name,
+                "offline mode is on (HF_HUB_OFFLINE), and the local cache does not have it",
+                where=name,
                 hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
-            )  # fmt: skip
+            )
         folder = LocalSource.open(Path(found).parent)
         files = {f: size for f, size in folder.files.items() if f not in folder.outside}  # the cache makes no others
         return cls(repo, folder.path.name, name, MappingProxyType(files), {}, {f: folder.path / f for f in files})
@@ -175,9 +176,14 @@ class HubSource:
         guard_cache()
         try:
             with understood(asked, (RuntimeError, ValueError)):
-                found = Path(patiently(lambda: hf_hub_download(
-                    self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)), asked,
-                ))  # fmt: skip
+                found = Path(
+                    patiently(
+                        lambda: hf_hub_download(
+                            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)
+                        ),
+                        asked,
+                    )
+                )
         except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; what hf_xet says when it gives up
             words = scrubbed(str(getattr(e, "strerror", None) or e))
             raise HubError(f"cannot be downloaded ({words})", where=asked.where) from None
@@ -204,8 +210,9 @@ class HubSource:
         url = place or home
         for _ in range(REDIRECTS):
             at_home = origin_of(url) == origin_of(home)
-            headers = build_hf_headers(token=None if at_home else False, library_name="bnbfix",
-                                       library_version=__version__)  # fmt: skip
+            headers = build_hf_headers(
+                token=None if at_home else False, library_name="bnbfix", library_version=__version__
+            )
             headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
             asked = asked_for(self.repo, self.revision, file)
             with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
@@ -240,9 +247,10 @@ class HubSource:
         where, size = f"{self.repo}: {file}", self.files[file]
         if answer.status_code == 200 and length != size:
             raise HubError(
-                f"{host} ignores byte ranges (HTTP 200): reading on would fetch all {size:,} bytes", where=where,
+                f"{host} ignores byte ranges (HTTP 200): reading on would fetch all {size:,} bytes",
+                where=where,
                 hint="Is a proxy or a mirror (HF_ENDPOINT) between you and the Hub? Download the model instead.",
-            )  # fmt: skip
+            )
         if answer.status_code == 206 and (why := misfit(answer.headers.get("Content-Range"), offset, length, size)):
             raise HubError(f"{host} {why}", where=where, hint="Run it again; a proxy or a mirror may be broken.")
         if answer.headers.get("Content-Encoding", "identity") != "identity":

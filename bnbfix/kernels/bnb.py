@@ -175,9 +175,12 @@ def _torch(packed: PackedTensor, size: int, device: str) -> Start:
 
     def kernel(column: torch.Tensor, first: int, rows: int) -> torch.Tensor:
         part = bnb.QuantState(
-            absmax=absmax[first : first + rows], shape=torch.Size((rows, size)), blocksize=size,
-            quant_type=state.quant_type, dtype=inner,
-        )  # fmt: skip
+            absmax=absmax[first : first + rows],
+            shape=torch.Size((rows, size)),
+            blocksize=size,
+            quant_type=state.quant_type,
+            dtype=inner,
+        )
         out: torch.Tensor = bnb.dequantize_4bit(column.view(-1, 1), part)
         return out.view(-1).to(dtype).view(torch.uint8)
 

@@ -226,10 +226,7 @@ def _retype(checkpoint: Checkpoint, rewritten: Set[str]) -> dict[str, Code]:
 
 
 def _config(
-    checkpoint: Checkpoint,
-    model: Model,
-    releases: Sequence[ReleaseRange],
-    after: Sequence[tuple[Member, bool]],
+    checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange], after: Sequence[tuple[Member, bool]]
 ) -> Iterable[ConfigEdit]:
     quantization = checkpoint.quantization
     skip = skip_list(checkpoint.skip_modules, model, releases, after)
@@ -254,10 +251,7 @@ def older_config(checkpoint: Checkpoint, model: Model, releases: Sequence[Releas
 
 
 def skip_list(
-    entries: Sequence[str],
-    model: Model,
-    releases: Sequence[ReleaseRange],
-    members: Sequence[tuple[Member, bool]],
+    entries: Sequence[str], model: Model, releases: Sequence[ReleaseRange], members: Sequence[tuple[Member, bool]]
 ) -> tuple[str, ...]:
     """llm_int8_skip_modules that vLLM and transformers both obey, for members and whether each is packed.
 

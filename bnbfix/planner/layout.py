@@ -79,8 +79,11 @@ class Quantize:
     def state_json(self, offset: float) -> bytes:
         """The JSON as `QuantState.as_dict(packed=True)` writes it, padded to its tensor's size."""
         doc: dict[str, object] = {
-            "quant_type": QUANT_TYPE, "blocksize": BLOCKSIZE, "dtype": self.dtype, "shape": list(self.shape),
-        }  # fmt: skip
+            "quant_type": QUANT_TYPE,
+            "blocksize": BLOCKSIZE,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
         if self.double:
             doc |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
         return json.dumps(doc).encode().ljust(self.infos()[-1].nbytes)

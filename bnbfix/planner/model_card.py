@@ -46,22 +46,26 @@ def describe(target: Target, edits: Iterable[tuple[str, str]], *, bf16: bool) ->
     changes = [_change(action, n) for action, n in counts.items()]
     plugins = {r.plugin for r in target.ranges}
     plugin = "" if bf16 or "required" not in plugins else _plugin(target)
-    return "\n".join([
-        BEGIN,
-        "## Repaired for vLLM",
-        "",
-        f"bnbfix changed this checkpoint so that stock {_name(target)} loads it unmodified: {'; '.join(changes)}. "
-        "Every other tensor and file is the source's, byte for byte. "
-        "`bnbfix.json` lists each change, and a SHA-256 for each file.",
-        "",
-        "```bash",
-        f"vllm serve MODEL{plugin}",
-        f"bnbfix scan MODEL --vllm {target.name}  # what each release makes of it" if not bf16 else "bnbfix verify DIR",
-        *([] if bf16 else ["bnbfix verify DIR  # of a downloaded copy: every hash, and a scan"]),
-        "```",
-        END,
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            BEGIN,
+            "## Repaired for vLLM",
+            "",
+            f"bnbfix changed this checkpoint so that stock {_name(target)} loads it unmodified: {'; '.join(changes)}. "
+            "Every other tensor and file is the source's, byte for byte. "
+            "`bnbfix.json` lists each change, and a SHA-256 for each file.",
+            "",
+            "```bash",
+            f"vllm serve MODEL{plugin}",
+            f"bnbfix scan MODEL --vllm {target.name}  # what each release makes of it"
+            if not bf16
+            else "bnbfix verify DIR",
+            *([] if bf16 else ["bnbfix verify DIR  # of a downloaded copy: every hash, and a scan"]),
+            "```",
+            END,
+            "",
+        ]
+    )
 
 
 def _name(target: Target) -> str:

@@ -151,9 +151,10 @@ def _plan(
     # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
     if leaving := sorted(checkpoint.source.outside & {*copied, *texts}):
         raise InputError(
-            "is a link out of the model folder; a repair would copy what it leads to", where=leaving[0],
+            "is a link out of the model folder; a repair would copy what it leads to",
+            where=leaving[0],
             hint="Put the file itself in its place. Weights alone may lie elsewhere.",
-        )  # fmt: skip
+        )
     return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
 
 

@@ -10,9 +10,7 @@ from ..rules.scan import Finding
 from .outcome import Outcome
 from .text import SHOWN, collapse, count, mending, plain, runs
 
-COMMANDS = {
-    Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "notice",
-}  # fmt: skip
+COMMANDS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "notice"}
 
 
 def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
@@ -29,9 +27,7 @@ def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
 def _message(f: Finding) -> str:
     names = collapse(f.tensors)
     more = [f"and {count(len(names) - SHOWN, 'more pattern')}"] if len(names) > SHOWN else []
-    return "\n".join(
-        [f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}", *names[:SHOWN], *more, mending(f)]
-    )
+    return "\n".join([f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}", *names[:SHOWN], *more, mending(f)])
 
 
 def command(level: str, file: str, title: str, message: str) -> str:

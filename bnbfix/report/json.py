@@ -124,10 +124,8 @@ def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
     """{schema, ranges}: the release table."""
     return {
         "schema": SCHEMA,
-        "ranges": [
-            {k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows
-        ],
-    }  # fmt: skip
+        "ranges": [{k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows],
+    }
 
 
 def _span(r: ReleaseRange) -> dict[str, str]:

@@ -80,15 +80,26 @@ _IN_LAYER = re.compile(
     rf"model\.(?P<tower>{'|'.join(TOWERS)})\.(?:encoder\.)?layers\.(?P<layer>{_NUMBER})\.(?P<rest>.+)"
 )
 _COLUMNS: tuple[tuple[str, str], ...] = (  # what is left of a name behind the layer's number -> column, in their order
-    ("q", r"self_attn\.q_proj"), ("k", r"self_attn\.k_proj"), ("v", r"self_attn\.v_proj"), ("o", r"self_attn\.o_proj"),
-    ("rel k", r"self_attn\.relative_k_proj"), ("post", r"self_attn\.post"),
-    ("gate", r"mlp\.gate_proj"), ("up", r"mlp\.up_proj"), ("down", r"mlp\.down_proj"),
-    ("ff1 in", r"feed_forward1\.ffw_layer_1"), ("ff1 out", r"feed_forward1\.ffw_layer_2"),
-    ("conv in", r"lconv1d\.linear_start"), ("conv out", r"lconv1d\.linear_end"),
-    ("ff2 in", r"feed_forward2\.ffw_layer_1"), ("ff2 out", r"feed_forward2\.ffw_layer_2"),
-    ("router", r"router\.proj"), ("experts", r"(?:moe\.)?experts\..*"),
-    ("input gate", r"per_layer_input_gate"), ("input proj", r"per_layer_projection"),
-)  # fmt: skip
+    ("q", r"self_attn\.q_proj"),
+    ("k", r"self_attn\.k_proj"),
+    ("v", r"self_attn\.v_proj"),
+    ("o", r"self_attn\.o_proj"),
+    ("rel k", r"self_attn\.relative_k_proj"),
+    ("post", r"self_attn\.post"),
+    ("gate", r"mlp\.gate_proj"),
+    ("up", r"mlp\.up_proj"),
+    ("down", r"mlp\.down_proj"),
+    ("ff1 in", r"feed_forward1\.ffw_layer_1"),
+    ("ff1 out", r"feed_forward1\.ffw_layer_2"),
+    ("conv in", r"lconv1d\.linear_start"),
+    ("conv out", r"lconv1d\.linear_end"),
+    ("ff2 in", r"feed_forward2\.ffw_layer_1"),
+    ("ff2 out", r"feed_forward2\.ffw_layer_2"),
+    ("router", r"router\.proj"),
+    ("experts", r"(?:moe\.)?experts\..*"),
+    ("input gate", r"per_layer_input_gate"),
+    ("input proj", r"per_layer_projection"),
+)
 REST = "norms"  # norms, scalars and bounds: whatever is no projection
 _ORDER = (*(column for column, _ in _COLUMNS), REST)
 _PATTERNS = tuple((column, re.compile(rf"{pattern}(?:\.linear)?(?:\.weight)?")) for column, pattern in _COLUMNS)

@@ -11,8 +11,14 @@ from .outcome import Outcome
 from .text import by_code, collapse, conclude, contents, count, matrix, mending, plain, runs, summarize, totals
 
 BAR = "\\|"  # ends no cell, in a code span neither
-SIGNS = {"loads": "\u2705", "degraded": "\u26a0\ufe0f", "wrong": "\u274c", "fails": "\u274c", "error": "\u26d4",
-         "skipped": "\u2796"}  # fmt: skip
+SIGNS = {
+    "loads": "\u2705",
+    "degraded": "\u26a0\ufe0f",
+    "wrong": "\u274c",
+    "fails": "\u274c",
+    "error": "\u26d4",
+    "skipped": "\u2796",
+}
 
 
 def render(outcomes: Iterable[Outcome]) -> Iterator[str]:

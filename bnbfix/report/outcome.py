@@ -48,9 +48,13 @@ class Outcome:
 
 
 def examine(
-    models: Iterable[str], target: Target, selection: Selection | None = None, *, revision: str | None = None,
+    models: Iterable[str],
+    target: Target,
+    selection: Selection | None = None,
+    *,
+    revision: str | None = None,
     with_grid: bool = False,
-) -> Iterator[Outcome]:  # fmt: skip
+) -> Iterator[Outcome]:
     """The outcome of each model, in order, as soon as it is known. `revision` is that of every repo."""
     for model in models:
         try:
@@ -72,9 +76,13 @@ def _outcome(source: Source, model: str, target: Target, selection: Selection, w
 
         grid = draw(checkpoint, read_model(checkpoint.config), chosen, mended(checkpoint.source))
     return Outcome(
-        model, replace(result, findings=chosen), None, len(result.findings) - len(chosen),
-        _files(checkpoint, {name for f in chosen for name in f.tensors}), grid,
-    )  # fmt: skip
+        model,
+        replace(result, findings=chosen),
+        None,
+        len(result.findings) - len(chosen),
+        _files(checkpoint, {name for f in chosen for name in f.tensors}),
+        grid,
+    )
 
 
 def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:

@@ -9,9 +9,12 @@ from .lines import Layout, Line, Span, fold
 from .text import plain
 
 CELLS = {
-    State.PACKED: "cyan", State.MENDED: "green", State.FIXABLE: "bold yellow", State.CONFLICT: "bold red",
+    State.PACKED: "cyan",
+    State.MENDED: "green",
+    State.FIXABLE: "bold yellow",
+    State.CONFLICT: "bold red",
     State.ABSENT: "dim",
-}  # fmt: skip
+}
 
 
 def map_lines(grid: Grid, layout: Layout) -> Iterator[Line]:

@@ -73,11 +73,15 @@ def plain_lines(text: str) -> str:
 
 def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
     verbs = {
-        "dequantize": "dequantized to the precision they had before", "drop": "dropped", "insert": "added",
-        "quantize": "quantized to NF4, which loses precision", "rename": "renamed",
+        "dequantize": "dequantized to the precision they had before",
+        "drop": "dropped",
+        "insert": "added",
+        "quantize": "quantized to NF4, which loses precision",
+        "rename": "renamed",
         "stack": "joined from experts stored one by one",
-        "retype": "declared as U8 columns, same bytes", "config": "of config.json changed",
-    }  # fmt: skip
+        "retype": "declared as U8 columns, same bytes",
+        "config": "of config.json changed",
+    }
     for action, words in verbs.items():
         edits = [e for e in plan.edits if e.action == action]
         if not edits:
@@ -214,7 +218,6 @@ def _table() -> Table:
 
 def _indented(text: str, by: int = 2) -> Padding:
     return Padding(Text(text, overflow="fold"), (0, 0, 0, by), expand=False)
-
 
 
 def _mb(n: int) -> str:

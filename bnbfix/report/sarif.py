@@ -23,9 +23,7 @@ from .outcome import Outcome
 from .text import collapse, count, mending, plain, runs
 
 SCHEMA_URI = "https://json.schemastore.org/sarif-2.1.0.json"
-LEVELS = {
-    Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note",
-}  # fmt: skip
+LEVELS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note"}
 
 
 def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
@@ -43,10 +41,12 @@ def document(outcomes: list[Outcome], here: Path) -> dict[str, Any]:
     results = [_result(o, f, rules.index(f.code), _base(o.model, here, bases), prints) for o, f in findings]
     errors = [o for o in outcomes if o.error is not None]
     driver = {
-        "name": "bnbfix", "version": __version__, "semanticVersion": __version__,
+        "name": "bnbfix",
+        "version": __version__,
+        "semanticVersion": __version__,
         "shortDescription": {"text": "Scans bitsandbytes Gemma4 checkpoints for what vLLM cannot load."},
         "rules": [_rule(code, worst[code]) for code in rules],
-    }  # fmt: skip
+    }
     invocation: dict[str, Any] = {"executionSuccessful": all(o.error.exit_code == 3 for o in errors if o.error)}
     if errors:
         invocation["toolExecutionNotifications"] = [_notification(o) for o in errors]

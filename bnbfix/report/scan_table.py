@@ -133,9 +133,10 @@ def _code(findings: Sequence[Finding], layout: Layout) -> Iterator[Line]:
     worst = max(f.severity for f in findings)
     style = STYLES[worst] if worst else "cyan"
     yield (
-        Span(findings[0].code.value, "bold"), Span(f" {worst.label}", style),
+        Span(findings[0].code.value, "bold"),
+        Span(f" {worst.label}", style),
         Span(f": {findings[0].code.explanation.title}"),
-    )  # fmt: skip
+    )
     shown: tuple[str, ...] | None = None
     for f in findings:
         yield from _wrapped(f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}", layout, by=2)

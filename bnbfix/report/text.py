@@ -115,9 +115,11 @@ def conclude(outcome: Outcome) -> Conclusion:
     if several and any(Code.UNKNOWN_CLASS in v.codes for v in result.releases):
         name = "every release that knows the model"
     words = {
-        Severity.NOTE: "Loads", Severity.DEGRADED: "Degraded", Severity.WRONG: "Loads with wrong weights",
+        Severity.NOTE: "Loads",
+        Severity.DEGRADED: "Degraded",
+        Severity.WRONG: "Loads with wrong weights",
         Severity.FAILS: "Does not load",
-    }[result.severity]  # fmt: skip
+    }[result.severity]
     text = f"{words} in {name}."
     if outcome.left_out:
         text += f" {count(outcome.left_out, 'finding')} left out by --select or --ignore."

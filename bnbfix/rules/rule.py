@@ -251,7 +251,7 @@ EXPLANATIONS = {
     ),
     Code.FP4_EXPERTS: Explanation(
         "FP4 experts",
-        "vLLM's bitsandbytes loader fuses the quant states of experts with `quant_type=\"nf4\"` written out. FP4 "
+        'vLLM\'s bitsandbytes loader fuses the quant states of experts with `quant_type="nf4"` written out. FP4 '
         "experts load, and are decoded with the wrong table.",
         "They are dequantized and quantized to NF4.",
     ),
@@ -269,4 +269,4 @@ EXPLANATIONS = {
         "they load, and those unlike the first are decoded wrongly.",
         "None in 4 bits: the values would have to be quantized again. `repair --bf16` unpacks those of one dtype.",
     ),
-}  # fmt: skip
+}

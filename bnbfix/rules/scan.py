@@ -83,8 +83,9 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
     if method is None:
         raise NotApplicable(
             f"is a {what} with {packed} packed weights, but config.json has no bitsandbytes quantization_config",
-            where=checkpoint.source.name, hint="Take config.json from the model that was quantized.",
-        )  # fmt: skip
+            where=checkpoint.source.name,
+            hint="Take config.json from the model that was quantized.",
+        )
     return model
 
 

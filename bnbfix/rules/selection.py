@@ -11,9 +11,12 @@ from .scan import Finding
 
 CLEAN, FINDINGS, BROKEN, NOTHING_TO_CHECK = 0, 1, 2, 3
 LEVELS: dict[str, Severity | None] = {
-    "note": Severity.NOTE, "degraded": Severity.DEGRADED, "wrong": Severity.WRONG, "fails": Severity.FAILS,
+    "note": Severity.NOTE,
+    "degraded": Severity.DEGRADED,
+    "wrong": Severity.WRONG,
+    "fails": Severity.FAILS,
     "never": None,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

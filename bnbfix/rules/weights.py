@@ -347,10 +347,12 @@ def hf_linears(members: Sequence[Member], model: Model) -> list[Member]:
 def moe_refused(case: Case) -> Iterator[Hit]:
     if case.model.moe and case.release.moe is None:
         yield Hit(
-            Severity.FAILS, (), "a mixture of experts, which the release refuses under bitsandbytes",
+            Severity.FAILS,
+            (),
+            "a mixture of experts, which the release refuses under bitsandbytes",
             "no 4-bit form exists for this release; vLLM "
             f"{', '.join(r.name for r in ranges() if r.moe)} can load one, and --bf16 works everywhere",
-        )  # fmt: skip
+        )
 
 
 @rule(Code.FUSED_EXPERTS)

@@ -81,9 +81,10 @@ def _compare(needed: int, free: int, download: int, where: Path) -> None:
     if needed > free:
         what = f", {download:,} of them for the download" if download else ""
         raise OutputError(
-            f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free", where=str(where),
+            f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free",
+            where=str(where),
             hint="With --stream the source never lies whole on disk." if download else None,
-        )  # fmt: skip
+        )
 
 
 def carry_out(

@@ -26,9 +26,14 @@ class OutputFile:
     """
 
     def __init__(
-        self, path: Path, step: Callable[[int], None], finished: Callable[[str], None], stop: threading.Event,
-        *, stays: bool,
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        step: Callable[[int], None],
+        finished: Callable[[str], None],
+        stop: threading.Event,
+        *,
+        stays: bool,
+    ) -> None:
         self._step, self._finished, self._at = step, finished, 0
         self._stays, self._gone = stays, 0
         path.parent.mkdir(parents=True, exist_ok=True)

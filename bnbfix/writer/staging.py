@@ -36,9 +36,10 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
         for scratch in (*_scratch(real(out)), fetched_folder(out)):
             if _holds(scratch, source.path):
                 raise UsageError(
-                    f"lies in {scratch.name}, which a repair to {out} clears away", where=source.name,
+                    f"lies in {scratch.name}, which a repair to {out} clears away",
+                    where=source.name,
                     hint="Rename it, or name another --out.",
-                )  # fmt: skip
+                )
     if not os.path.lexists(target):
         return
     if not target.is_dir():

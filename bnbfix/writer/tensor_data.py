@@ -61,9 +61,12 @@ def _int8(source: Source, weight: Weight, dtype: str) -> Iterator[memoryview]:
 def quantized_parts(source: Source, op: Quantize, device: str) -> Iterator[bytes]:
     """The tensors of a quantized weight, in the order of `op.infos()`."""
     made = quantize(
-        quantize_input(source, op, device), op.dtype, device,
-        blocksize=BLOCKSIZE, nested_blocksize=NESTED_BLOCKSIZE if op.double else None,
-    )  # fmt: skip
+        quantize_input(source, op, device),
+        op.dtype,
+        device,
+        blocksize=BLOCKSIZE,
+        nested_blocksize=NESTED_BLOCKSIZE if op.double else None,
+    )
     parts = {
         "": made.weight,
         ".absmax": made.absmax,

@@ -112,9 +112,14 @@ def stays_in_memory(output: int, free: int | None) -> bool:
 
 
 def write_plan(
-    plan: Plan, out: Path, how: How | None = None, *, overwrite: bool = False, progress: Progress | None = None,
+    plan: Plan,
+    out: Path,
+    how: How | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
     bring: Bring | None = None,
-) -> RepairResult:  # fmt: skip
+) -> RepairResult:
     """Writes the output of a plan to the directory `out`.
 
     `bring` is entered, with the file's name, around the writing of each file that is made from the source's bytes, in

@@ -92,7 +92,8 @@ def repair(model: Path, scratch: Path, rounds: int, *options: str) -> None:
     sides = {
         "cp -r of the output, sync": (["cp", "-r", str(kept), str(out)], kept),
         "bnbfix repair " + " ".join(options): (
-            bnbfix("repair", model, "--out", out, "--vllm", RELEASE, *options), model
+            bnbfix("repair", model, "--out", out, "--vllm", RELEASE, *options),
+            model,
         ),
     }
     if "--bf16" in options:

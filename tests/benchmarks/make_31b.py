@@ -21,8 +21,24 @@ HEADS, KV_HEADS, GLOBAL_KV_HEADS, HEAD_DIM, GLOBAL_HEAD_DIM = 32, 16, 4, 256, 51
 VISION_LAYERS, VISION, VISION_INTERMEDIATE = 27, 1152, 4304
 SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 WIDTH = {"F32": 4, "BF16": 2, "U8": 1}
-NF4 = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
-       0.2461123, 0.33791524, 0.44070983, 0.5626170, 0.72295684, 1.0)  # fmt: skip
+NF4 = (
+    -1.0,
+    -0.6961928,
+    -0.52507305,
+    -0.3949175,
+    -0.28444138,
+    -0.18477343,
+    -0.09105004,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.33791524,
+    0.44070983,
+    0.5626170,
+    0.72295684,
+    1.0,
+)
 KINDS = (["sliding_attention"] * 5 + ["full_attention"]) * 10
 
 Shape = tuple[int, ...]
@@ -64,8 +80,15 @@ def pack(name: str, shape: Shape) -> dict[str, Tensor]:
     """A weight in NF4 with double quantization, as bitsandbytes lays it out."""
     numel = math.prod(shape)
     blocks = -(-numel // 64)
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape), "nested_blocksize": 256,
-             "nested_dtype": "float32", "nested_offset": 0.03125}  # fmt: skip
+    state = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "bfloat16",
+        "shape": list(shape),
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": 0.03125,
+    }
     text = json.dumps(state).encode()
     ramp = struct.pack("<256f", *((i - 127) / 128 for i in range(256)))
     return {
@@ -128,34 +151,73 @@ def make(folder: Path, *, packed_tower: bool = False, shard_size: int = SHARD_SI
 def config(packed_tower: bool) -> dict[str, object]:
     """config.json, with a skip list as transformers spells it."""
     skip = ["lm_head"] if packed_tower else ["lm_head", "model.vision_tower", "model.embed_vision"]
-    common = {"dtype": "bfloat16", "attention_bias": False, "attention_dropout": 0.0, "rms_norm_eps": 1e-06,
-              "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
-    rope = {"full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
+    common = {
+        "dtype": "bfloat16",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": 1e-06,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    rope = {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
     text = common | {
-        "model_type": "gemma4_text", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "num_global_key_value_heads": GLOBAL_KV_HEADS, "head_dim": HEAD_DIM, "global_head_dim": GLOBAL_HEAD_DIM,
-        "attention_k_eq_v": True, "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "layer_types": KINDS,
-        "hidden_size_per_layer_input": 0, "enable_moe_block": False, "num_experts": None, "rope_parameters": rope,
+        "model_type": "gemma4_text",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_global_key_value_heads": GLOBAL_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "global_head_dim": GLOBAL_HEAD_DIM,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "layer_types": KINDS,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": False,
+        "num_experts": None,
+        "rope_parameters": rope,
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
     vision = common | {
-        "model_type": "gemma4_vision", "hidden_size": VISION, "intermediate_size": VISION_INTERMEDIATE,
-        "num_hidden_layers": VISION_LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72,
-        "use_clipped_linears": False, "standardize": True,
+        "model_type": "gemma4_vision",
+        "hidden_size": VISION,
+        "intermediate_size": VISION_INTERMEDIATE,
+        "num_hidden_layers": VISION_LAYERS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 72,
+        "use_clipped_linears": False,
+        "standardize": True,
         "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
-    }  # fmt: skip
+    }
     quantization = {
-        "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
-        "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": skip,
-    }  # fmt: skip
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_skip_modules": skip,
+    }
     return {
-        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "dtype": "bfloat16",
-        "tie_word_embeddings": True, "text_config": text, "vision_config": vision, "audio_config": None,
-        "quantization_config": quantization, "transformers_version": "5.14.1",
-    }  # fmt: skip
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": None,
+        "quantization_config": quantization,
+        "transformers_version": "5.14.1",
+    }
 
 
 def main() -> None:

@@ -199,8 +199,11 @@ def header(change: Callable[[surgery.Header], object]) -> Damage:
     ("quantization is a list", config("quantization_config", to=["x"]), "quantization_config is not an object"),
     ("skip list is a string", config("quantization_config", "llm_int8_skip_modules", to="x"), "is not a list of names"),
     ("skip list of numbers", config("quantization_config", "llm_int8_skip_modules", to=[1]), "is not a list of names"),
-    ("skip list of patterns", config("quantization_config", "llm_int8_skip_modules", to=[".*a.*b"] * 21),
-     "has 21 patterns, more than any model"),
+    (
+        "skip list of patterns",
+        config("quantization_config", "llm_int8_skip_modules", to=[".*a.*b"] * 21),
+        "has 21 patterns, more than any model",
+    ),
     ("half a surrogate pair", config("quantization_config", "llm_int8_skip_modules", to=["\ud800"]), "not valid JSON"),
 )
 @pytest.mark.parametrize("command", COMMANDS)
@@ -238,9 +241,18 @@ def test_a_broken_index(run: Cli, checkpoint: Make, tmp_path: Path, command: str
 
 
 LEAVING = [
-    "../x.safetensors", "/etc/passwd", "sub/x", "sub/model.safetensors", "./" + FIRST, "..", ".", "", "sub\\x", "a\0b",
+    "../x.safetensors",
+    "/etc/passwd",
+    "sub/x",
+    "sub/model.safetensors",
+    "./" + FIRST,
+    "..",
+    ".",
+    "",
+    "sub\\x",
+    "a\0b",
     "../source-dense31b-skip/" + FIRST,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", LEAVING)

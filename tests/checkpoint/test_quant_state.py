@@ -280,10 +280,24 @@ def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        [], None, 3072, "48x64", {}, [48, 0], [0], [-48, 64], [-48, -64], [48.0, 64], ["48", 64], [True, 64], [None],
-        [[48, 64]], [2**40, 1], [10**18, 10**18],
+        [],
+        None,
+        3072,
+        "48x64",
+        {},
+        [48, 0],
+        [0],
+        [-48, 64],
+        [-48, -64],
+        [48.0, 64],
+        ["48", 64],
+        [True, 64],
+        [None],
+        [[48, 64]],
+        [2**40, 1],
+        [10**18, 10**18],
     ],
-)  # fmt: skip
+)
 def test_a_shape_that_is_no_list_of_sizes(value: Any) -> None:
     refused(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
 

@@ -235,24 +235,33 @@ def test_an_unknown_dtype(dtype: str) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        "null", "2", '"2"', "{}", "[true]", "[false]", "[-1]", "[-0]", "[2.0]", "[2e0]", "[1e400]", "[null]", '["2"]',
-        "[[2]]", "[9223372036854775808]", "[18446744073709551616]", "[0,-2]", "[0,9223372036854775808]",
+        "null",
+        "2",
+        '"2"',
+        "{}",
+        "[true]",
+        "[false]",
+        "[-1]",
+        "[-0]",
+        "[2.0]",
+        "[2e0]",
+        "[1e400]",
+        "[null]",
+        '["2"]',
+        "[[2]]",
+        "[9223372036854775808]",
+        "[18446744073709551616]",
+        "[0,-2]",
+        "[0,9223372036854775808]",
     ],
-)  # fmt: skip
+)
 def test_a_shape_that_is_no_list_of_sizes(shape: str) -> None:
     refused(GOOD.replace(b"[2]", shape.encode()), 2, "tensor 'a' has a shape that is not a list of sizes")
 
 
 @pytest.mark.parametrize(
     "shape",
-    [
-        [10**18, 10**18],
-        [10**18] * 300,
-        [2**63 - 1] * 8,
-        [2**32, 2**32, 0],
-        [2**61, 1],
-        [2] * 1_000_000,
-    ],
+    [[10**18, 10**18], [10**18] * 300, [2**63 - 1] * 8, [2**32, 2**32, 0], [2**61, 1], [2] * 1_000_000],
     ids=["two", "300", "eight", "a zero after the overflow", "overflow in bits alone", "a million"],
 )
 def test_a_shape_whose_product_overflows(shape: list[int]) -> None:
@@ -272,10 +281,26 @@ def test_a_zero_before_huge_sizes_makes_an_empty_tensor_as_it_does_for_the_libra
 @pytest.mark.parametrize(
     "offsets",
     [
-        "null", "2", '"02"', "{}", "[]", "[2]", "[0,2,2]", "[2,0]", "[1,0]", "[-2,0]", "[-0,2]", "[0,2.0]", "[0,true]",
-        '["0","2"]', "[0,null]", "[[0,2]]", "[0,9223372036854775808]", "[0,18446744073709551618]",
+        "null",
+        "2",
+        '"02"',
+        "{}",
+        "[]",
+        "[2]",
+        "[0,2,2]",
+        "[2,0]",
+        "[1,0]",
+        "[-2,0]",
+        "[-0,2]",
+        "[0,2.0]",
+        "[0,true]",
+        '["0","2"]',
+        "[0,null]",
+        "[[0,2]]",
+        "[0,9223372036854775808]",
+        "[0,18446744073709551618]",
     ],
-)  # fmt: skip
+)
 def test_data_offsets_that_are_no_begin_and_end(offsets: str) -> None:
     refused(GOOD.replace(b"[0,2]", offsets.encode()), 2, "tensor 'a' has data_offsets that are not [begin, end]")
 

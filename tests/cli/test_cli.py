@@ -101,10 +101,17 @@ SCAN_KEYS = {"schema", "model", "target", "verdict", "releases", "findings"}
 FINDING_KEYS = {"code", "severity", "tensors", "releases", "message", "fix", "reason"}
 
 
-@pytest.mark.parametrize(("family", "quant", "target"), [
-    ("dense31b", "ragged", "portable"), ("dense31b", "skip", "0.32.0"), ("e4b", "all", "0.32.0"),
-    ("moe26b", "all", "portable"), ("unified12b", "all", "0.22.1"), ("dense31b", "int8", "portable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "quant", "target"),
+    [
+        ("dense31b", "ragged", "portable"),
+        ("dense31b", "skip", "0.32.0"),
+        ("e4b", "all", "0.32.0"),
+        ("moe26b", "all", "portable"),
+        ("unified12b", "all", "0.22.1"),
+        ("dense31b", "int8", "portable"),
+    ],
+)
 def test_the_json_of_a_scan_has_its_shape(run: Cli, pristine: Make, family: str, quant: str, target: str) -> None:
     source = pristine(family, quant, shards=2)
     done = run("scan", source, "--vllm", target, "--format", "json")
@@ -168,9 +175,14 @@ def test_exit_code_1_for_what_no_repair_can_mend(run: Cli, pristine: Make, tmp_p
 
 @pytest.mark.parametrize("command", [["scan"], ["repair", "--dry-run"]], ids=["scan", "repair"])
 @pytest.mark.parametrize(
-    ("quant", "words"), [("bf16", "is an unquantized Gemma4ForConditionalGeneration"), ("adapter", "is a PEFT adapter"),
-                         ("empty", "has no safetensors files"), ("llama", "is 'LlamaForCausalLM', not a Gemma4 model")],
-)  # fmt: skip
+    ("quant", "words"),
+    [
+        ("bf16", "is an unquantized Gemma4ForConditionalGeneration"),
+        ("adapter", "is a PEFT adapter"),
+        ("empty", "has no safetensors files"),
+        ("llama", "is 'LlamaForCausalLM', not a Gemma4 model"),
+    ],
+)
 def test_exit_code_3_nothing_here_to_check(
     run: Cli, checkpoint: Make, tmp_path: Path, command: list[str], quant: str, words: str
 ) -> None:
@@ -425,9 +437,14 @@ def test_a_full_disk_is_told_before_anything_is_written(
 
 
 SIZES = {
-    "5GB": 5_000_000_000, "500MB": 500_000_000, "2GiB": 2 << 30, "1000000": 1_000_000, "1.5 kb": 1500,
-    " 3mib ": 3 << 20, "1": 1,
-}  # fmt: skip
+    "5GB": 5_000_000_000,
+    "500MB": 500_000_000,
+    "2GiB": 2 << 30,
+    "1000000": 1_000_000,
+    "1.5 kb": 1500,
+    " 3mib ": 3 << 20,
+    "1": 1,
+}
 
 
 @pytest.mark.parametrize(("text", "size"), SIZES.items())
@@ -680,9 +697,14 @@ K_PLAIN = [{"name": "model.layers.1.self_attn.qkv_proj.weight", "packed": True, 
     ids=["ok", "unbound", "requantized", "not finite", "error"],
 )
 def test_load_tells_what_the_engine_did(
-    run: Cli, pristine: Make, tmp_path: Path, answer: Callable[[dict[str, Any]], None],
-    given: dict[str, Any], ok: bool, words: str,
-) -> None:  # fmt: skip
+    run: Cli,
+    pristine: Make,
+    tmp_path: Path,
+    answer: Callable[[dict[str, Any]], None],
+    given: dict[str, Any],
+    ok: bool,
+    words: str,
+) -> None:
     bnbfix.repair(pristine("text", "ragged", shards=2), tmp_path / "out", "0.32.0", device="cpu")
     answer(given)
     done = run("verify", tmp_path / "out", "--load")
@@ -799,9 +821,14 @@ def test_a_vllm_that_ends_without_an_answer_is_told_with_its_last_words(
     ids=["too little", "not told", "no such file"],
 )
 def test_memory_that_is_not_known_refuses_nothing(
-    run: Cli, pristine: Make, tmp_path: Path, answer: Callable[[dict[str, Any]], None],
-    monkeypatch: pytest.MonkeyPatch, meminfo: str | None, ok: bool,
-) -> None:  # fmt: skip
+    run: Cli,
+    pristine: Make,
+    tmp_path: Path,
+    answer: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    meminfo: str | None,
+    ok: bool,
+) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("a GPU is there, whose memory counts instead")
     bnbfix.repair(pristine("text", "single", shards=2), tmp_path / "out", "0.22.1", device="cpu")
@@ -843,9 +870,15 @@ def test_an_unquantized_output_may_have_nothing_packed_in_the_engine(
     ],
 )
 def test_probe_tells_where_experts_lie_otherwise(
-    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch,
-    release: str, name: str, packed: bool, table: str | None, vllm: str | None,
-) -> None:  # fmt: skip
+    run: Cli,
+    pristine: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    release: str,
+    name: str,
+    packed: bool,
+    table: str | None,
+    vllm: str | None,
+) -> None:
     source = pristine("moe26b", "all")
     told = probed(source, release, **{name: packed})
     told["modules"] = [m for m in told["modules"] if ".experts" not in m["name"] or m["name"] == name]
@@ -951,7 +984,6 @@ def test_control_characters_in_file_names_of_an_output_never_reach_the_terminal(
 
 
 # A large checkpoint, and what is imported for it
-
 
 
 IMPORTED = """

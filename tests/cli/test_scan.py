@@ -57,16 +57,26 @@ def test_one_that_fails_does_not_stop_the_rest(run: Cli, pristine: Make, broken:
 
 @pytest.mark.parametrize(
     ("names", "code"),
-    [(["good"], 0), (["good", "bad"], 1), (["bad", "broken"], 2), (["good", "other"], 0), (["other"], 3),
-     (["bad", "other"], 1), (["other", "broken"], 2), (["good", "good"], 0)],
-)  # fmt: skip
+    [
+        (["good"], 0),
+        (["good", "bad"], 1),
+        (["bad", "broken"], 2),
+        (["good", "other"], 0),
+        (["other"], 3),
+        (["bad", "other"], 1),
+        (["other", "broken"], 2),
+        (["good", "good"], 0),
+    ],
+)
 def test_the_exit_code_of_several(
     run: Cli, pristine: Make, broken: Path, tmp_path: Path, names: list[str], code: int
 ) -> None:
     models = {
-        "good": pristine("e4b", "all"), "bad": pristine("dense31b", "ragged", shards=2), "broken": broken,
+        "good": pristine("e4b", "all"),
+        "bad": pristine("dense31b", "ragged", shards=2),
+        "broken": broken,
         "other": pristine("dense31b", "bf16"),
-    }  # fmt: skip
+    }
     (tmp_path / "list").write_text("# models\n" + "".join(f"{models[n]}\n\n" for n in names))
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
@@ -78,9 +88,7 @@ def test_an_error_of_a_single_model_is_told_once(run: Cli) -> None:
     assert run("scan", "nowhere", "there", "-q").out.startswith("nowhere: error no such folder\nthere: error ")
 
 
-def test_models_come_from_stdin_too_each_once(
-    run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_come_from_stdin_too_each_once(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pristine("e4b", "all"), pristine("dense31b", "ragged", shards=2)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{a}\n  # {a}\n{b}\n{a}\n"))
     done = run("scan", b, "--from", "-", "--vllm", "0.32.0", "--quiet")
@@ -90,9 +98,7 @@ def test_models_come_from_stdin_too_each_once(
 @pytest.mark.parametrize(
     ("text", "words"), [(None, "--from cannot be read (No such file"), ("# none\n", "names no model")]
 )
-def test_a_list_that_cannot_be_read_is_a_usage_error(
-    run: Cli, tmp_path: Path, text: str | None, words: str
-) -> None:
+def test_a_list_that_cannot_be_read_is_a_usage_error(run: Cli, tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
         (tmp_path / "list").write_text(text)
     done = run("scan", "--from", tmp_path / "list")
@@ -293,9 +299,14 @@ finally:
 
 @pytest.mark.parametrize(
     ("options", "imported"),
-    [([], ""), (["--format", "json"], ""), (["--map"], "report.layer_map"), (["--format", "sarif"], "report.sarif"),
-     (["--format", "html"], "report.html report.layer_map")],
-)  # fmt: skip
+    [
+        ([], ""),
+        (["--format", "json"], ""),
+        (["--map"], "report.layer_map"),
+        (["--format", "sarif"], "report.sarif"),
+        (["--format", "html"], "report.html report.layer_map"),
+    ],
+)
 def test_a_format_is_imported_when_it_is_asked_for(tmp_path: Path, options: list[str], imported: str) -> None:
     large_checkpoint(tmp_path / "large")
     done = process("scan", tmp_path / "large", "--vllm", "portable", *options, runner=("-c", PROBE))

@@ -45,13 +45,25 @@ QUANTS = ("all", "skip", "mixed", "ragged", "fp4", "single", "storage-bf16", "in
 NEW_CONFIG = "+per-layer-config"  # a checkpoint whose config.json has the newer form
 CELLS = [f"{f}-{q}" for f in FAMILIES for q in QUANTS] + [f"dense31b-skip{NEW_CONFIG}", f"e4b-all{NEW_CONFIG}"]
 SMOKE = [
-    "dense31b-all", "dense31b-ragged", "dense31b-storage-bf16", "e4b-noshared-skip", "moe26b-skip", "unified12b-all",
+    "dense31b-all",
+    "dense31b-ragged",
+    "dense31b-storage-bf16",
+    "e4b-noshared-skip",
+    "moe26b-skip",
+    "unified12b-all",
     f"dense31b-skip{NEW_CONFIG}",
-]  # fmt: skip
+]
 BOUNDARIES = [
-    *SMOKE, "dense31b-skip", "dense31b-fp4", "dense31b-int8", "e4b-all", "e4b-single", "e2b-mixed", "moe26b-all",
+    *SMOKE,
+    "dense31b-skip",
+    "dense31b-fp4",
+    "dense31b-int8",
+    "e4b-all",
+    "e4b-single",
+    "e2b-mixed",
+    "moe26b-all",
     "unified12b-skip",
-]  # fmt: skip
+]
 SMOKE_RELEASES = ["0.22.1", "0.32.0"]
 REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
 WAY_RELEASES = ["0.22.1", "0.27.1", "0.32.0"]
@@ -70,10 +82,22 @@ class Way:
 
 
 BF16 = Way(
-    "bf16", {"bf16": True}, "--bf16",
-    ["dense31b-all", "dense31b-fp4", "dense31b-int8", "dense31b-storage-bf16", "e4b-mixed", "e4b-noshared-single",
-     "e2b-all", "moe26b-skip", "moe26b-fp4", "unified12b-all"],
-)  # fmt: skip
+    "bf16",
+    {"bf16": True},
+    "--bf16",
+    [
+        "dense31b-all",
+        "dense31b-fp4",
+        "dense31b-int8",
+        "dense31b-storage-bf16",
+        "e4b-mixed",
+        "e4b-noshared-single",
+        "e2b-all",
+        "moe26b-skip",
+        "moe26b-fp4",
+        "unified12b-all",
+    ],
+)
 RAGGED = Way("ragged", {"ragged": "quantize"}, "--ragged quantize", [f"{family}-ragged" for family in FAMILIES])
 
 
@@ -161,8 +185,12 @@ def run_in(python: Path, *command: object, PYTHONPATH: str = "", **more: str) ->
     environment = {"OMP_NUM_THREADS": "2"} | os.environ | ours | more
     done = subprocess.run(
         [str(python), "-W", "ignore", *map(str, command)],
-        env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return done

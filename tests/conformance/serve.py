@@ -99,19 +99,43 @@ def answers(python: Path, folder: Path, log: Path) -> dict[str, list[str]]:
         port = s.getsockname()[1]
     limits = json.dumps({"image": 1, "video": 0})
     command = [
-        str(python), "-W", "ignore", "-c", ENTRY, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", NAME, "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1024",
-        "--max-num-seqs", "2", "--limit-mm-per-prompt", limits, "--skip-mm-profiling",
-    ]  # fmt: skip
+        str(python),
+        "-W",
+        "ignore",
+        "-c",
+        ENTRY,
+        "serve",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        NAME,
+        "--dtype",
+        "bfloat16",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        "2",
+        "--limit-mm-per-prompt",
+        limits,
+        "--skip-mm-profiling",
+    ]
     package = log.parent / "plugin" / "bnbfix_cpu-0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: bnbfix-cpu\nVersion: 0\n")
     (package / "entry_points.txt").write_text(PLUGIN)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, package.parent))), "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, package.parent))),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     url, out = f"http://127.0.0.1:{port}", {}
     with log.open("wb") as stream:
         server = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -152,9 +176,13 @@ def check(folder: Path, tokens: dict[str, list[str]]) -> dict[str, float]:
             else:
                 message["content"] = [{"type": "text", "text": message["content"]}]
         inputs = processor.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True,
+            messages,
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
             return_tensors="pt",
-        )  # fmt: skip
+        )
         ids = processor.tokenizer.convert_tokens_to_ids(tokens[name])
         start = inputs["input_ids"].shape[1]
         extra = torch.tensor([ids])

@@ -26,9 +26,15 @@ from bnbfix.errors import UsageError
 from bnbfix.models.gemma4 import FAMILIES, ROLES
 
 NAMES = [
-    "0.19.0-0.22.1", "0.23.0-0.24.0", "0.25.0-0.26.0", "0.27.0-0.27.1", "0.28.0-0.29.0", "0.30.0", "0.31.0",
+    "0.19.0-0.22.1",
+    "0.23.0-0.24.0",
+    "0.25.0-0.26.0",
+    "0.27.0-0.27.1",
+    "0.28.0-0.29.0",
+    "0.30.0",
+    "0.31.0",
     "0.32.0-0.33.0",
-]  # fmt: skip
+]
 VALUES = {
     "evidence": {"run", "read"},
     "plain_into_packed": {"fails", "requantized"},
@@ -107,9 +113,27 @@ def test_a_version_is_read(version: str, expected: tuple[int, int, int]) -> None
 
 @pytest.mark.parametrize(
     "version",
-    ["", "0", "vllm", "latest", "0.22.x", "0.22.1.2", "0..1", "-0.22.1", "0.22.1 or newer", "0.22.1+", "vv0.22.1",
-     ">=0.22.1", "0.22.1rc", "1e3", "0." + "9" * 5000, "0.22.1.dev" + "1" * 5000, "\u0660.\u0661\u0669.1", PORTABLE],
-)  # fmt: skip
+    [
+        "",
+        "0",
+        "vllm",
+        "latest",
+        "0.22.x",
+        "0.22.1.2",
+        "0..1",
+        "-0.22.1",
+        "0.22.1 or newer",
+        "0.22.1+",
+        "vv0.22.1",
+        ">=0.22.1",
+        "0.22.1rc",
+        "1e3",
+        "0." + "9" * 5000,
+        "0.22.1.dev" + "1" * 5000,
+        "\u0660.\u0661\u0669.1",
+        PORTABLE,
+    ],
+)
 def test_garbage_is_no_version(version: str) -> None:
     assert version_key(version) is None
     assert find_range(version) is None

@@ -125,13 +125,27 @@ def test_an_entry_is_refused_for_whatever_the_caller_names() -> None:
 
 LINEARS = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "per_layer_projection"]
 MODULES = st.one_of(
-    st.builds("{}.layers.{}.{}".format, st.sampled_from(["language_model.model", "model.language_model", "model"]),
-              st.integers(0, 31), st.sampled_from(LINEARS)),
-    st.builds("{}.encoder.layers.{}.{}.linear".format, st.sampled_from(["vision_tower", "model.vision_tower"]),
-              st.integers(0, 12), st.sampled_from(LINEARS[:4])),
-    st.sampled_from(["model.embed_vision.embedding_projection", "embed_vision.embedding_projection", "lm_head",
-                     "model.language_model.per_layer_model_projection"]),
-)  # fmt: skip
+    st.builds(
+        "{}.layers.{}.{}".format,
+        st.sampled_from(["language_model.model", "model.language_model", "model"]),
+        st.integers(0, 31),
+        st.sampled_from(LINEARS),
+    ),
+    st.builds(
+        "{}.encoder.layers.{}.{}.linear".format,
+        st.sampled_from(["vision_tower", "model.vision_tower"]),
+        st.integers(0, 12),
+        st.sampled_from(LINEARS[:4]),
+    ),
+    st.sampled_from(
+        [
+            "model.embed_vision.embedding_projection",
+            "embed_vision.embedding_projection",
+            "lm_head",
+            "model.language_model.per_layer_model_projection",
+        ]
+    ),
+)
 
 
 @pytest.mark.parametrize("matches", [vllm_skips, transformers_skips])
@@ -151,10 +165,18 @@ def test_cover_names_every_plain_module_and_no_packed_one(matches: Matches, stat
 @pytest.mark.parametrize(
     "entry",
     [
-        r"(a+)+$", r"(.*a){20}", r"(a|aa)*b", r"(\w*)*\1!", "a*" * 20 + "b", "a?" * 30 + "a" * 30,
-        "(|)" * 40 + "b", "(aa|aa)" * 28 + "b", "(aa?)(?#)*b", "(?x)(aa?)#\n*b",
+        r"(a+)+$",
+        r"(.*a){20}",
+        r"(a|aa)*b",
+        r"(\w*)*\1!",
+        "a*" * 20 + "b",
+        "a?" * 30 + "a" * 30,
+        "(|)" * 40 + "b",
+        "(aa|aa)" * 28 + "b",
+        "(aa?)(?#)*b",
+        "(?x)(aa?)#\n*b",
     ],
-)  # fmt: skip
+)
 def test_a_pattern_that_could_take_for_ever_counts_as_a_plain_prefix(entry: str) -> None:
     module = "a" * 60 + "!"
     assert not transformers_skips(entry, module)

@@ -87,9 +87,13 @@ def run_with(
 @pytest.mark.parametrize("how", ["new", "overwrite", "hardlink"])
 @pytest.mark.parametrize("kind", CALLS)
 def test_whichever_call_fails_nothing_is_lost(
-    source: Path, tmp_path: Path, kind: str, how: str, capsys: pytest.CaptureFixture[str],
+    source: Path,
+    tmp_path: Path,
+    kind: str,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+) -> None:
     if how != "new" and kind in SAME_EVERYWHERE and not EVERY_CALL:
         pytest.skip("BNBFIX_EVERY_CALL tries it")
     if how == "hardlink":
@@ -221,9 +225,7 @@ def test_a_second_repair_to_one_destination_refuses(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("change", ["other plan", "other source", "spoilt file", "spoilt journal"])
-def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(
-    checkpoint: Make, tmp_path: Path, change: str
-) -> None:
+def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(checkpoint: Make, tmp_path: Path, change: str) -> None:
     source, target = checkpoint("dense31b", "ragged", shards=2), "0.22.1"
     left = 2
 
@@ -309,9 +311,7 @@ def test_a_disk_that_is_read_only(source: Path, tiny_disk: Path) -> None:
 
 
 @pytest.mark.parametrize(("signal", "code"), [("INT", 130), ("TERM", 143)])
-def test_a_signal_stops_a_repair_and_says_what_was_kept(
-    source: Path, tmp_path: Path, signal: str, code: int
-) -> None:
+def test_a_signal_stops_a_repair_and_says_what_was_kept(source: Path, tmp_path: Path, signal: str, code: int) -> None:
     # The script slows each write down, so that the signal comes in the middle.
     script = (
         "import os, signal, threading, time\n"
@@ -326,8 +326,19 @@ def test_a_signal_stops_a_repair_and_says_what_was_kept(
         "syscalls.write_all = slow\n"
         "cli.main()\n"
     )
-    command = [sys.executable, "-c", script, "repair", str(source), "--out", str(tmp_path / "out"), "--vllm", "0.22.1",
-               "--device", "cpu"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "repair",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--vllm",
+        "0.22.1",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: interrupted; nothing was published")

@@ -19,10 +19,12 @@ BYTE = Raw("U8", (1,), b"x")
 def checkpoint(tensors: Tensors, skip: object = None, **keys: object) -> Files:
     """A text-only checkpoint of two layers, whose config says `keys`."""
     config = {
-        "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 2, "attention_k_eq_v": True,
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_hidden_layers": 2,
+        "attention_k_eq_v": True,
         "layer_types": ["sliding_attention", "full_attention"],
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": skip},
-    }  # fmt: skip
+    }
     return {CONFIG: json.dumps(config | keys).encode(), SHARD: packed(tensors | one_packed())}
 
 
@@ -30,9 +32,11 @@ def one_packed() -> Tensors:
     """A packed weight."""
     state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 16]}).encode()
     return {
-        Q: plain(64, 1, dtype="U8"), Q + ".absmax": plain(2, dtype="F32"), Q + ".quant_map": plain(16, dtype="F32"),
+        Q: plain(64, 1, dtype="U8"),
+        Q + ".absmax": plain(2, dtype="F32"),
+        Q + ".quant_map": plain(16, dtype="F32"),
         Q + ".quant_state.bitsandbytes__nf4": Raw("U8", (len(state),), state),
-    }  # fmt: skip
+    }
 
 
 def numbered(form: str, count: int, tensor: Raw = BYTE) -> Tensors:
@@ -57,18 +61,21 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
     return {
         "tensors": lambda: checkpoint(numbered("m.{}", n(200_000))),
         "nothing in lists": lambda: checkpoint({}) | {SHARD: pack('{"a":[' + "[]," * n(8_000_000) + "[]]}")},
-        "nothing in objects": lambda: checkpoint({}) | {
-            SHARD: pack("{" + ",".join(f'"{i}":{{}}' for i in range(n(1_800_000))) + "}")
-        },
+        "nothing in objects": lambda: (
+            checkpoint({}) | {SHARD: pack("{" + ",".join(f'"{i}":{{}}' for i in range(n(1_800_000))) + "}")}
+        ),
         "deep": lambda: checkpoint({}) | {SHARD: pack('{"a":' * n(5_000_000))},
-        "one long shape": lambda: checkpoint({}) | {
-            SHARD: pack('{"a":{"dtype":"U8","shape":[' + "1," * n(12_000_000) + '1],"data_offsets":[0,1]}}', b"x")
-        },
-        "one long number": lambda: checkpoint({}) | {
-            SHARD: pack('{"a":{"dtype":"U8","shape":[' + "1" * n(24_000_000) + '],"data_offsets":[0,1]}}', b"x")
-        },
-        "many shards": lambda: {f"{i}.safetensors": packed({f"m{i}": weight}) for i in range(n(20_000))}
-        | checkpoint({}),
+        "one long shape": lambda: (
+            checkpoint({})
+            | {SHARD: pack('{"a":{"dtype":"U8","shape":[' + "1," * n(12_000_000) + '1],"data_offsets":[0,1]}}', b"x")}
+        ),
+        "one long number": lambda: (
+            checkpoint({})
+            | {SHARD: pack('{"a":{"dtype":"U8","shape":[' + "1" * n(24_000_000) + '],"data_offsets":[0,1]}}', b"x")}
+        ),
+        "many shards": lambda: (
+            {f"{i}.safetensors": packed({f"m{i}": weight}) for i in range(n(20_000))} | checkpoint({})
+        ),
         "an index of tensors": lambda: indexed(
             json.dumps({"weight_map": {f"m{i}": INDEXED for i in range(n(1_000_000))}}).encode()
         ),
@@ -76,9 +83,9 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
             json.dumps({"weight_map": {f"m{i}": f"x{i}" for i in range(n(2_000_000))}}).encode()
         ),
         "a config of nothing": lambda: checkpoint({}, x=[[]] * n(900_000)),
-        "a config of lines": lambda: checkpoint({}) | {
-            CONFIG: checkpoint({})[CONFIG][:-1] + b', "x": [' + b"1,\n" * n(1_200_000) + b"1]}"
-        },
+        "a config of lines": lambda: (
+            checkpoint({}) | {CONFIG: checkpoint({})[CONFIG][:-1] + b', "x": [' + b"1,\n" * n(1_200_000) + b"1]}"}
+        ),
         "skip entries": lambda: checkpoint(
             numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight), [f"m.{i}" for i in range(n(1_400))]
         ),
@@ -91,7 +98,9 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         "layers": lambda: checkpoint({}, num_hidden_layers=len(kinds), layer_types=kinds),
         "shared layers": lambda: checkpoint(
             numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight),
-            num_hidden_layers=len(kinds), layer_types=kinds, num_kv_shared_layers=len(kinds) - 2,
+            num_hidden_layers=len(kinds),
+            layer_types=kinds,
+            num_kv_shared_layers=len(kinds) - 2,
         ),
         "per_layer_config": lambda: checkpoint(
             {}, per_layer_config={str(i): {"head_dim": 1} for i in range(n(90_000))}
@@ -110,8 +119,8 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         ),
         "siblings of nothing": lambda: checkpoint(numbered("m.{}.weight.absmax", n(150_000))),
         "states of nothing": lambda: checkpoint(numbered("m.{}.weight.quant_state.bitsandbytes__nf4", n(150_000))),
-        "the same tensors everywhere": lambda: checkpoint({}) | {
-            f"{i}.safetensors": packed(numbered("m.{}", n(20_000), weight)) for i in range(7)
-        },
+        "the same tensors everywhere": lambda: (
+            checkpoint({}) | {f"{i}.safetensors": packed(numbered("m.{}", n(20_000), weight)) for i in range(7)}
+        ),
         "long names": lambda: checkpoint(numbered("model.layers.0." + "a." * n(10_000) + "{}", n(1_000), weight)),
-    }  # fmt: skip
+    }

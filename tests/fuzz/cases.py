@@ -40,9 +40,15 @@ TINY = {
     "towers": tiny_gemma4.Family(TEXT | {"num_hidden_layers": 1}, tiny_gemma4.VISION | {"num_hidden_layers": 1}),
 }
 CORPUS = (
-    ("text", "single", 1), ("text", "ragged", 2), ("text", "skip", 2), ("text", "int8", 1), ("moe", "skip", 1),
-    ("shared", "all", 1), ("towers", "skip", 2), ("text", "storage-bf16", 1),
-)  # fmt: skip
+    ("text", "single", 1),
+    ("text", "ragged", 2),
+    ("text", "skip", 2),
+    ("text", "int8", 1),
+    ("moe", "skip", 1),
+    ("shared", "all", 1),
+    ("towers", "skip", 2),
+    ("text", "storage-bf16", 1),
+)
 TARGETS = ("portable", "0.22.1", "0.27.1", "0.32.0")
 
 
@@ -94,10 +100,7 @@ def header_structure(r: Random) -> str:
 SMALL_FILES = (
     pack({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"xx"),
     pack(
-        {
-            "__metadata__": {"format": "pt"},
-            "w.\u00e9": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
-        },
+        {"__metadata__": {"format": "pt"}, "w.\u00e9": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}},
         bytes(12),
     ),
     pack(

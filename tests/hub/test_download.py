@@ -37,8 +37,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def fetched(hub: Hub) -> list[str]:
     """The files that were downloaded whole, each time."""
-    return sorted(s.path.rsplit("/", 1)[1] for s in hub.server.seen if s.method == "GET" and s.range is None
-                  and "/resolve/" not in s.path and "/api/models/" not in s.path)  # fmt: skip
+    return sorted(
+        s.path.rsplit("/", 1)[1]
+        for s in hub.server.seen
+        if s.method == "GET" and s.range is None and "/resolve/" not in s.path and "/api/models/" not in s.path
+    )
 
 
 @pytest.fixture

@@ -37,40 +37,58 @@ NONSENSE = "sent what no Hub would send ("
 CHANGED = "org/model: model.safetensors: changed on the Hub while it was being read"
 
 
-@pytest.mark.parametrize(("fault", "words", "hint"), [
-    # What comes is not what was asked for
-    ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200): reading on would fetch all 4,", "HF_ENDPOINT"),
-    ({"kind": "short"}, "sent 131,071 bytes of the 131,072 that were asked for", ""),
-    ({"kind": "long"}, "sends more than the 131,072 bytes that were asked for", ""),
-    ({"kind": "wrong range"}, "sent bytes 1 to 131,072 where 0 to 131,071 were asked for", "proxy"),
-    ({"kind": "no Content-Range"}, "sent no Content-Range that makes sense (None)", "proxy"),
-    ({"kind": "grown"}, "bytes, the listing said 4,", "Run it again"),
-    ({"kind": "gzip"}, "compresses byte ranges, which makes them useless", ""),
-    ({"kind": "etag"}, CHANGED, "Run it again"),
-    ({"kind": "changed", "origin": "hub"}, CHANGED, "Run it again"),
-    ({"kind": "commit", "origin": "hub"}, "the Hub answers with commit ffffffffffff, not ", ""),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "nothing safe", ""),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "/org/model/resolve/main/model.safetensors"}},
-     "redirects more than 10 times", ""),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://[/?signature=1"}}, NONSENSE, "HF_ENDPOINT"),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://h:99999/"}}, NONSENSE, "HF_ENDPOINT"),
-    # httpx says it in its own words in some releases.
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://127.0.0.1:1/\x7f"}}, "127.0.0.1:", ""),
-    ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://a..b/"}}, NONSENSE, ""),
-    # Refusals
-    ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
-    ({"kind": 403, "origin": "hub"}, "the Hub does not allow this (HTTP 403)", "HF_TOKEN"),
-    ({"kind": 404, "origin": "hub"}, "is not there any more (HTTP 404), though the Hub listed it", "again"),
-    ({"kind": 404, "origin": "hub", "path": "/api/models"}, "has no such page (HTTP 404)", "HF_ENDPOINT"),
-    ({"kind": 416}, "no longer has the bytes that the listing promised (HTTP 416)", "Run it again"),
-    ({"kind": 429, "origin": "hub"}, "too many requests from here (HTTP 429)", "With a token"),
-    ({"kind": 429, "headers": {"Retry-After": "3600"}}, "HTTP 429); it asks to wait 3,600 s", "Wait"),
-    ({"kind": 429, "origin": "hub", "headers": {"RateLimit": '"resolvers";r=0;t=250'}}, "it asks to wait 250 s", ""),
-    ({"kind": 500}, "the Hub fails (HTTP 500)", "status.huggingface.co"),
-    ({"kind": 503, "origin": "hub", "path": "/api/models"}, "the Hub fails (HTTP 503)", ""),
-    ({"kind": 418}, "the Hub answers with HTTP 418", ""),
-    ({"kind": "hangs up"}, "no answer from http://127.0.0.1", "HF_HUB_OFFLINE=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "words", "hint"),
+    [
+        # What comes is not what was asked for
+        ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200): reading on would fetch all 4,", "HF_ENDPOINT"),
+        ({"kind": "short"}, "sent 131,071 bytes of the 131,072 that were asked for", ""),
+        ({"kind": "long"}, "sends more than the 131,072 bytes that were asked for", ""),
+        ({"kind": "wrong range"}, "sent bytes 1 to 131,072 where 0 to 131,071 were asked for", "proxy"),
+        ({"kind": "no Content-Range"}, "sent no Content-Range that makes sense (None)", "proxy"),
+        ({"kind": "grown"}, "bytes, the listing said 4,", "Run it again"),
+        ({"kind": "gzip"}, "compresses byte ranges, which makes them useless", ""),
+        ({"kind": "etag"}, CHANGED, "Run it again"),
+        ({"kind": "changed", "origin": "hub"}, CHANGED, "Run it again"),
+        ({"kind": "commit", "origin": "hub"}, "the Hub answers with commit ffffffffffff, not ", ""),
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "nothing safe", ""),
+        (
+            {
+                "kind": "elsewhere",
+                "origin": "hub",
+                "headers": {"Location": "/org/model/resolve/main/model.safetensors"},
+            },
+            "redirects more than 10 times",
+            "",
+        ),
+        (
+            {"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://[/?signature=1"}},
+            NONSENSE,
+            "HF_ENDPOINT",
+        ),
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://h:99999/"}}, NONSENSE, "HF_ENDPOINT"),
+        # httpx says it in its own words in some releases.
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://127.0.0.1:1/\x7f"}}, "127.0.0.1:", ""),
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "http://a..b/"}}, NONSENSE, ""),
+        # Refusals
+        ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
+        ({"kind": 403, "origin": "hub"}, "the Hub does not allow this (HTTP 403)", "HF_TOKEN"),
+        ({"kind": 404, "origin": "hub"}, "is not there any more (HTTP 404), though the Hub listed it", "again"),
+        ({"kind": 404, "origin": "hub", "path": "/api/models"}, "has no such page (HTTP 404)", "HF_ENDPOINT"),
+        ({"kind": 416}, "no longer has the bytes that the listing promised (HTTP 416)", "Run it again"),
+        ({"kind": 429, "origin": "hub"}, "too many requests from here (HTTP 429)", "With a token"),
+        ({"kind": 429, "headers": {"Retry-After": "3600"}}, "HTTP 429); it asks to wait 3,600 s", "Wait"),
+        (
+            {"kind": 429, "origin": "hub", "headers": {"RateLimit": '"resolvers";r=0;t=250'}},
+            "it asks to wait 250 s",
+            "",
+        ),
+        ({"kind": 500}, "the Hub fails (HTTP 500)", "status.huggingface.co"),
+        ({"kind": 503, "origin": "hub", "path": "/api/models"}, "the Hub fails (HTTP 503)", ""),
+        ({"kind": 418}, "the Hub answers with HTTP 418", ""),
+        ({"kind": "hangs up"}, "no answer from http://127.0.0.1", "HF_HUB_OFFLINE=1"),
+    ],
+)
 def test_each_failure_has_its_own_error(hub: Hub, repo: str, fault: dict[str, Any], words: str, hint: str) -> None:
     hub.server.fault(**({} if "path" in fault else SHARD) | fault)
     done = hub.run("scan", repo, "--vllm", "0.32.0")
@@ -82,11 +100,22 @@ def test_each_failure_has_its_own_error(hub: Hub, repo: str, fault: dict[str, An
     assert "signature" not in done.err, "a signed address is a secret"
 
 
-@pytest.mark.parametrize("body", [
-    "<!DOCTYPE html><title>Log in to the network</title>", "", "[]", "null", "{}", "[" * 100_000,
-    '{"id": "a/b", "siblings": [{}]}', '{"id": "a/b", "siblings": [5]}', '{"id": "a/b", "lastModified": "once"}',
-    f'{{"id": "a/b", "sha": "{"a" * 40}", "siblings": [{{"rfilename": 5, "size": 1}}]}}',
-], ids=lambda body: body[:40] or "nothing")  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<!DOCTYPE html><title>Log in to the network</title>",
+        "",
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        '{"id": "a/b", "siblings": [{}]}',
+        '{"id": "a/b", "siblings": [5]}',
+        '{"id": "a/b", "lastModified": "once"}',
+        f'{{"id": "a/b", "sha": "{"a" * 40}", "siblings": [{{"rfilename": 5, "size": 1}}]}}',
+    ],
+    ids=lambda body: body[:40] or "nothing",
+)
 def test_a_listing_that_is_none_is_the_hubs_error(hub: Hub, repo: str, body: str) -> None:
     hub.server.fault("says", "/api/models", origin="hub", headers={"body": body})
     done = hub.run("scan", repo)
@@ -95,11 +124,20 @@ def test_a_listing_that_is_none_is_the_hubs_error(hub: Hub, repo: str, body: str
     assert "Is HF_ENDPOINT a Hub?" in done.err and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("fault", [
-    {"kind": 500, "times": 3}, {"kind": 429, "times": 2, "headers": {"Retry-After": "0"}}, {"kind": 408, "times": 1},
-    {"kind": 503, "times": 2, "origin": "hub"}, {"kind": 502, "times": 2, "origin": "hub", "path": "/api/models"},
-    {"kind": "hangs up", "times": 3}, {"kind": "slow"}, {"kind": 403, "times": 1, "after": 1},
-], ids=lambda f: f"{f['kind']} x{f.get('times', 'always')}")  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": 500, "times": 3},
+        {"kind": 429, "times": 2, "headers": {"Retry-After": "0"}},
+        {"kind": 408, "times": 1},
+        {"kind": 503, "times": 2, "origin": "hub"},
+        {"kind": 502, "times": 2, "origin": "hub", "path": "/api/models"},
+        {"kind": "hangs up", "times": 3},
+        {"kind": "slow"},
+        {"kind": 403, "times": 1, "after": 1},
+    ],
+    ids=lambda f: f"{f['kind']} x{f.get('times', 'always')}",
+)
 def test_what_passes_is_waited_for(hub: Hub, repo: str, fault: dict[str, Any]) -> None:
     want = hub.run("scan", repo, "--vllm", "0.32.0")
     hub.server.fault(**({} if "path" in fault else SHARD) | fault)
@@ -117,13 +155,16 @@ def test_the_first_failure_stops_the_rest(hub: Hub, pristine: Make) -> None:
 # Who may read
 
 
-@pytest.mark.parametrize(("access", "allowed", "token", "words", "hint"), [
-    ("private", True, None, "no such model on", "Log in with `hf auth login`, or set HF_TOKEN."),
-    ("private", False, TOKEN, "or it is private (HTTP 404)", "Look at the name"),
-    ("private", True, WRONG, "the Hub does not accept your token (HTTP 401)", "Log in"),
-    ("gated", True, None, "is gated, and no token was sent (HTTP 401)", "Ask for access at http://127.0.0.1"),
-    ("gated", False, TOKEN, "is gated, and your account has no access to it (HTTP 403)", "Ask for access"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("access", "allowed", "token", "words", "hint"),
+    [
+        ("private", True, None, "no such model on", "Log in with `hf auth login`, or set HF_TOKEN."),
+        ("private", False, TOKEN, "or it is private (HTTP 404)", "Look at the name"),
+        ("private", True, WRONG, "the Hub does not accept your token (HTTP 401)", "Log in"),
+        ("gated", True, None, "is gated, and no token was sent (HTTP 401)", "Ask for access at http://127.0.0.1"),
+        ("gated", False, TOKEN, "is gated, and your account has no access to it (HTTP 403)", "Ask for access"),
+    ],
+)
 def test_private_and_gated_repos(
     hub: Hub, pristine: Make, access: str, allowed: bool, token: str | None, words: str, hint: str
 ) -> None:
@@ -162,7 +203,9 @@ def test_nobody_listens(hub: Hub) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     code = "import sys; from bnbfix.cli import main as cli; from bnbfix.hub import client; client.FIRST_WAIT = 0"
-    done = process(hub, code + "; sys.argv[1:] = ['scan', 'org/x']; cli.main()", HF_ENDPOINT=f"http://user:secret@127.0.0.1:{port}")
+    done = process(
+        hub, code + "; sys.argv[1:] = ['scan', 'org/x']; cli.main()", HF_ENDPOINT=f"http://user:secret@127.0.0.1:{port}"
+    )
     assert f"error: org/x: no answer from http://127.0.0.1:{port} (" in done and "HF_HUB_OFFLINE=1" in done
     assert "secret" not in done
 

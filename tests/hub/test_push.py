@@ -126,10 +126,15 @@ except bnbfix.BnbfixError as e:
 """
 
 
-@pytest.mark.parametrize(("what", "words"), [
-    ("flipped", "VerifyError 1 "), ("missing", "VerifyError 1 "), ("extra", "VerifyError 1 "),
-    ("no record", "InputError 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("flipped", "VerifyError 1 "),
+        ("missing", "VerifyError 1 "),
+        ("extra", "VerifyError 1 "),
+        ("no record", "InputError 2"),
+    ],
+)
 def test_a_folder_that_fails_verify_is_not_pushed(
     hub: Hub, source: str, to: str, tmp_path: Path, what: str, words: str
 ) -> None:
@@ -144,12 +149,15 @@ def test_a_folder_that_fails_verify_is_not_pushed(
 # Refusals
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--push-to", "nonsense"], "--push-to 'nonsense' is no repo on the Hub: org/name"),
-    (["--push-to", "me/x@v1"], "is no repo on the Hub"),
-    (["--private"], "--private belongs to --push-to"),
-    (["--private", "--create-pr"], "--private is for a new repo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--push-to", "nonsense"], "--push-to 'nonsense' is no repo on the Hub: org/name"),
+        (["--push-to", "me/x@v1"], "is no repo on the Hub"),
+        (["--private"], "--private belongs to --push-to"),
+        (["--private", "--create-pr"], "--private is for a new repo"),
+    ],
+)
 def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, options: list[str], words: str) -> None:
     done = repair(hub, source, tmp_path / "out", *options)
     assert done.code == 2 and words in done.err and not (tmp_path / "out").exists()
@@ -174,16 +182,19 @@ def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: 
     assert hub.server.seen == [] and (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("fault", "words"), [
-    ({"kind": 403, "path": "/api/repos/create", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
-    ({"kind": 403, "path": "/commit/", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
-    ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
-    ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
-    ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
-    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
-    ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
-    ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"kind": 403, "path": "/api/repos/create", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+        ({"kind": 403, "path": "/commit/", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+        ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
+        ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
+        ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
+        ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
+        ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
+        ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
+    ],
+)
 def test_a_push_that_is_refused_keeps_the_repair(
     hub: Hub, source: str, to: str, tmp_path: Path, fault: dict[str, object], words: str
 ) -> None:

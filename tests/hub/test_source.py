@@ -147,21 +147,46 @@ def test_revisions_and_spellings(hub: Hub, pristine: Make) -> None:
     page = f"{hub.server.url}/org/two"
     for given in (["org/two"], ["hf://org/two"], ["hf://models/org/two"], [page], [page + "/tree/main"], [page + "/"]):
         assert scanned(hub, *given) == found(second), given
-    for given in (["org/two@" + sha], ["org/two", "--revision", sha[:8]], ["org/two@refs/pr/1"],
-                  ["hf://org/two@" + sha], [page + "/tree/refs%2Fpr%2F1"], [f"{page}/commit/{sha}"]):  # fmt: skip
+    for given in (
+        ["org/two@" + sha],
+        ["org/two", "--revision", sha[:8]],
+        ["org/two@refs/pr/1"],
+        ["hf://org/two@" + sha],
+        [page + "/tree/refs%2Fpr%2F1"],
+        [f"{page}/commit/{sha}"],
+    ):
         assert scanned(hub, *given) == found(first), given
 
 
-@pytest.mark.parametrize(("text", "repo"), [
-    ("org/name", ("org/name", None)), ("Org-1/na.me_2@v1.0", ("Org-1/na.me_2", "v1.0")),
-    ("https://huggingface.co/org/name/tree/main", ("org/name", "main")), ("https://hf.co/org/name", ("org/name", None)),
-    ("hf://org/name@refs/pr/3", ("org/name", "refs/pr/3")),
-    ("name", None), ("./org/name", None), ("/org/name", None), ("../name", None), ("org/name/", None), ("a/b/c", None),
-    ("org/na me", None), ("org/na--me", None), ("org/..", None), ("-org/name", None), ("org\\name", None), ("", None),
-    ("https://example.com/org/name", None), ("https://huggingface.co/org", None),
-    ("https://huggingface.co/org/name/blob/main/x", None), ("hf://datasets/org/name", None), ("~/models/name", None),
-    ("https://[org/name", None), ("https://huggingface.co]/org/name", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "repo"),
+    [
+        ("org/name", ("org/name", None)),
+        ("Org-1/na.me_2@v1.0", ("Org-1/na.me_2", "v1.0")),
+        ("https://huggingface.co/org/name/tree/main", ("org/name", "main")),
+        ("https://hf.co/org/name", ("org/name", None)),
+        ("hf://org/name@refs/pr/3", ("org/name", "refs/pr/3")),
+        ("name", None),
+        ("./org/name", None),
+        ("/org/name", None),
+        ("../name", None),
+        ("org/name/", None),
+        ("a/b/c", None),
+        ("org/na me", None),
+        ("org/na--me", None),
+        ("org/..", None),
+        ("-org/name", None),
+        ("org\\name", None),
+        ("", None),
+        ("https://example.com/org/name", None),
+        ("https://huggingface.co/org", None),
+        ("https://huggingface.co/org/name/blob/main/x", None),
+        ("hf://datasets/org/name", None),
+        ("~/models/name", None),
+        ("https://[org/name", None),
+        ("https://huggingface.co]/org/name", None),
+    ],
+)
 def test_what_is_a_repo(text: str, repo: tuple[str, str | None] | None) -> None:
     assert parse_repo(text) == repo
 
@@ -260,12 +285,21 @@ def test_spans_cut_back_into_what_was_asked() -> None:
     assert [cut[i] for i in range(5)] == [data[a : a + n] for a, n in asked]
 
 
-@pytest.mark.parametrize(("value", "words"), [
-    ("bytes 10-19/100", None), ("bytes 10-19/*", None), (" bytes 10-19/100 ", None),
-    ("bytes 10-19/101", "has 101 bytes"), ("bytes 0-9/100", "sent bytes 0 to 9"), ("bytes 10-20/100", "10 to 20"),
-    ("bytes */100", "no Content-Range"), ("", "no Content-Range"), (None, "no Content-Range"),
-    ("items 10-19/100", "no Content-Range"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("bytes 10-19/100", None),
+        ("bytes 10-19/*", None),
+        (" bytes 10-19/100 ", None),
+        ("bytes 10-19/101", "has 101 bytes"),
+        ("bytes 0-9/100", "sent bytes 0 to 9"),
+        ("bytes 10-20/100", "10 to 20"),
+        ("bytes */100", "no Content-Range"),
+        ("", "no Content-Range"),
+        (None, "no Content-Range"),
+        ("items 10-19/100", "no Content-Range"),
+    ],
+)
 def test_content_range(value: str | None, words: str | None) -> None:
     said = misfit(value, 10, 10, 100)
     assert said is None if words is None else words in (said or "")

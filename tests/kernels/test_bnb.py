@@ -51,9 +51,10 @@ def test_every_shape_equals_the_independent_decode(state: QuantState, seed: int,
 
 
 small = st.one_of(
-    st.tuples(st.integers(1, 9), st.integers(1, 70)), st.tuples(st.just(1), st.integers(1, 600)),
+    st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    st.tuples(st.just(1), st.integers(1, 600)),
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 20)),
-)  # fmt: skip
+)
 
 
 @examples(80)
@@ -99,15 +100,21 @@ def bitsandbytes_bytes(packed: Packed, device: str) -> bytes:
     if state.nested is not None:
         assert packed.nested_absmax is not None and packed.nested_quant_map is not None
         nested = bnb.QuantState(
-            absmax=floats(packed.nested_absmax), code=floats(packed.nested_quant_map),
-            blocksize=state.nested.blocksize, dtype=torch.float32,
-        )  # fmt: skip
+            absmax=floats(packed.nested_absmax),
+            code=floats(packed.nested_quant_map),
+            blocksize=state.nested.blocksize,
+            dtype=torch.float32,
+        )
     whole = bnb.QuantState(
-        absmax=absmax.to(device), shape=torch.Size(state.shape), blocksize=state.blocksize, state2=nested,
-        quant_type=state.quant_type, dtype=getattr(torch, state.dtype),
+        absmax=absmax.to(device),
+        shape=torch.Size(state.shape),
+        blocksize=state.blocksize,
+        state2=nested,
+        quant_type=state.quant_type,
+        dtype=getattr(torch, state.dtype),
         code=bnb.get_4bit_type(state.quant_type, device=device),
         offset=torch.tensor(state.nested.offset, dtype=torch.float32).to(device) if state.nested else None,
-    )  # fmt: skip
+    )
     column = torch.frombuffer(bytearray(packed.raw), dtype=torch.uint8).view(-1, 1).to(device)
     with torch.compiler.set_stance("force_eager"):
         out = bnb.dequantize_4bit(column, whole)
@@ -124,10 +131,12 @@ def test_what_bitsandbytes_packs_comes_back_close_to_what_it_was(quant_type: str
     inner = NestedState(doc["nested_blocksize"], float(doc["nested_offset"])) if nested else None
     ours = QuantState(quant_type, doc["blocksize"], "bfloat16", (48, 128), inner)
     packed = Packed(
-        ours, raw.numpy().tobytes(), doc["absmax"].numpy().tobytes(),
+        ours,
+        raw.numpy().tobytes(),
+        doc["absmax"].numpy().tobytes(),
         doc["nested_absmax"].numpy().tobytes() if nested else None,
         doc["nested_quant_map"].numpy().tobytes() if nested else None,
-    )  # fmt: skip
+    )
     values = torch.frombuffer(bytearray(kernel_bytes(packed)), dtype=torch.bfloat16).view(48, 128)
     error = (values.float() - weight.float()).abs().mean() / weight.float().abs().mean()
     assert 0.01 < error < 0.2
@@ -135,8 +144,18 @@ def test_what_bitsandbytes_packs_comes_back_close_to_what_it_was(quant_type: str
 
 
 EXTREMES = [
-    (0.0,), (-0.0,), (-1e-3, 1.0), (1e-30,), (1e-37, 1.0), (1e-39,), (3e-41, 0.5), (6e-5,), (7e4,), (1e30,), (3e38,),
-]  # fmt: skip
+    (0.0,),
+    (-0.0,),
+    (-1e-3, 1.0),
+    (1e-30,),
+    (1e-37, 1.0),
+    (1e-39,),
+    (3e-41, 0.5),
+    (6e-5,),
+    (7e4,),
+    (1e30,),
+    (3e38,),
+]
 
 
 @pytest.mark.parametrize("scales", EXTREMES, ids=str)
@@ -180,7 +199,8 @@ def test_a_code_table_that_bitsandbytes_cached_under_bfloat16_changes_nothing() 
         "import torch; torch.set_default_dtype(torch.bfloat16)\n"
         "from bitsandbytes.backends.utils import _get_4bit_code\n"
         "assert _get_4bit_code('nf4', torch.device('cpu')).dtype == torch.bfloat16, 'nothing was tested'\n"
-        "from bnbfix.kernels import bnb as kernels, reference as decode\nfrom bnbfix.checkpoint.quant_state import QuantState\nimport numpy as np\n"
+        "from bnbfix.kernels import bnb as kernels, reference as decode\n"
+        "from bnbfix.checkpoint.quant_state import QuantState\nimport numpy as np\n"
         "for size, count in ((64, 1001), (4096, 8192)):\n"
         "    state = QuantState('nf4', size, 'float32', (count,), None)\n"
         "    raw = np.random.default_rng(0).bytes(state.packed_bytes); scales = np.full(state.blocks, 1.1, '<f4')\n"
@@ -241,9 +261,19 @@ def test_a_gpu_has_the_next_chunk_under_way_while_one_is_used(monkeypatch: pytes
         log.append("use")
         chunks.append(bytes(chunk))
     assert log == [
-        "start 0", "start 8", "wait 0", "use", "start 16", "wait 8", "use", "start 24", "wait 16", "use",
-        "wait 24", "use",
-    ]  # fmt: skip
+        "start 0",
+        "start 8",
+        "wait 0",
+        "use",
+        "start 16",
+        "wait 8",
+        "use",
+        "start 24",
+        "wait 16",
+        "use",
+        "wait 24",
+        "use",
+    ]
     assert b"".join(chunks) == kernel_bytes(packed)
 
 
@@ -285,17 +315,27 @@ def in_chunks(data: bytes, size: int) -> Iterator[bytes]:
 
 
 @examples(50)
-@given(st.integers(1, 20), st.integers(1, 700), dtypes, st.sampled_from([64, 128, 1024]), st.booleans(),
-       st.integers(1, 5), st.integers(0, 2**32 - 1))  # fmt: skip
+@given(
+    st.integers(1, 20),
+    st.integers(1, 700),
+    dtypes,
+    st.sampled_from([64, 128, 1024]),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(0, 2**32 - 1),
+)
 @example(1, 1, "bfloat16", 64, True, 1, 0)
 def test_quantizing_in_chunks_equals_bitsandbytes_on_the_whole_tensor(
     rows: int, columns: int, dtype: str, size: int, nested: bool, blocks: int, seed: int
 ) -> None:
     values = random_values((rows, columns), dtype, seed)
     made = kernels.quantize(
-        in_chunks(as_bytes(values), size * blocks * WIDTH[dtype]), dtype, "cpu", blocksize=size,
+        in_chunks(as_bytes(values), size * blocks * WIDTH[dtype]),
+        dtype,
+        "cpu",
+        blocksize=size,
         nested_blocksize=256 if nested else None,
-    )  # fmt: skip
+    )
     with torch.compiler.set_stance("force_eager"):
         packed, state = bnb.quantize_4bit(values, blocksize=size, compress_statistics=nested, quant_type="nf4")
     assert made.weight == as_bytes(packed)
@@ -391,9 +431,7 @@ def test_extreme_int8_scales_decode_alike_and_in_silence(dtype: str, recwarn: py
     scales = torch.tensor([0.0, 1e-39, 6e-5, 7e4, 1e30, 3e38, math.inf])
     raw = as_bytes(codes.repeat(len(scales)))
     decoded = decode.decode_int8(raw, as_bytes(scales), DTYPES[dtype])
-    chunks = kernels.dequantize_int8(
-        lambda at, n: raw[at : at + n], (len(scales), len(codes)), as_bytes(scales), dtype
-    )  # fmt: skip
+    chunks = kernels.dequantize_int8(lambda at, n: raw[at : at + n], (len(scales), len(codes)), as_bytes(scales), dtype)
     got, want = (torch.frombuffer(bytearray(x), dtype=getattr(torch, dtype)) for x in (b"".join(chunks), decoded))
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.nan_to_num(nan=1.0, posinf=math.inf), want.nan_to_num(nan=1.0, posinf=math.inf))
@@ -525,8 +563,10 @@ def test_bitsandbytes_neither_asks_for_the_kernels_package_nor_warns(tmp_path: P
         "assert 'bitsandbytes.backends.cpu.ops' in sys.modules, 'nothing was tested'\n"
         "assert 'kernels' not in sys.modules, 'the mark was left behind'\n"
         "assert logging.getLogger('bitsandbytes.backends.cpu.ops').level == logging.NOTSET\n",
-        "-W", "error::UserWarning:bitsandbytes", path=tmp_path,
-    )  # fmt: skip
+        "-W",
+        "error::UserWarning:bitsandbytes",
+        path=tmp_path,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

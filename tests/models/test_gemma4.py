@@ -294,11 +294,7 @@ TEXT_ONLY = read_model({"architectures": ["Gemma4ForCausalLM"]} | TEXT)
         ("lm_head.weight", "language_model.lm_head", "lm_head"),
         ("model.vision_tower.patch_embedder.input_proj.weight", "vision_tower.patch_embedder.input_proj", "input_proj"),
         ("model.audio_tower.output_proj.weight", "audio_tower.output_proj", "output_proj"),
-        (
-            "model.embed_vision.embedding_projection.weight",
-            "embed_vision.embedding_projection",
-            "embedding_projection",
-        ),
+        ("model.embed_vision.embedding_projection.weight", "embed_vision.embedding_projection", "embedding_projection"),
         ("model.vision_embedder.patch_dense.weight", "vision_embedder.patch_dense", "patch_dense"),
     ],
 )

@@ -149,17 +149,21 @@ def test_int8_experts_one_by_one_are_joined_in_the_dtype_of_the_model(one_by_one
 
 @pytest.mark.parametrize(
     "other",
-    [lambda values: packed("", values.to(torch.float16), "nf4"), lambda values: {"": values.float()},
-     lambda values: {"": values.to(torch.bfloat16)[1:]}],
+    [
+        lambda values: packed("", values.to(torch.float16), "nf4"),
+        lambda values: {"": values.float()},
+        lambda values: {"": values.to(torch.bfloat16)[1:]},
+    ],
     ids=["packed-f16", "plain-f32", "shape"],
-)  # fmt: skip
+)
 def test_experts_that_differ_are_not_joined(
     one_by_one: Path, tmp_path: Path, other: Callable[[torch.Tensor], Tensors]
 ) -> None:
     repacked(
-        one_by_one, tmp_path / "source",
+        one_by_one,
+        tmp_path / "source",
         lambda i, name, values: {name + n: t for n, t in (other(values) if i == 4 else {"": values}).items()},
-    )  # fmt: skip
+    )
     with pytest.raises(bnbfix.Unrepairable, match=r"experts\.\d+\.\w+\.weight is .* alike become one tensor"):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.22.1", bf16=True)
 
@@ -203,11 +207,20 @@ def becomes(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tenso
 BF16, NF4 = {"bf16": True}, {"vllm": "0.32.0"}
 
 
-@pytest.mark.parametrize(("change", "options"), [
-    (without_gates, BF16), (a_gap, BF16), (twice, BF16), (becomes(8, 128), BF16), (becomes(128), BF16),
-    (becomes(64, 128, dtype=torch.float64), BF16), (becomes(128), NF4), (becomes(2, 64, 128), NF4),
-    (becomes(64, 128, dtype=torch.float64), NF4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (without_gates, BF16),
+        (a_gap, BF16),
+        (twice, BF16),
+        (becomes(8, 128), BF16),
+        (becomes(128), BF16),
+        (becomes(64, 128, dtype=torch.float64), BF16),
+        (becomes(128), NF4),
+        (becomes(2, 64, 128), NF4),
+        (becomes(64, 128, dtype=torch.float64), NF4),
+    ],
+)
 def test_experts_that_are_no_whole_set_of_matrices_are_refused_by_name(
     one_by_one: Path, tmp_path: Path, change: Callable[[Tensors], None], options: dict[str, object]
 ) -> None:

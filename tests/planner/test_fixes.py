@@ -49,8 +49,13 @@ QUANTS = ("all", "skip", "mixed", "ragged", "fp4", "single", "storage-bf16")
 TARGETS = ("0.22.1", "0.27.1", "0.32.0", "portable")
 REFUSED = {("unified12b", "0.22.1"), ("moe26b", "0.22.1"), ("moe26b", "portable")}
 # Every family and every quantization; all of both for the two families that need the most.
-ALSO = {"e4b": ("all", "skip", "ragged"), "e2b": ("ragged",), "moe26b": ("all", "skip", "mixed", "fp4"),
-        "unified12b": ("all", "skip", "ragged"), "text": ("all", "ragged", "single")}  # fmt: skip
+ALSO = {
+    "e4b": ("all", "skip", "ragged"),
+    "e2b": ("ragged",),
+    "moe26b": ("all", "skip", "mixed", "fp4"),
+    "unified12b": ("all", "skip", "ragged"),
+    "text": ("all", "ragged", "single"),
+}
 PAIRS = [(f, q) for f in FAMILIES for q in ALSO.get(f, QUANTS)]
 CELLS = [(f, q, t) for f, q in PAIRS for t in TARGETS if (f, t) not in REFUSED]
 every_cell = pytest.mark.parametrize(("family", "quant", "target"), CELLS)
@@ -146,10 +151,16 @@ def test_nothing_is_quantized_but_experts(family: str, quant: str, target: str, 
     plan = planned(pristine(family, quant), target)
     quantized = {t.op.name for t in made(plan).values() if isinstance(t.op, Quantize)}
     prefix = {"0.27.1": "moe.experts", "0.32.0": "experts"}
-    expected = {
-        f"{L}{layer}.{prefix[target]}.{expert}.{part}_proj.weight"
-        for layer in range(6) for expert in range(4) for part in ("gate", "up", "down")
-    } if family == "moe26b" else set()  # fmt: skip
+    expected = (
+        {
+            f"{L}{layer}.{prefix[target]}.{expert}.{part}_proj.weight"
+            for layer in range(6)
+            for expert in range(4)
+            for part in ("gate", "up", "down")
+        }
+        if family == "moe26b"
+        else set()
+    )
     assert quantized == expected
     assert set(of(plan, "quantize")) == {n for n in plan.checkpoint.weights if ".experts." in n}
 
@@ -267,15 +278,24 @@ def test_what_is_dequantized_and_why(
 ) -> None:
     plan = planned(pristine(family, quant), target)
     said = {
-        name: code for pattern, code in expected.items() for name in plan.checkpoint.weights
+        name: code
+        for pattern, code in expected.items()
+        for name in plan.checkpoint.weights
         if re.fullmatch(pattern, name)
-    }  # fmt: skip
+    }
     assert of(plan, "dequantize") == said
     assert set(said.values()) == set(expected.values())
 
 
-HF_LIST = ["lm_head", "model.vision_tower", "model.audio_tower", "model.embed_vision", "model.embed_audio",
-           "model.vision_embedder", "router.proj"]  # fmt: skip
+HF_LIST = [
+    "lm_head",
+    "model.vision_tower",
+    "model.audio_tower",
+    "model.embed_vision",
+    "model.embed_audio",
+    "model.vision_embedder",
+    "router.proj",
+]
 
 
 @pytest.mark.parametrize(
@@ -287,18 +307,47 @@ HF_LIST = ["lm_head", "model.vision_tower", "model.audio_tower", "model.embed_vi
         ("e4b", "skip", "portable", ["audio_tower", "embed_audio", "embed_vision", "vision_tower"]),
         ("unified12b", "skip", "0.32.0", ["vision_embedder"]),
         ("text", "skip", "0.32.0", []),
-        ("dense31b", "skip", "portable", [
-            "language_model.model.layers.2.self_attn.qkv_proj", "language_model.model.layers.5.self_attn.qkv_proj",
-            "embed_vision", "vision_tower", *(f"{L}{n}.self_attn.{p}_proj" for n in (2, 5) for p in "kq")]),
-        ("dense31b", "ragged", "0.27.1", [
-            L + "1.self_attn.q_proj", L + "3.mlp.gate_proj", "embed_vision",
-            "language_model.model.layers.1.self_attn.qkv_proj", "language_model.model.layers.3.mlp.gate_up_proj",
-            "vision_tower", L + "1.self_attn.k_proj", L + "1.self_attn.v_proj", L + "3.mlp.up_proj"]),
-        ("dense31b", "mixed", "0.22.1", [
-            L + "1.self_attn", L + "3.mlp", "language_model.model.layers.1.self_attn",
-            "language_model.model.layers.3.mlp"]),
+        (
+            "dense31b",
+            "skip",
+            "portable",
+            [
+                "language_model.model.layers.2.self_attn.qkv_proj",
+                "language_model.model.layers.5.self_attn.qkv_proj",
+                "embed_vision",
+                "vision_tower",
+                *(f"{L}{n}.self_attn.{p}_proj" for n in (2, 5) for p in "kq"),
+            ],
+        ),
+        (
+            "dense31b",
+            "ragged",
+            "0.27.1",
+            [
+                L + "1.self_attn.q_proj",
+                L + "3.mlp.gate_proj",
+                "embed_vision",
+                "language_model.model.layers.1.self_attn.qkv_proj",
+                "language_model.model.layers.3.mlp.gate_up_proj",
+                "vision_tower",
+                L + "1.self_attn.k_proj",
+                L + "1.self_attn.v_proj",
+                L + "3.mlp.up_proj",
+            ],
+        ),
+        (
+            "dense31b",
+            "mixed",
+            "0.22.1",
+            [
+                L + "1.self_attn",
+                L + "3.mlp",
+                "language_model.model.layers.1.self_attn",
+                "language_model.model.layers.3.mlp",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_added_to_a_skip_list(family: str, quant: str, target: str, added: list[str], pristine: Make) -> None:
     assert skip_list(planned(pristine(family, quant), target)) == HF_LIST + added
 
@@ -458,9 +507,18 @@ def test_an_entry_that_names_a_packed_module_makes_room_for_the_plain_ones_it_na
     assert Code.PACKED_BUT_SKIPPED in {f.code for f in scan(source, "0.27.1").findings}
     plan = fix(source, "0.27.1")
     assert skip_list(plan) == [
-        "first", "lm_head", "model.vision_tower", "embed_vision", "last", "language_model.model.layers.1.self_attn",
-        "language_model.model.layers.3.mlp", "vision_tower", "model.embed_vision", L + "1.self_attn", L + "3.mlp",
-    ]  # fmt: skip
+        "first",
+        "lm_head",
+        "model.vision_tower",
+        "embed_vision",
+        "last",
+        "language_model.model.layers.1.self_attn",
+        "language_model.model.layers.3.mlp",
+        "vision_tower",
+        "model.embed_vision",
+        L + "1.self_attn",
+        L + "3.mlp",
+    ]
     assert set(of(plan, "config")) == {"quantization_config.llm_int8_skip_modules"}
     assert {e.action for e in plan.edits} == {"config"}
 

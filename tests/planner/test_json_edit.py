@@ -193,9 +193,13 @@ def test_an_added_key_that_is_removed_again_leaves_the_text_as_it_was(
     assert remove_key(set_value(text, path, {"a": [1]}), path) == text
 
 
-@pytest.mark.parametrize(("text", "rest"), [
-    ('{"a": 1, "a": 2}', "{}"), ('{"a": 1, "b": 0, "a": 2}', '{"b": 0}'),
-    ('{"b": 0, "a": 1, "\\u0061": {"a": 3}}', '{"b": 0}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('{"a": 1, "a": 2}', "{}"),
+        ('{"a": 1, "b": 0, "a": 2}', '{"b": 0}'),
+        ('{"b": 0, "a": 1, "\\u0061": {"a": 3}}', '{"b": 0}'),
+    ],
+)
 def test_a_key_that_is_there_twice_is_removed_twice(text: str, rest: str) -> None:
     assert remove_key(text, ["a"]) == rest

@@ -17,10 +17,20 @@ SECTION = f"{BEGIN}\nnew\n{END}\n"
 FRONT = "---\nlicense: gemma\ntags: [a, b]\n---\n"
 
 
-@pytest.mark.parametrize("card", [
-    FRONT + "# Model\n", FRONT + "# Model", "# Model\n\n\n", FRONT, "no front matter", "# Modèle 漢字 \u202e\n",
-    "a <!-- comment -->\n", f"a stray {BEGIN} in the text\n", f"{END} first\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "card",
+    [
+        FRONT + "# Model\n",
+        FRONT + "# Model",
+        "# Model\n\n\n",
+        FRONT,
+        "no front matter",
+        "# Modèle 漢字 \u202e\n",
+        "a <!-- comment -->\n",
+        f"a stray {BEGIN} in the text\n",
+        f"{END} first\n",
+    ],
+)
 def test_a_section_is_added_at_the_end(card: str) -> None:
     out = with_section(card, SECTION, quantized=True)
     assert out.startswith(card) and out.endswith("\n" + SECTION)

@@ -45,8 +45,10 @@ REFUSED = {("unified12b", "0.22.1"), ("moe26b", "0.22.1"), ("moe26b", "portable"
 KINDS = [
     *((family, quant, 1) for family in ("dense31b", "text") for quant in ("all", "ragged", "single", "storage-bf16")),
     *((family, "ragged", 3) for family in ("dense31b", "e4b-noshared", "unified12b", "moe26b")),
-    ("e4b-noshared", "all", 1), ("unified12b", "all", 7), ("moe26b", "all", 1),
-]  # fmt: skip
+    ("e4b-noshared", "all", 1),
+    ("unified12b", "all", 7),
+    ("moe26b", "all", 1),
+]
 CELLS = [(*kind, target) for kind in KINDS for target in TARGETS if (kind[0], target) not in REFUSED]
 every_cell = pytest.mark.parametrize(("family", "quant", "shards", "target"), CELLS)
 
@@ -172,11 +174,15 @@ def test_a_plan_does_not_depend_on_the_order_of_sets(pristine: Make) -> None:
     sources = [str(pristine(family, "ragged", shards=3)) for family in ("dense31b", "e4b-noshared")]
     said = {
         subprocess.run(
-            [sys.executable, "-c", code, *sources], capture_output=True, text=True, check=True, timeout=60,
+            [sys.executable, "-c", code, *sources],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
             env=os.environ | {"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert len(said) == 1 and "Dequantize" in said.pop()
 
 
@@ -197,8 +203,11 @@ def test_siblings_in_another_shard_are_read_there_and_dropped_there(pristine: Ma
     dequantized = [t for t in made(plan).values() if isinstance(t.op, Dequantize)]
     parted = {
         s.info.name: s.shard
-        for t in dequantized for w in t.op.weights for s in w.siblings.values() if s.shard != w.tensor.shard
-    }  # fmt: skip
+        for t in dequantized
+        for w in t.op.weights
+        for s in w.siblings.values()
+        if s.shard != w.tensor.shard
+    }
     assert parted, "some of what is dequantized has its quant state elsewhere"
     for name, shard in parted.items():
         assert name in plan.checkpoint.shards[shard].tensors
@@ -261,11 +270,18 @@ def test_a_text_only_checkpoint_is_mended_under_its_own_names(pristine: Make) ->
     plan = planned(pristine("text", "ragged"), "portable")
     assert all(n.startswith("model.") and "language_model" not in n for n in made(plan))
     assert list(after(plan).skip_modules)[-11:] == [
-        "model.layers.1.self_attn.qkv_proj", "model.layers.2.self_attn.qkv_proj", "model.layers.3.mlp.gate_up_proj",
-        "model.layers.5.self_attn.qkv_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj",
-        "model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.q_proj", "model.layers.3.mlp.up_proj",
-        "model.layers.5.self_attn.k_proj", "model.layers.5.self_attn.q_proj",
-    ]  # fmt: skip
+        "model.layers.1.self_attn.qkv_proj",
+        "model.layers.2.self_attn.qkv_proj",
+        "model.layers.3.mlp.gate_up_proj",
+        "model.layers.5.self_attn.qkv_proj",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.2.self_attn.k_proj",
+        "model.layers.2.self_attn.q_proj",
+        "model.layers.3.mlp.up_proj",
+        "model.layers.5.self_attn.k_proj",
+        "model.layers.5.self_attn.q_proj",
+    ]
 
 
 OUTPUTS = [
@@ -321,9 +337,11 @@ def test_the_planned_source_comes_from_where_the_source_does(plan: Plan) -> None
 def test_the_planned_source_has_no_bytes_for_what_is_not_made_yet(plan: Plan) -> None:
     out = PlannedSource(plan)
     unmade = [
-        (shard, t) for shard in plan.shards for t in shard.tensors
+        (shard, t)
+        for shard in plan.shards
+        for t in shard.tensors
         if isinstance(t.op, (Dequantize, Quantize)) and ".quant_state." not in t.info.name
-    ]  # fmt: skip
+    ]
     assert bool(unmade) == bool({"dequantize", "quantize"} & {e.action for e in plan.edits})
     for shard, t in unmade[:3]:
         with pytest.raises(InputError, match=re.escape(f"tensor {t.info.name!r} is not made yet")):
@@ -419,13 +437,20 @@ def test_the_config_keeps_its_line_ends_and_indentation(checkpoint: Make) -> Non
 def test_edits_are_told_in_full(pristine: Make) -> None:
     plan = planned(pristine("dense31b", "skip"), "0.22.1")
     assert [(e.action, e.name, e.code, e.detail) for e in plan.edits] == [
-        ("insert", f"{L}{n}.self_attn.v_proj.weight", Code.K_EQ_V_WITHOUT_V,
-         f"exact copy of {L}{n}.self_attn.k_proj.weight") for n in (2, 5)
-    ]  # fmt: skip
+        (
+            "insert",
+            f"{L}{n}.self_attn.v_proj.weight",
+            Code.K_EQ_V_WITHOUT_V,
+            f"exact copy of {L}{n}.self_attn.k_proj.weight",
+        )
+        for n in (2, 5)
+    ]
     assert plan.edits[0].document() == {
-        "action": "insert", "name": L + "2.self_attn.v_proj.weight", "code": "BNB104",
+        "action": "insert",
+        "name": L + "2.self_attn.v_proj.weight",
+        "code": "BNB104",
         "detail": f"exact copy of {L}2.self_attn.k_proj.weight",
-    }  # fmt: skip
+    }
 
 
 def test_an_unquantized_checkpoint_is_not_applicable(pristine: Make) -> None:

@@ -32,10 +32,23 @@ FAMILIES = {
 QUANTS = ("all", "single", "fp4")
 # From the papers: QLoRA (arXiv:2305.14314), appendix E, for NF4; FP4 is sign, two bits of exponent, one of mantissa.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 FP4 = tuple(s * v + 0.0 for s in (1, -1) for v in (0, 0.0052083333, 0.6666667, 1, 0.33333334, 0.5, 0.16666667, 0.25))
 
 
@@ -112,16 +125,27 @@ def wrong_tensors(source: Tensors, output: Tensors) -> list[str]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
-    st.sampled_from(sorted(FAMILIES)), st.sampled_from(QUANTS), st.sampled_from([0.1, 0.5, 0.9, 1.0]),
-    st.integers(1, 4), st.sampled_from(["portable", "0.22.1", "0.27.1", "0.32.0"]),
+    st.sampled_from(sorted(FAMILIES)),
+    st.sampled_from(QUANTS),
+    st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    st.integers(1, 4),
+    st.sampled_from(["portable", "0.22.1", "0.27.1", "0.32.0"]),
     st.sampled_from([{}, {}, {}, {"bf16": True}, {"bf16": True, "max_shard_size": 30_000}]),
     st.sampled_from([[], ["lm_head"], ["model.layers.0"], ["mlp"], ["self_attn.q_proj", "layers.2"]]),
-    st.sampled_from(["model.", "language_model.model."]), st.integers(0, 2**32),
-)  # fmt: skip
+    st.sampled_from(["model.", "language_model.model."]),
+    st.integers(0, 2**32),
+)
 def test_a_repair_of_any_checkpoint_is_what_it_should_be(
-    family: str, quant: str, share: float, shards: int, target: str, options: dict[str, Any], skip: list[str],
-    prefix: str, seed: int,
-) -> None:  # fmt: skip
+    family: str,
+    quant: str,
+    share: float,
+    shards: int,
+    target: str,
+    options: dict[str, Any],
+    skip: list[str],
+    prefix: str,
+    seed: int,
+) -> None:
     r = random.Random(seed)
     files, whole = made(family, quant)
     _, plain = made(family, "bf16")

@@ -27,6 +27,8 @@ from tests.support.build import Make, scan
 from tests.support.outcomes import EVIL, evil, outcomes
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "sarif-2.1.0-rtm.5.json"
+
+
 def finding(code: Code, severity: Severity) -> Finding:
     return Finding(code, severity, (), ranges(), "message", None, "reason")
 
@@ -65,8 +67,7 @@ def test_a_damaged_quant_state_is_2_whatever_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "want"),
-    [([0], 0), ([0, 1], 1), ([1, 2, 0], 2), ([3, 2], 2), ([3, 1], 1), ([3, 0], 0), ([3, 3], 3)],
+    ("codes", "want"), [([0], 0), ([0, 1], 1), ([1, 2, 0], 2), ([3, 2], 2), ([3, 1], 1), ([3, 0], 0), ([3, 3], 3)]
 )
 def test_the_exit_code_of_several(codes: list[int], want: int) -> None:
     assert worst(codes) == want
@@ -105,12 +106,15 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     assert whole["schema"] == 1
     assert whole["models"][0] == report_json.scan_document(scan(source))
     assert whole["models"][1] == {
-        "schema": 1, "model": str(tmp_path / "nowhere"),
+        "schema": 1,
+        "model": str(tmp_path / "nowhere"),
         "error": {
-            "kind": "UsageError", "message": f"{tmp_path}/nowhere: no such folder", "exit_code": 2,
+            "kind": "UsageError",
+            "message": f"{tmp_path}/nowhere: no such folder",
+            "exit_code": 2,
             "hint": "MODEL is a folder, or a repo on the Hub: org/name[@revision].",
         },
-    }  # fmt: skip
+    }
     lines = list(report_json.render_lines(found))
     assert [json.loads(line) for line in lines] == whole["models"]
     assert all(line.count("\n") == 1 for line in lines)
@@ -128,9 +132,17 @@ def sarif(found: list[Outcome], here: Path = Path("/")) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("family", "quant"),
-    [("dense31b", "ragged"), ("e4b", "all"), ("moe26b", "all"), ("unified12b", "all"), ("dense31b", "int8"),
-     ("e4b-noshared", "skip"), ("text", "fp4"), ("dense31b", "storage-bf16")],
-)  # fmt: skip
+    [
+        ("dense31b", "ragged"),
+        ("e4b", "all"),
+        ("moe26b", "all"),
+        ("unified12b", "all"),
+        ("dense31b", "int8"),
+        ("e4b-noshared", "skip"),
+        ("text", "fp4"),
+        ("dense31b", "storage-bf16"),
+    ],
+)
 def test_sarif_follows_the_schema_and_tells_every_finding(pristine: Make, family: str, quant: str) -> None:
     source = pristine(family, quant, shards=2)
     (run,) = sarif(outcomes(source))["runs"]
@@ -164,8 +176,10 @@ def test_sarif_names_files_of_the_model(pristine: Make, monkeypatch: pytest.Monk
     assert uris(source) == (names, {None}, {})
     assert uris(source.parent) == ({f"{source.name}/{n}" for n in names}, {None}, {})
     assert uris(Path("/usr")) == (
-        names, {"MODEL"}, {"MODEL": {"uri": source.as_uri() + "/", "description": {"text": str(source)}}},
-    )  # fmt: skip
+        names,
+        {"MODEL"},
+        {"MODEL": {"uri": source.as_uri() + "/", "description": {"text": str(source)}}},
+    )
 
 
 def test_fingerprints_do_not_depend_on_layers_shards_and_releases(pristine: Make) -> None:

@@ -50,8 +50,13 @@ def test_the_map_of_31b_has_layers_down_and_modules_across(pristine: Make) -> No
     language = section(grid, "language model")
     assert language.columns == ("q", "k", "v", "o", "gate", "up", "down", "norms")
     assert [(r.label, r.kind) for r in language.rows] == [
-        ("0", "sliding"), ("1", "sliding"), ("2", "full"), ("3", "sliding"), ("4", "sliding"), ("5", "full"),
-    ]  # fmt: skip
+        ("0", "sliding"),
+        ("1", "sliding"),
+        ("2", "full"),
+        ("3", "sliding"),
+        ("4", "sliding"),
+        ("5", "full"),
+    ]
     assert marks(language) == ["PPPPPPP.", "!!!PPPP.", "P!=PPPP.", "PPPP!!P.", "PPPPPPP.", "P!=PPPP."]
     assert language.rows[1].cells["q"] == Cell(State.FIXABLE, "BF16", (Code.RAGGED_GROUP,))
     assert language.rows[2].cells["v"] == Cell(State.ABSENT, "K serves as V")
@@ -77,8 +82,19 @@ def test_the_map_has_audio_inputs_and_shared_layers(pristine: Make) -> None:
     assert language.rows[4].cells["k"] == Cell(State.ABSENT, "K and V are layer 2's")
     assert marks(language)[4:] == ["P==PPPPPP."] * 2
     assert audio.columns == (
-        "q", "k", "v", "rel k", "post", "ff1 in", "ff1 out", "conv in", "conv out", "ff2 in", "ff2 out", "norms",
-    )  # fmt: skip
+        "q",
+        "k",
+        "v",
+        "rel k",
+        "post",
+        "ff1 in",
+        "ff1 out",
+        "conv in",
+        "conv out",
+        "ff2 in",
+        "ff2 out",
+        "norms",
+    )
     assert [s.title for s in grid.sections] == ["language model", "vision tower", "audio tower", "around the layers"]
 
 

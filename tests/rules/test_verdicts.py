@@ -18,30 +18,62 @@ F, W, L = "fails", "wrong", "loads"
 # family: quantization: verdict for each of RELEASES
 MEASURED = {
     "dense31b": {
-        "all": (F, L, L), "skip": (F, F, W), "mixed": (F, F, W), "ragged": (F, F, W), "fp4": (F, F, W),
-        "single": (F, F, W), "storage-bf16": (F, F, F), "int8": (F, F, F),
+        "all": (F, L, L),
+        "skip": (F, F, W),
+        "mixed": (F, F, W),
+        "ragged": (F, F, W),
+        "fp4": (F, F, W),
+        "single": (F, F, W),
+        "storage-bf16": (F, F, F),
+        "int8": (F, F, F),
     },
     "e4b": {
-        "all": (F, L, L), "skip": (L, F, W), "mixed": (F, F, W), "ragged": (F, F, W), "fp4": (L, F, W),
-        "single": (L, F, W), "storage-bf16": (F, F, F), "int8": (L, F, F),
+        "all": (F, L, L),
+        "skip": (L, F, W),
+        "mixed": (F, F, W),
+        "ragged": (F, F, W),
+        "fp4": (L, F, W),
+        "single": (L, F, W),
+        "storage-bf16": (F, F, F),
+        "int8": (L, F, F),
     },
     "e4b-noshared": {
-        "all": (F, F, L), "skip": (F, F, W), "mixed": (F, F, W), "ragged": (F, F, W), "fp4": (F, F, W),
+        "all": (F, F, L),
+        "skip": (F, F, W),
+        "mixed": (F, F, W),
+        "ragged": (F, F, W),
+        "fp4": (F, F, W),
         "single": (F, F, W),
     },
     "e2b": {
-        "all": (F, L, L), "skip": (L, F, W), "mixed": (F, F, W), "ragged": (F, F, W), "fp4": (L, F, W),
+        "all": (F, L, L),
+        "skip": (L, F, W),
+        "mixed": (F, F, W),
+        "ragged": (F, F, W),
+        "fp4": (L, F, W),
         "single": (L, F, W),
     },
     "moe26b": {
-        "all": (F, F, F), "skip": (F, F, F), "mixed": (F, F, F), "ragged": (F, F, F), "fp4": (F, F, F),
-        "single": (F, F, F), "storage-bf16": (F, F, F), "int8": (F, F, F),
+        "all": (F, F, F),
+        "skip": (F, F, F),
+        "mixed": (F, F, F),
+        "ragged": (F, F, F),
+        "fp4": (F, F, F),
+        "single": (F, F, F),
+        "storage-bf16": (F, F, F),
+        "int8": (F, F, F),
     },
     "unified12b": {
-        "all": (F, F, F), "skip": (F, F, W), "mixed": (F, F, W), "ragged": (F, F, W), "fp4": (F, F, W),
-        "single": (F, F, W), "storage-bf16": (F, F, F), "int8": (F, F, F),
+        "all": (F, F, F),
+        "skip": (F, F, W),
+        "mixed": (F, F, W),
+        "ragged": (F, F, W),
+        "fp4": (F, F, W),
+        "single": (F, F, W),
+        "storage-bf16": (F, F, F),
+        "int8": (F, F, F),
     },
-}  # fmt: skip
+}
 CELLS = [
     (family, quant, release, verdict)
     for family, quants in MEASURED.items()

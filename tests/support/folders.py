@@ -37,14 +37,24 @@ def hostile(source: Path) -> Path:
 def large_checkpoint(folder: Path) -> int:
     """A text model of more than 2,000 tensors: true headers and quant states, and holes in place of the weights."""
     folder.mkdir()
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64], "nested_blocksize": 256,
-             "nested_dtype": "float32", "nested_offset": 0.5}  # fmt: skip
+    state = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "bfloat16",
+        "shape": [64, 64],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": 0.5,
+    }
     raw = json.dumps(state).encode()
     siblings = {
-        "": ("U8", [2048, 1], 2048), ".absmax": ("U8", [64], 64), ".quant_map": ("F32", [16], 64),
-        ".nested_absmax": ("F32", [1], 4), ".nested_quant_map": ("F32", [256], 1024),
+        "": ("U8", [2048, 1], 2048),
+        ".absmax": ("U8", [64], 64),
+        ".quant_map": ("F32", [16], 64),
+        ".nested_absmax": ("F32", [1], 4),
+        ".nested_quant_map": ("F32", [256], 1024),
         ".quant_state.bitsandbytes__nf4": ("U8", [len(raw)], len(raw)),
-    }  # fmt: skip
+    }
     projections = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     header: dict[str, Any] = {}
     states, at = [], 0
@@ -69,8 +79,11 @@ def large_checkpoint(folder: Path) -> int:
             f.write(raw)
         f.truncate(start + at)
     config = {
-        "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": 64,
-        "layer_types": ["sliding_attention"] * LAYERS, "quantization_config": {"quant_method": "bitsandbytes"},
-    }  # fmt: skip
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_hidden_layers": LAYERS,
+        "hidden_size": 64,
+        "layer_types": ["sliding_attention"] * LAYERS,
+        "quantization_config": {"quant_method": "bitsandbytes"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return len(header)

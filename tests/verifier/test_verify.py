@@ -130,9 +130,15 @@ def test_a_clean_repair_passes_with_its_source_and_everything_was_compared(repai
 
 @pytest.mark.parametrize(
     ("family", "quant", "target"),
-    [("dense31b", "ragged", "portable"), ("e4b-noshared", "all", "portable"), ("text", "fp4", "portable"),
-     ("dense31b", "storage-bf16", "portable"), ("dense31b", "int8", "0.32.0"), ("unified12b", "all", "0.33.0")],
-)  # fmt: skip
+    [
+        ("dense31b", "ragged", "portable"),
+        ("e4b-noshared", "all", "portable"),
+        ("text", "fp4", "portable"),
+        ("dense31b", "storage-bf16", "portable"),
+        ("dense31b", "int8", "0.32.0"),
+        ("unified12b", "all", "0.33.0"),
+    ],
+)
 def test_every_kind_of_repair_passes(pristine: Make, tmp_path: Path, family: str, quant: str, target: str) -> None:
     source = pristine(family, quant, shards=2)
     bnbfix.repair(source, tmp_path / "out", vllm=target, device="cpu")
@@ -502,9 +508,16 @@ BROKEN = {
     "deep": b"[" * 100_000,
 }
 OPTIONS = [
-    None, [], "bf16", {"nonsense": 1}, {"bf16": 1}, {"bf16": None}, {"ragged": "drop"}, {"ragged": []},
+    None,
+    [],
+    "bf16",
+    {"nonsense": 1},
+    {"bf16": 1},
+    {"bf16": None},
+    {"ragged": "drop"},
+    {"ragged": []},
     *({"bf16": True, "max_shard_size": size} for size in (0, -1, 1.5, True, "5GB", None, [1])),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())

@@ -237,9 +237,7 @@ def test_shards_side_by_side_give_the_same_bytes(pristine: Make, tmp_path: Path,
     assert worker_memory(one.plan) < 100 << 20
 
 
-def test_an_error_of_one_worker_stops_all(
-    pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_one_worker_stops_all(pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pristine("dense31b", "ragged", shards=3)
 
     def broken(*args: object) -> Iterator[bytes]:

@@ -311,8 +311,9 @@ def test_the_index_names_every_tensor_and_the_size_of_all(checkpoint: Make, tmp_
     assert len(shards) == 3
     assert new["weight_map"] == {name: shard for shard, found in shards.items() for name in found}
     assert new["metadata"] == {
-        "total_parameters": 12345, "total_size": sum(t.nbytes for found in shards.values() for t in found.values()),
-    }  # fmt: skip
+        "total_parameters": 12345,
+        "total_size": sum(t.nbytes for found in shards.values() for t in found.values()),
+    }
     assert new["extra"] == ["kept"]
 
 
@@ -761,9 +762,15 @@ def small(pristine: Make) -> Path:
     ids=["write-EIO", "write-ENOSPC", "fsync-EIO", "rename-EXDEV", "read-EIO"],
 )
 def test_a_failure_of_the_system_leaves_everything_as_it_was(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_calls: None,
-    kind: str, code: int, expected: type[bnbfix.BnbfixError], overwrite: bool,
-) -> None:  # fmt: skip
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_calls: None,
+    kind: str,
+    code: int,
+    expected: type[bnbfix.BnbfixError],
+    overwrite: bool,
+) -> None:
     def old_output() -> None:
         (tmp_path / "out" / "sub").mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / "sub" / "old.txt").write_text("old")
@@ -964,9 +971,7 @@ def test_an_explicit_v_goes_in_full_precision_too(pristine: Make, tmp_path: Path
         assert bnbfix.verify(tmp_path / target, tmp_path / "v").ok
 
 
-def test_a_plan_that_leaves_something_packed_is_never_published_as_full_precision(
-    small: Path, tmp_path: Path
-) -> None:
+def test_a_plan_that_leaves_something_packed_is_never_published_as_full_precision(small: Path, tmp_path: Path) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
     lying = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):

@@ -154,9 +154,15 @@ def ask(what: str, folder: Path, seconds: float) -> dict[str, Any]:
         with log.open("wb") as out:
             try:
                 done = subprocess.run(  # noqa: S603  # our own module under our own interpreter
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=scratch,
-                    timeout=seconds, env=os.environ | {"PYTHONPATH": path}, check=False,
-                )  # fmt: skip
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=scratch,
+                    timeout=seconds,
+                    env=os.environ | {"PYTHONPATH": path},
+                    check=False,
+                )
             except subprocess.TimeoutExpired:
                 raise EngineError(f"vLLM gave no answer within {seconds:.0f} s", where=str(folder)) from None
         if answer.exists():
