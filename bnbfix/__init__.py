@@ -4,7 +4,7 @@
 
     result = bnbfix.scan("gemma-4-E4B-it-bnb-4bit", vllm="0.32.0")
     if not result.ok:
-        bnbfix.repair("gemma-4-E4B-it-bnb-4bit", "mended", vllm="0.32.0")
+        bnbfix.repair("gemma-4-E4B-it-bnb-4bit", "repaired", vllm="0.32.0")
 
 Nothing here prints. Errors are `bnbfix.BnbfixError` and its kinds; each has an `exit_code` and perhaps a `hint`.
 Names are imported when they are first used: a scan imports neither torch nor bitsandbytes nor numpy.

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource
 from .engines.vllm.releases import Target, find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable, UsageError
+from .errors import FindingsRemain, NotApplicable
 from .hub.resolve import open_source
 from .models.gemma4 import Model, read_model
-from .rules.rule import Code
 from .rules.scan import Finding, ScanResult, scan_checkpoint, target_ranges
 
 if TYPE_CHECKING:
-    from .planner.plan import Options, Plan
+    from .planner.plan import Plan
     from .verifier.verify import VerifyResult
     from .writer.write import Progress, RepairResult
 
 StrPath = str | os.PathLike[str]
-MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
 
 
 def _target(vllm: str | None) -> Target:
@@ -29,7 +27,7 @@ def _target(vllm: str | None) -> Target:
 
 
 def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
-    """Says what would go wrong with a checkpoint, where, and what mends it. Reads headers, never weights.
+    """Says what would go wrong with a checkpoint, where, and what fixes it. Reads headers, never weights.
 
     `path` is a folder with config.json and safetensors files, or a string that names a repo on the Hub,
     `org/name[@revision]`, of which it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or
@@ -47,7 +45,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     returns its scan otherwise.
 
     None is returned for whatever bnbfix has no say in, since a pipeline uploads other things too: other models,
-    unquantized ones, adapters, folders without a model. A folder that holds packed Gemma4 weights and does not say so
+    unquantized ones, adapters, folders without a model. A folder that holds quantized Gemma4 weights and does not say so
     in config.json is no such thing, and raises NotApplicable. `vllm` and the other errors are those of `scan`.
     """
     source = LocalSource.open(Path(folder))
@@ -63,16 +61,16 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     try:
         result = scan_checkpoint(checkpoint, target)
     except NotApplicable:
-        if any(w.packed for w in checkpoint.weights.values()):
+        if any(w.quantized for w in checkpoint.weights.values()):
             raise
         return None
     # Whether the plugin is installed here says nothing of the checkpoint.
-    if remaining := tuple(f for f in result.findings if f.remains and f.code is not Code.PLUGIN):
-        raise _remain(str(folder), model, target, remaining)
+    if remaining := tuple(f for f in result.findings if f.blocking):
+        raise _findings_error(str(folder), model, target, remaining)
     return result
 
 
-def _remain(folder: str, model: Model, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
+def _findings_error(folder: str, model: Model, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
     """The error in a few words: each code once, and what to do."""
     codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
     words = ", ".join(
@@ -92,32 +90,22 @@ def plan_repair(
     *,
     revision: str | None = None,
     bf16: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    ragged: str = "dequantize",
+    max_shard_size: int = 5_000_000_000,
+    partial_groups: str = "dequantize",
 ) -> Plan:
     """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
     nothing to do. `path` and `revision` are those of `scan`; of a repo it reads what a scan reads.
 
     `bf16` dequantizes everything and drops quantization_config, in shards of at most `max_shard_size` bytes.
-    `ragged` says what becomes of fused groups that are partly packed: "dequantize" their packed members, or
+    `partial_groups` says what becomes of fused groups that are partially quantized: "dequantize" their quantized members, or
     "quantize" their plain ones, which loses precision.
 
     Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
     them load in the target.
     """
-    from .planner.plan import plan_checkpoint
+    from .planner.plan import Options, plan_checkpoint
 
-    return plan_checkpoint(open_source(path, revision), _target(vllm), _options(bf16, max_shard_size, ragged))
-
-
-def _options(bf16: bool, max_shard_size: int, ragged: str) -> Options:
-    from .planner.plan import Options
-
-    if ragged not in ("dequantize", "quantize"):
-        raise UsageError(f"ragged is {ragged!r}, neither dequantize nor quantize")
-    if max_shard_size < 1:
-        raise UsageError(f"max_shard_size is {max_shard_size}, not a number of bytes")
-    return Options(bf16, max_shard_size, ragged)
+    return plan_checkpoint(open_source(path, revision), _target(vllm), Options(bf16, max_shard_size, partial_groups))
 
 
 def repair(
@@ -130,18 +118,18 @@ def repair(
     device: str = "auto",
     overwrite: bool = False,
     bf16: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    ragged: str = "dequantize",
+    max_shard_size: int = 5_000_000_000,
+    partial_groups: str = "dequantize",
     hardlink: bool = False,
     workers: int | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> RepairResult:
-    """Writes a mended copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
+    """Writes a repaired copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
     `path` and `revision` are those of `scan`. A repo is planned from byte ranges, then downloaded to the Hub's cache;
     with `stream` each of its shards is fetched when it is needed and deleted after its last use.
-    `bf16`, `max_shard_size` and `ragged` are those of `plan_repair`. `device` is where weights are dequantized:
+    `bf16`, `max_shard_size` and `partial_groups` are those of `plan_repair`. `device` is where weights are dequantized:
     "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `hardlink` makes untouched shards hard links
     to the source's, which are not hashed. `workers` shards are written side by side, in at most `max_memory` bytes of
     RAM. `progress` is called with the number of bytes just fetched or written, by one thread at a time. With nothing to
@@ -151,16 +139,16 @@ def repair(
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
-    from .planner.plan import plan_checkpoint
-    from .writer.download import carry_out
+    from .planner.plan import Options, plan_checkpoint
+    from .writer.download import execute_plan
     from .writer.staging import check_destination
-    from .writer.write import How
+    from .writer.write import WriteOptions
 
     source = open_source(path, revision)
     check_destination(source, Path(out), overwrite=overwrite)
-    plan = plan_checkpoint(source, _target(vllm), _options(bf16, max_shard_size, ragged))
-    how = How(device, hardlink, workers, max_memory)
-    return carry_out(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
+    plan = plan_checkpoint(source, _target(vllm), Options(bf16, max_shard_size, partial_groups))
+    how = WriteOptions(device, hardlink, workers, max_memory)
+    return execute_plan(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
 
 
 def verify(

@@ -4,7 +4,7 @@ BnbfixError                  2
 ├── UsageError               2   an option, a path or a combination of them makes no sense
 ├── InputError               2   the checkpoint cannot be read as it stands: missing, broken, lying
 │   ├── HeaderError          2   a safetensors header is not what the format allows
-│   └── QuantStateError      2   a packed weight and its quant state do not belong together
+│   └── QuantStateError      2   a quantized weight and its quant state do not belong together
 ├── NotApplicable            3   nothing here to check: not a bitsandbytes Gemma4 checkpoint
 ├── FindingsRemain           1   a check before upload found what keeps the checkpoint from loading
 ├── Unrepairable             1   findings remain that no edit of the files can mend for this target
@@ -46,7 +46,7 @@ class HeaderError(InputError):
 
 
 class QuantStateError(InputError):
-    """A packed weight and its quant state contradict each other."""
+    """A quantized weight and its quant state contradict each other."""
 
 
 class NotApplicable(BnbfixError):

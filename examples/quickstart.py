@@ -27,18 +27,18 @@ def bnbfix(*arguments: str, expect: int) -> None:
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     shutil.rmtree(folder, ignore_errors=True)
-    model, mended = folder / "tiny-gemma4-bnb-4bit", folder / "mended"
-    # 31B's structure: K serves as V in full-attention layers, two fused groups are part packed, part bf16, and the
+    model, repaired = folder / "tiny-gemma4-bnb-4bit", folder / "repaired"
+    # 31B's structure: K serves as V in full-attention layers, two fused groups are part quantized, part bf16, and the
     # skip list is spelled as transformers spells it.
-    tiny_gemma4.make(model, "dense31b", "ragged", shards=2)
+    tiny_gemma4.make(model, "dense31b", "partial", shards=2)
     print(f"made {model}: {sum(1 for _ in model.iterdir())} files")
     bnbfix("scan", str(model), "--vllm", "portable", expect=1)
     bnbfix("repair", str(model), "--vllm", "portable", "--dry-run", expect=0)
-    bnbfix("repair", str(model), "--vllm", "portable", "--out", str(mended), expect=0)
-    bnbfix("verify", str(mended), "--source", str(model), expect=0)
-    bnbfix("scan", str(mended), "--vllm", "portable", expect=0)
-    bnbfix("repair", str(mended), "--vllm", "portable", "--out", str(folder / "again"), expect=0)
-    print(f"\nquickstart: {mended} is clean for every vLLM release")
+    bnbfix("repair", str(model), "--vllm", "portable", "--out", str(repaired), expect=0)
+    bnbfix("verify", str(repaired), "--source", str(model), expect=0)
+    bnbfix("scan", str(repaired), "--vllm", "portable", expect=0)
+    bnbfix("repair", str(repaired), "--vllm", "portable", "--out", str(folder / "again"), expect=0)
+    print(f"\nquickstart: {repaired} is clean for every vLLM release")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tiny random Gemma4 checkpoints with the real module structure, packed by bitsandbytes; works offline.
+"""Makes tiny random Gemma4 checkpoints with the real module structure, quantized by bitsandbytes; works offline.
 
     python examples/tiny_gemma4.py OUT dense31b-all e4b-skip ...
 
@@ -181,12 +181,12 @@ ALL: Config = {
     "llm_int8_threshold": 6.0,
 }
 SKIPPED: Config = ALL | {"llm_int8_skip_modules": SKIP}
-QUANTS: dict[str, Config | None] = {  # the quantization_config, which packing follows
+QUANTS: dict[str, Config | None] = {  # the quantization_config, which quantization follows
     "bf16": None,
     "all": ALL,
     "skip": SKIPPED,
     "mixed": ALL | {"llm_int8_skip_modules": SKIP + MIXED},
-    "ragged": ALL | {"llm_int8_skip_modules": [*SKIP, MIXED[0] + ".q_proj", MIXED[1] + ".gate_proj"]},
+    "partial": ALL | {"llm_int8_skip_modules": [*SKIP, MIXED[0] + ".q_proj", MIXED[1] + ".gate_proj"]},
     "fp4": SKIPPED | {"bnb_4bit_quant_type": "fp4"},
     "single": SKIPPED | {"bnb_4bit_use_double_quant": False},
     "storage-bf16": SKIPPED | {"bnb_4bit_quant_storage": "bfloat16"},
@@ -357,8 +357,8 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     return (torch.randn(shape, generator=generator) * spread + mean).to(torch.bfloat16)
 
 
-def _is_packed(name: str, shape: tuple[int, ...], quant: Config) -> bool:
-    """Whether transformers packs it: a Linear that no skip entry names, by its start or its end."""
+def _is_quantized(name: str, shape: tuple[int, ...], quant: Config) -> bool:
+    """Whether transformers quantizes it: a Linear that no skip entry names, by its start or its end."""
     module = name.removesuffix(".weight")
     linear = len(shape) == 2 and module != name and "embed_tokens" not in name
     skipped = quant["llm_int8_skip_modules"] or ()
@@ -367,24 +367,24 @@ def _is_packed(name: str, shape: tuple[int, ...], quant: Config) -> bool:
 
 def _pack(name: str, weight: torch.Tensor, quant: Config) -> Tensors:
     if quant["load_in_8bit"]:
-        packed, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         scale_name = name.removesuffix("weight") + "SCB"
-        return {name: packed, scale_name: scale, name + "_format": torch.tensor(0, dtype=torch.uint8)}
-    packed, state = bnb.quantize_4bit(
+        return {name: quantized, scale_name: scale, name + "_format": torch.tensor(0, dtype=torch.uint8)}
+    quantized, state = bnb.quantize_4bit(
         weight,
         compress_statistics=quant["bnb_4bit_use_double_quant"],
         quant_type=quant["bnb_4bit_quant_type"],
         quant_storage=getattr(torch, quant["bnb_4bit_quant_storage"]),
     )
-    return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {name: quantized} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
 def _tensors(shapes: Shapes, quant: Config | None, generator: torch.Generator) -> Tensors:
     tensors: Tensors = {}
     for name, shape in shapes.items():
         value = _values(name, shape, generator)
-        packed = quant is not None and _is_packed(name, shape, quant)
-        tensors |= _pack(name, value, quant) if quant and packed else {name: value}
+        quantized = quant is not None and _is_quantized(name, shape, quant)
+        tensors |= _pack(name, value, quant) if quant and quantized else {name: value}
     return tensors
 
 

@@ -108,7 +108,7 @@ def test_results_are_frozen_dataclasses(name: str) -> None:
 
 
 def test_a_result_cannot_be_changed(pristine: Make) -> None:
-    result = bnbfix.scan(pristine("dense31b", "ragged", shards=2), "portable")
+    result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.model = "another"  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -116,7 +116,7 @@ def test_a_result_cannot_be_changed(pristine: Make) -> None:
 
 
 def test_the_same_scan_twice_gives_equal_results(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     assert bnbfix.scan(source, "portable") == bnbfix.scan(str(source), vllm="portable")
     assert bnbfix.scan(source, "portable") != bnbfix.scan(source, "0.32.0")
 
@@ -124,7 +124,7 @@ def test_the_same_scan_twice_gives_equal_results(pristine: Make) -> None:
 def test_all_four_functions_are_silent(
     pristine: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    source, out = pristine("dense31b", "ragged", shards=2), tmp_path / "out"
+    source, out = pristine("dense31b", "partial", shards=2), tmp_path / "out"
     capfd.readouterr()
     scan = bnbfix.scan(source, vllm="portable")
     plan = bnbfix.plan_repair(source, vllm="portable")
@@ -154,19 +154,19 @@ def test_errors_are_silent_too(pristine: Make, tmp_path: Path, capfd: pytest.Cap
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_a_repair_chooses_its_device_itself(pristine: Make, tmp_path: Path, device: str) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     assert bnbfix.repair(source, tmp_path / "out", "portable", device=device).written
     assert bnbfix.verify(tmp_path / "out", source).ok
 
 
 def test_a_repair_needs_no_device_to_be_named(pristine: Make, tmp_path: Path) -> None:
-    assert bnbfix.repair(pristine("dense31b", "ragged", shards=2), tmp_path / "out", vllm="portable").written
+    assert bnbfix.repair(pristine("dense31b", "partial", shards=2), tmp_path / "out", vllm="portable").written
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_a_usage_error(pristine: Make, tmp_path: Path, device: str) -> None:
     with pytest.raises(bnbfix.UsageError, match="--device"):
-        bnbfix.repair(pristine("dense31b", "ragged", shards=2), tmp_path / "out", "portable", device=device)
+        bnbfix.repair(pristine("dense31b", "partial", shards=2), tmp_path / "out", "portable", device=device)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +182,7 @@ def test_paths_may_be_strings_and_relative(pristine: Make, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ragged": "drop"}, "ragged is 'drop', neither dequantize nor quantize"),
+        ({"partial_groups": "drop"}, "partial_groups is 'drop', not dequantize or quantize"),
         ({"max_shard_size": 0}, "max_shard_size is 0, not a number of bytes"),
         ({"bf16": True, "max_shard_size": -1}, "max_shard_size is -1, not a number of bytes"),
     ],
@@ -204,11 +204,13 @@ def test_the_smallest_shard_size_gives_every_tensor_its_own_shard(pristine: Make
     assert len({s.name for s in plan.shards}) == len(plan.shards) > 50
 
 
-@pytest.mark.parametrize("options", [{"bf16": True, "max_shard_size": 200_000}, {"ragged": "quantize"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bf16": True, "max_shard_size": 200_000}, {"partial_groups": "quantize"}], ids=str
+)
 def test_a_plan_with_options_is_what_a_repair_with_them_writes(
     pristine: Make, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    source = pristine("e4b", "ragged")
+    source = pristine("e4b", "partial")
     plan = bnbfix.plan_repair(source, "0.32.0", **options)
     result = bnbfix.repair(source, tmp_path / "out", "0.32.0", device="cpu", **options)
     assert result.plan.edits == plan.edits != bnbfix.plan_repair(source, "0.32.0").edits
@@ -271,16 +273,16 @@ def test_a_damaged_quant_state_is_a_finding_of_a_scan_and_an_error_of_a_plan(che
     (source / "model.safetensors").write_bytes(data.replace(b'"blocksize": 64', b'"blocksize": 32', 1))
     result = bnbfix.scan(source, "0.32.0")
     assert not result.ok and result.verdict == "fails"
-    assert next(f.code.value for f in result.findings if f.remains) == "BNB201"
+    assert next(f.code.value for f in result.findings if f.counts) == "BNB201"
     with pytest.raises(bnbfix.QuantStateError, match="absmax is F32"):
         bnbfix.plan_repair(source, "0.32.0")
 
 
 def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
-    result = bnbfix.scan(pristine("dense31b", "ragged", shards=2), "portable")
+    result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
     finding = result.findings[0]
     assert isinstance(finding.code, bnbfix.Code) and isinstance(finding.severity, bnbfix.Severity)
-    assert json.dumps([finding.code.value, finding.severity.label, result.verdict])
+    assert json.dumps([finding.code.value, finding.severity, result.verdict])
     assert [r.release for r in result.releases] == list(result.target.ranges)
     assert pickle.loads(pickle.dumps(finding)) == finding
 
@@ -289,15 +291,15 @@ def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
 
 
 def test_a_check_before_upload_raises_with_the_findings(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     with pytest.raises(bnbfix.FindingsRemain) as caught:
         bnbfix.check_before_upload(source, "portable")
     e = caught.value
     assert e.exit_code == 1 and isinstance(e, BnbfixError)
-    assert e.findings == tuple(f for f in bnbfix.scan(source, "portable").findings if f.remains)
+    assert e.findings == tuple(f for f in bnbfix.scan(source, "portable").findings if f.counts)
     assert str(e) == (
-        f"{source}: is not fit for every vLLM release: BNB102 ordinary weight, packed parameter (16 tensors), "
-        "BNB103 fused group partly packed (5 tensors), BNB104 K serves as V, but V has no quant state (2 tensors)"
+        f"{source}: is not fit for every vLLM release: BNB102 ordinary weight, quantized parameter (16 tensors), "
+        "BNB103 fused group partially quantized (5 tensors), BNB104 K serves as V, but V has no quant state (2 tensors)"
     )
     assert f"Upload what `bnbfix repair {source} --out DIR --vllm portable` writes." in str(e.hint)
 
@@ -339,7 +341,7 @@ def test_a_check_before_upload_passes_what_is_not_its_business(pristine: Make, t
         assert bnbfix.check_before_upload(tmp_path / name, "portable") is None
 
 
-def test_a_check_before_upload_does_not_pass_packed_weights_that_no_config_tells_of(checkpoint: Make) -> None:
+def test_a_check_before_upload_does_not_pass_quantized_weights_that_no_config_tells_of(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]

@@ -186,7 +186,7 @@ def test_importing_the_package_imports_nothing_of_it() -> None:
 
 
 def test_a_scan_imports_nothing_heavy_and_nothing_of_repairing(pristine: Make) -> None:
-    source = str(pristine("dense31b", "ragged", shards=2))
+    source = str(pristine("dense31b", "partial", shards=2))
     heavy, ours = loaded(f"import bnbfix\nassert not bnbfix.scan({source!r}, vllm='portable').ok")
     assert heavy == "[]"
     assert {folder_of(m) for m in ours} & NOT_OF_A_SCAN == set()
@@ -194,7 +194,7 @@ def test_a_scan_imports_nothing_heavy_and_nothing_of_repairing(pristine: Make) -
 
 
 def test_planning_a_repair_imports_nothing_heavy(pristine: Make) -> None:
-    source = str(pristine("dense31b", "ragged", shards=2))
+    source = str(pristine("dense31b", "partial", shards=2))
     heavy, _ = loaded(f"import bnbfix\nassert bnbfix.plan_repair({source!r}, 'portable').edits")
     assert heavy == "[]"
 

@@ -80,9 +80,9 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 def test_an_upload_is_checked_first(pristine: Make, hub: Hub, environment: dict[str, str]) -> None:
     arguments = ("acme/model", "--vllm", "0.32.0")
-    done = python(EXAMPLES / "upload.py", pristine("dense31b", "ragged", shards=2), *arguments, **environment)
+    done = python(EXAMPLES / "upload.py", pristine("dense31b", "partial", shards=2), *arguments, **environment)
     assert done.returncode == 1 and done.stdout == ""
-    assert "not uploaded: " in done.stderr and "BNB103 fused group partly packed (5 tensors)" in done.stderr
+    assert "not uploaded: " in done.stderr and "BNB103 fused group partially quantized (5 tensors)" in done.stderr
     assert hub.asked == []
     done = python(EXAMPLES / "upload.py", pristine("e4b", "all"), *arguments, **environment)
     assert "POST /api/repos/create" in hub.asked, done.stderr  # a sound one gets as far as the Hub
@@ -92,7 +92,7 @@ def test_an_upload_is_checked_first(pristine: Make, hub: Hub, environment: dict[
 def test_an_organization_is_scanned(pristine: Make, hub: Hub, environment: dict[str, str], tmp_path: Path) -> None:
     acme = tmp_path / "acme"
     acme.mkdir()
-    for name, source in {"good": pristine("e4b", "all"), "bad": pristine("dense31b", "ragged")}.items():
+    for name, source in {"good": pristine("e4b", "all"), "bad": pristine("dense31b", "partial")}.items():
         shutil.copytree(source, acme / name)
     (acme / "broken").mkdir()
     hub.models = ("acme/good", "acme/bad", "acme/broken")
@@ -138,7 +138,7 @@ print("trained")
 def test_a_trainer_stops_at_a_checkpoint_that_does_not_load(pristine: Make, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="the extra 'examples' is not installed")
     pytest.importorskip("accelerate", reason="the extra 'examples' is not installed")
-    bad, good = pristine("dense31b", "ragged", shards=2), pristine("e4b", "all")
+    bad, good = pristine("dense31b", "partial", shards=2), pristine("e4b", "all")
     found = {}
     for name, source, stop in (("stop", bad, "stop"), ("warn", bad, "warn"), ("good", good, "stop")):
         path = f"{ROOT}{os.pathsep}{EXAMPLES}"
@@ -158,7 +158,7 @@ def test_the_workflow_follows_githubs_schema() -> None:
 
 
 def test_the_workflow_names_options_that_exist(pristine: Make, tmp_path: Path) -> None:
-    shutil.copytree(pristine("dense31b", "ragged"), tmp_path / "model")
+    shutil.copytree(pristine("dense31b", "partial"), tmp_path / "model")
     lines = re.findall(r"run: bnbfix (.*)", (EXAMPLES / "github-actions.yml").read_text())
     assert len(lines) == 3
     codes = [python("-m", "bnbfix", *line.split(" >>")[0].split(), cwd=tmp_path).returncode for line in lines]
@@ -187,7 +187,7 @@ def test_the_hooks_manifest_is_valid() -> None:
 
 
 def test_the_hook_checks_each_folder_once(pristine: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad, good, other = (pristine(*m) for m in (("dense31b", "ragged"), ("e4b", "all"), ("dense31b", "bf16")))
+    bad, good, other = (pristine(*m) for m in (("dense31b", "partial"), ("e4b", "all"), ("dense31b", "bf16")))
     (tmp_path / "config.json").write_text("{")
     files = {m: [str(m / n) for n in ("config.json", "model.safetensors")] for m in (bad, good, other)}
     sound = [*files[good], *files[other], str(tmp_path / "x" / "a.safetensors")]

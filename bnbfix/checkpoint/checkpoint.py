@@ -38,20 +38,20 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is no sibling, with its siblings by suffix, and its quant state when it is packed in 4 bits."""
+    """A tensor that is no quant-state tensor, with its quant-state tensors by suffix, and its quant state when it is quantized in 4 bits."""
 
     name: str
     tensor: Tensor
-    siblings: Mapping[str, Tensor]
+    state_tensors: Mapping[str, Tensor]
     state: qs.QuantState | None
 
     @property
     def int8(self) -> bool:
         """Is it an LLM.int8 weight?"""
-        return self.state is None and ".SCB" in self.siblings
+        return self.state is None and ".SCB" in self.state_tensors
 
     @property
-    def packed(self) -> bool:
+    def quantized(self) -> bool:
         """Does it hold quantized bytes (4 bit, or LLM.int8)?"""
         return self.state is not None or self.int8
 
@@ -62,12 +62,12 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in elements, before packing."""
+        """Shape in elements, before quantization."""
         return self.state.shape if self.state else self.tensor.info.shape
 
-    def sibling_names(self) -> dict[str, str]:
-        """Tensor name of each sibling, by suffix."""
-        return {suffix: qs.sibling_name(self.name, suffix) for suffix in self.siblings}
+    def state_tensor_names(self) -> dict[str, str]:
+        """Tensor name of each quant-state tensor, by suffix."""
+        return {suffix: qs.state_tensor_name(self.name, suffix) for suffix in self.state_tensors}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     shards: Mapping[str, st.Header]
     weights: Mapping[str, Weight]
-    orphans: Mapping[str, Tensor]  # siblings that no packed weight claims
+    orphans: Mapping[str, Tensor]  # quant-state tensors that no quantized weight claims
     duplicates: Mapping[str, tuple[str, ...]]  # tensors that lie in several shards
     damaged: tuple[QuantStateError, ...]
 
@@ -108,7 +108,7 @@ class Checkpoint:
         out = dict(self.orphans)
         for w in self.weights.values():
             out[w.name] = w.tensor
-            out |= {name: w.siblings[suffix] for suffix, name in w.sibling_names().items()}
+            out |= {name: w.state_tensors[suffix] for suffix, name in w.state_tensor_names().items()}
         return out
 
 
@@ -116,7 +116,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """Reads config, index, headers and quant states.
 
     Raises InputError for whatever is missing or broken, NotApplicable when there are no safetensors to look at.
-    A quant state that lies does not raise: it is kept in `damaged`, and its weight counts as neither packed nor whole.
+    A quant state that lies does not raise: it is kept in `damaged`, and its weight counts as neither quantized nor whole.
     """
     if CONFIG not in source.files:
         if "adapter_config.json" in source.files:
@@ -218,19 +218,19 @@ def _tensors(
 def _group(
     source: Source, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Weight], dict[str, Tensor], tuple[QuantStateError, ...]]:
-    siblings: dict[str, dict[str, Tensor]] = {}
+    state_tensors: dict[str, dict[str, Tensor]] = {}
     bases: dict[str, Tensor] = {}
     for name, found in tensors.items():
-        if (split := qs.split_sibling(name)) is not None:
-            siblings.setdefault(split[0], {})[split[1]] = found
+        if (split := qs.split_state_tensor(name)) is not None:
+            state_tensors.setdefault(split[0], {})[split[1]] = found
         else:
             bases[name] = found
-    raw = _read_states(source, siblings)
+    raw = _read_states(source, state_tensors)
     weights: dict[str, Weight] = {}
     orphans: dict[str, Tensor] = {}
     damaged: list[QuantStateError] = []
-    for name in sorted(set(bases) | set(siblings)):
-        own, state = siblings.get(name, {}), None
+    for name in sorted(set(bases) | set(state_tensors)):
+        own, state = state_tensors.get(name, {}), None
         t = bases.get(name)
         if t is not None:
             try:
@@ -238,7 +238,7 @@ def _group(
             except QuantStateError as e:
                 damaged.append(e)
         if t is None or (state is None and not qs.is_int8(own)):
-            orphans |= {qs.sibling_name(name, suffix): s for suffix, s in own.items()}
+            orphans |= {qs.state_tensor_name(name, suffix): s for suffix, s in own.items()}
             own = {}
         if t is not None:
             weights[name] = Weight(name, t, own, state)
@@ -264,15 +264,15 @@ def _state(
         raise QuantStateError(f"its quant state has {own[suffix].info.nbytes:,} bytes", where=where)
     state = qs.parse_state(raw[name, suffix], suffix, where)
     if t.info.dtype in qs.DTYPES.values() and t.info.shape == state.shape:
-        return None  # a plain weight beside stale siblings
+        return None  # a plain weight beside stale quant-state tensors
     qs.check(state, t.info, {k: v.info for k, v in own.items()}, where)
     return state
 
 
-def _read_states(source: Source, siblings: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
+def _read_states(source: Source, state_tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
     """The bytes of every quant state's JSON and of every weight_format, by (weight, suffix), all in one call."""
     wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
-    for name, own in siblings.items():
+    for name, own in state_tensors.items():
         for suffix in (*qs.STATE_SUFFIXES, qs.WEIGHT_FORMAT):
             if (t := own.get(suffix)) is not None and t.info.nbytes <= qs.MAX_STATE_JSON:
                 wanted.setdefault(t.shard, []).append((name, suffix, t))

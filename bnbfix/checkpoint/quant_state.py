@@ -1,7 +1,7 @@
-"""Groups a packed weight with its quant-state siblings and checks every size in them. Standard library only.
+"""Groups a quantized weight with its quant-state tensors and checks every size in them. Standard library only.
 
 bitsandbytes trusts a quant state: a short absmax or a wrong blocksize gives wrong numbers or reads past the buffer,
-without an error. So nothing reaches a kernel before `check` has passed. Layout of the siblings:
+without an error. So nothing reaches a kernel before `check` has passed. Layout of the quant-state tensors:
 bitsandbytes/functional.py, `QuantState.as_dict(packed=True)`.
 """
 
@@ -19,7 +19,7 @@ from .safetensors import TensorInfo
 
 QUANT_TYPES = ("nf4", "fp4")
 STATE_SUFFIXES = tuple(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES)
-SIBLING_SUFFIXES = (*STATE_SUFFIXES, ".nested_absmax", ".nested_quant_map", ".absmax", ".quant_map")
+FOUR_BIT_SUFFIXES = (*STATE_SUFFIXES, ".nested_absmax", ".nested_quant_map", ".absmax", ".quant_map")
 WEIGHT_FORMAT = ".weight_format"
 INT8_SUFFIXES = (".SCB", WEIGHT_FORMAT)
 WEIGHT_FORMATS = ("row", "col32", "col_turing", "col_ampere")  # of bitsandbytes/utils.py, by number
@@ -44,7 +44,7 @@ class NestedState:
 
 @dataclass(frozen=True)
 class QuantState:
-    """What the JSON of a packed weight says; `shape` and `dtype` are those of the weight before packing."""
+    """What the JSON of a quantized weight says; `shape` and `dtype` are those of the weight before quantization."""
 
     quant_type: str
     blocksize: int
@@ -57,7 +57,7 @@ class QuantState:
         return math.prod(self.shape)
 
     @property
-    def packed_bytes(self) -> int:
+    def quantized_nbytes(self) -> int:
         return (self.numel + 1) // 2
 
     @property
@@ -65,14 +65,14 @@ class QuantState:
         return -(-self.numel // self.blocksize)
 
     @property
-    def plain_dtype(self) -> str:
+    def safetensors_dtype(self) -> str:
         """The safetensors name of the dtype that the weight is decoded to."""
         return DTYPES[self.dtype]
 
 
-def split_sibling(name: str) -> tuple[str, str] | None:
-    """(weight name, suffix) if `name` is a quant-state sibling, else None."""
-    for suffix in SIBLING_SUFFIXES:
+def split_state_tensor(name: str) -> tuple[str, str] | None:
+    """(weight name, suffix) if `name` is a quant-state tensor, else None."""
+    for suffix in FOUR_BIT_SUFFIXES:
         if name.endswith(suffix):
             return name[: -len(suffix)], suffix
     for suffix in INT8_SUFFIXES:
@@ -81,8 +81,8 @@ def split_sibling(name: str) -> tuple[str, str] | None:
     return None
 
 
-def sibling_name(weight: str, suffix: str) -> str:
-    """The tensor name that `split_sibling` splits: 4 bit appends to the weight's name, LLM.int8 replaces "weight"."""
+def state_tensor_name(weight: str, suffix: str) -> str:
+    """The tensor name that `split_state_tensor` splits: 4 bit appends to the weight's name, LLM.int8 replaces "weight"."""
     return (weight.removesuffix(".weight") if suffix in INT8_SUFFIXES else weight) + suffix
 
 
@@ -131,18 +131,18 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
     return QuantState(quant_type, blocksize, dtype, tuple(shape), nested)
 
 
-def check(state: QuantState, weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: str) -> None:
-    """Cross-checks a weight, its siblings (by suffix) and what its JSON says.
+def check(state: QuantState, weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Cross-checks a weight, its quant-state tensors (by suffix) and what its JSON says.
 
-    Raises QuantStateError with the first size or dtype that does not fit, or the sibling that is missing.
+    Raises QuantStateError with the first size or dtype that does not fit, or the quant-state tensor that is missing.
     """
 
     def bad(why: str) -> QuantStateError:
         return QuantStateError(why, where=where, hint="Quantize the model again; no kernel may see this weight.")
 
-    if weight.nbytes != state.packed_bytes:
+    if weight.nbytes != state.quantized_nbytes:
         raise bad(
-            f"quant state says shape {_show(list(state.shape))}, which packs to {state.packed_bytes:,} bytes; "
+            f"quant state says shape {_show(list(state.shape))}, which quantizes to {state.quantized_nbytes:,} bytes; "
             f"the weight has {weight.nbytes:,}"
         )
     nested = state.nested
@@ -154,33 +154,33 @@ def check(state: QuantState, weight: TensorInfo, siblings: Mapping[str, TensorIn
         expected[".nested_absmax"] = ("F32", -(-state.blocks // nested.blocksize))
         expected[".nested_quant_map"] = ("F32", 256)
     for suffix, (dtype, count) in expected.items():
-        t = siblings.get(suffix)
+        t = state_tensors.get(suffix)
         if t is None:
-            raise bad(f"its sibling {suffix[1:]} is missing")
+            raise bad(f"its quant-state tensor {suffix[1:]} is missing")
         if t.dtype != dtype or math.prod(t.shape) != count:
             raise bad(f"{suffix[1:]} is {t.dtype} {list(t.shape)}; the quant state asks for {dtype} [{count}]")
-    for suffix in siblings:
+    for suffix in state_tensors:
         if suffix in INT8_SUFFIXES:
             raise bad(f"it has both a 4-bit quant state and {suffix[1:]}, of two quantizations")
         if suffix not in expected and suffix not in STATE_SUFFIXES:
             raise bad(f"{suffix[1:]} is there, but the quant state names no double quantization")
-    if sum(suffix in siblings for suffix in STATE_SUFFIXES) != 1:
+    if sum(suffix in state_tensors for suffix in STATE_SUFFIXES) != 1:
         raise bad("it has both an nf4 and an fp4 quant state")
 
 
-def is_int8(siblings: Mapping[str, Any]) -> bool:
-    """Are these the siblings of an LLM.int8 weight?"""
-    return ".SCB" in siblings
+def is_int8(state_tensors: Mapping[str, Any]) -> bool:
+    """Are these the quant-state tensors of an LLM.int8 weight?"""
+    return ".SCB" in state_tensors
 
 
-def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: str) -> None:
+def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Cross-checks an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
 
-    Raises QuantStateError when they do not fit, or there are siblings of a 4-bit weight too.
+    Raises QuantStateError when they do not fit, or there are quant-state tensors of a 4-bit weight too.
     """
-    if strange := sorted(set(siblings) - set(INT8_SUFFIXES)):
+    if strange := sorted(set(state_tensors) - set(INT8_SUFFIXES)):
         raise QuantStateError(f"it has both SCB and {strange[0][1:]}, of two quantizations", where=where)
-    scales = siblings[".SCB"]
+    scales = state_tensors[".SCB"]
     if 0 in weight.shape:
         raise QuantStateError(f"LLM.int8 weight of shape {list(weight.shape)} is empty", where=where)
     if weight.dtype != "I8" or len(weight.shape) != 2 or scales.dtype != "F32" or scales.shape != weight.shape[:1]:
@@ -189,7 +189,7 @@ def check_int8(weight: TensorInfo, siblings: Mapping[str, TensorInfo], where: st
             "LLM.int8 has I8 [out, in] and F32 [out]",
             where=where,
         )
-    layout = siblings.get(WEIGHT_FORMAT)
+    layout = state_tensors.get(WEIGHT_FORMAT)
     if layout is not None and (layout.dtype, math.prod(layout.shape)) != ("U8", 1):
         raise QuantStateError(f"weight_format is {layout.dtype} {list(layout.shape)[:8]}, not one U8", where=where)
 

@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_USEFUL_HEADER = 25_000_000  # bytes; the longest that the Hub parses, and far above any Gemma4 header
 LENGTH_BYTES = 8
 
-# Bits for each element. F4 and F6 types are packed below one byte.
+# Bits for each element. F4 and F6 types are quantized below one byte.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "BOOL": 8,

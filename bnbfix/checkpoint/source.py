@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, cast
 from ..errors import InputError, UsageError
 
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
-NOT_OURS = (".git", ".cache")  # version control, and huggingface_hub's download records
+IGNORED_DIRS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
 
 class Source(Protocol):
@@ -31,12 +31,12 @@ class Source(Protocol):
         ...
 
     @property
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """What changes when the files do: a commit, or sizes and times."""
         ...
 
     @property
-    def outside(self) -> frozenset[str]:
+    def external_links(self) -> frozenset[str]:
         """Files that are links out of the checkpoint: weights may lie anywhere, what is copied as it is may not."""
         ...
 
@@ -79,12 +79,12 @@ class RemoteSource(Source, Protocol):
         ...
 
 
-def remote(source: Source) -> RemoteSource | None:
+def as_remote(source: Source) -> RemoteSource | None:
     """The source as one that is elsewhere, if it is."""
     return cast(RemoteSource, source) if source.origin is not None else None
 
 
-class Stamp(NamedTuple):
+class FileStat(NamedTuple):
     """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode."""
 
     size: int
@@ -93,20 +93,20 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, s: os.stat_result) -> Stamp:
+    def of(cls, s: os.stat_result) -> FileStat:
         return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino)
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A directory. Symlinks to files are followed; `outside` has those that leave the directory.
+    """A directory. Symlinks to files are followed; `external_links` has those that leave the directory.
 
     A snapshot of the Hub cache is links into the `blobs` folder of its repo, which counts as inside.
     """
 
     path: Path
-    stamps: Mapping[str, Stamp] = field(repr=False)
-    outside: frozenset[str] = field(repr=False, default=frozenset())
+    stats: Mapping[str, FileStat] = field(repr=False)
+    external_links: frozenset[str] = field(repr=False, default=frozenset())
 
     @classmethod
     def open(cls, path: Path) -> LocalSource:
@@ -115,7 +115,7 @@ class LocalSource:
             what = "is a file; name the folder it lies in" if path.exists() else "no such folder"
             raise UsageError(what, where=str(path))
         entries = sorted(_walk(path))
-        outside = frozenset(_leaving(path, [name for name, _, link in entries if link]))
+        outside = frozenset(_find_external_links(path, [name for name, _, link in entries if link]))
         return cls(path, MappingProxyType({name: stamp for name, stamp, _ in entries}), outside)
 
     @property
@@ -124,11 +124,11 @@ class LocalSource:
 
     @cached_property
     def files(self) -> Mapping[str, int]:
-        return MappingProxyType({name: stamp.size for name, stamp in self.stamps.items()})
+        return MappingProxyType({name: stamp.size for name, stamp in self.stats.items()})
 
     @property
-    def stamp(self) -> str:
-        return repr([(name, *stamp) for name, stamp in self.stamps.items()])
+    def fingerprint(self) -> str:
+        return repr([(name, *stamp) for name, stamp in self.stats.items()])
 
     @property
     def origin(self) -> None:
@@ -138,9 +138,9 @@ class LocalSource:
         return self.path / file
 
     def check_unchanged(self) -> None:
-        for name, before in self.stamps.items():
+        for name, before in self.stats.items():
             try:
-                now = Stamp.of((self.path / name).stat())
+                now = FileStat.of((self.path / name).stat())
             except OSError as e:
                 raise InputError(f"went away while it was being read ({e.strerror})", where=name) from e
             if now != before:
@@ -185,14 +185,14 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp, bool]]:
+def _walk(root: Path, prefix: str = "") -> list[tuple[str, FileStat, bool]]:
     """(path relative to the root, stamp, is it a link?) of every file."""
     if prefix.count("/") > MAX_DEPTH:
         raise InputError(f"lies more than {MAX_DEPTH} folders deep", where=prefix)
-    out: list[tuple[str, Stamp, bool]] = []
+    out: list[tuple[str, FileStat, bool]] = []
     for entry in os.scandir(root / prefix):
         rel = prefix + entry.name
-        if entry.name in NOT_OURS:
+        if entry.name in IGNORED_DIRS:
             continue
         if entry.is_dir(follow_symlinks=False):
             out += _walk(root, rel + "/")
@@ -203,11 +203,11 @@ def _walk(root: Path, prefix: str = "") -> list[tuple[str, Stamp, bool]]:
             raise InputError(f"cannot be looked at ({e.strerror}); a broken link?", where=rel) from e
         if not stat.S_ISREG(mode.st_mode):
             raise InputError("is neither a regular file nor a folder of its own", where=rel)
-        out.append((rel, Stamp.of(mode), entry.is_symlink()))
+        out.append((rel, FileStat.of(mode), entry.is_symlink()))
     return out
 
 
-def _leaving(root: Path, links: Sequence[str]) -> Iterator[str]:
+def _find_external_links(root: Path, links: Sequence[str]) -> Iterator[str]:
     """Those of the links that lead neither into the root nor into the blobs of the Hub cache it lies in."""
     real = os.path.realpath(root)
     inside = [real]

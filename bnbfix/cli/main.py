@@ -18,7 +18,7 @@ import typer
 
 from ..__version__ import __version__
 from ..errors import BnbfixError, UsageError
-from ..report.terminal import complain
+from ..report.terminal import print_error
 from .scan import Revision, Vllm, scan
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..hub.push import Destination
     from ..planner.plan import Plan
-    from ..writer.write import How, Progress
+    from ..writer.write import Progress, WriteOptions
 
 INTERRUPTED, TERMINATED = 130, 143
 _terminated = False  # by SIGTERM
@@ -46,8 +46,8 @@ class Format(str, Enum):
     json = "json"
 
 
-class Ragged(str, Enum):
-    """What becomes of a fused group that is partly packed."""
+class PartialGroups(str, Enum):
+    """What becomes of a fused group that is partially quantized."""
 
     dequantize = "dequantize"
     quantize = "quantize"
@@ -67,7 +67,9 @@ app.command()(scan)
 @app.command()
 def repair(
     model: Model,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the mended copy goes.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the repaired copy goes.")
+    ] = None,
     vllm: Vllm = None,
     revision: Revision = None,
     stream: Annotated[bool, typer.Option("--stream", help="Of a Hub repo: never have all of it on disk.")] = False,
@@ -78,9 +80,9 @@ def repair(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of --bf16's shards: 5GB, 500MB.")] = "5GB",
-    ragged: Annotated[
-        Ragged, typer.Option(help="Fused groups partly packed: keep their precision, or their size.")
-    ] = Ragged.dequantize,
+    partial_groups: Annotated[
+        PartialGroups, typer.Option(help="Fused groups partially quantized: keep their precision, or their size.")
+    ] = PartialGroups.dequantize,
     hardlink: Annotated[bool, typer.Option("--hardlink", help="Link untouched shards, not copy them.")] = False,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Shards written side by side.")] = None,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="RAM to use at most: 2GB.")] = None,
@@ -94,13 +96,13 @@ def repair(
     format: AsFormat = Format.table,
     quiet: Quiet = False,
 ) -> int:
-    """Write a mended, sharded copy that stock vLLM loads. The source is only read."""
+    """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
     from ..engines.vllm.releases import find_installed, resolve_target
     from ..hub.push import destination, require_login
     from ..hub.resolve import open_source
     from ..planner.plan import Options, plan_checkpoint
     from ..writer.staging import check_destination
-    from ..writer.write import How
+    from ..writer.write import WriteOptions
 
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
@@ -110,12 +112,12 @@ def repair(
         require_login()
     if out is not None:
         check_destination(source, out, overwrite=overwrite)
-    options = Options(bf16, _size(max_shard_size, "--max-shard-size"), ragged.value)
-    how = How(device, hardlink, workers, _size(max_memory, "--max-memory") if max_memory else None)
+    options = Options(bf16, _size(max_shard_size, "--max-shard-size"), partial_groups.value)
+    how = WriteOptions(device, hardlink, workers, _size(max_memory, "--max-memory") if max_memory else None)
     plan = plan_checkpoint(source, resolve_target(vllm, find_installed()), options)
     if dry_run:
         beside = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
-        _show_plan(plan, out or beside.parent / (beside.name + "-mended"), format)
+        _show_plan(plan, out or beside.parent / (beside.name + "-repaired"), format)
         return 0
     assert out is not None
     return _repair(plan, out, how, overwrite, stream, to, format, quiet)
@@ -132,12 +134,12 @@ def _size(text: str, option: str) -> int:
 
 
 def _show_plan(plan: Plan, out: Path, format: Format) -> None:
-    from ..writer.download import to_fetch
+    from ..writer.download import missing_files
     from ..writer.staging import disk_space
     from ..writer.write import RepairResult
 
     needed, free = disk_space(plan, out)
-    needed += sum(to_fetch(plan).values())
+    needed += sum(missing_files(plan).values())
     if format is Format.json:
         from ..report.json import plan_document
 
@@ -152,21 +154,28 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
 
 
 def _repair(
-    plan: Plan, out: Path, how: How, overwrite: bool, stream: bool, to: Destination | None, format: Format, quiet: bool
+    plan: Plan,
+    out: Path,
+    how: WriteOptions,
+    overwrite: bool,
+    stream: bool,
+    to: Destination | None,
+    format: Format,
+    quiet: bool,
 ) -> int:
     from ..hub.push import publish
-    from ..writer.download import carry_out, to_fetch
+    from ..writer.download import execute_plan, missing_files
     from ..writer.staging import unfinished
 
-    total = plan.bytes_written + sum(to_fetch(plan).values())
+    total = plan.bytes_written + sum(missing_files(plan).values())
     silent = quiet or format is Format.json
     try:
         with _progress(f"writing {out}", total, quiet=silent) as step:
-            result = carry_out(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
+            result = execute_plan(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None
-        complain("interrupted; nothing was published", hint)
+        print_error("interrupted; nothing was published", hint)
         sys.exit(TERMINATED if _terminated else INTERRUPTED)
     if result.kept and not quiet:
         print(f"{len(result.kept)} finished files of an interrupted repair were taken up", file=sys.stderr)
@@ -310,13 +319,13 @@ def main() -> None:
         if code == INTERRUPTED:  # typer catches the interrupt itself
             raise KeyboardInterrupt
     except BnbfixError as e:
-        complain(str(e), e.hint)
+        print_error(str(e), e.hint)
         code = e.exit_code
     except KeyboardInterrupt:
-        complain("interrupted; nothing was published", None)
+        print_error("interrupted; nothing was published", None)
         code = TERMINATED if _terminated else INTERRUPTED
     except OSError as e:
-        complain(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
+        print_error(f"{e.filename or 'input/output'}: {e.strerror or e}", None)
         code = 2
     except Exception as e:
         code = _usage(e)

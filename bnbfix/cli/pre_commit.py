@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..api import check_before_upload
 from ..errors import BnbfixError
-from ..report.terminal import complain
+from ..report.terminal import print_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check_before_upload(folder, given.vllm or "portable")
         except BnbfixError as e:
-            complain(str(e), e.hint)
+            print_error(str(e), e.hint)
             code = max(code, e.exit_code)
     return code
 

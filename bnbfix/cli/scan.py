@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..report.outcome import Outcome, examine, read_names
-from ..report.terminal import complain, layout, write_file, write_lines, write_text
+from ..report.outcome import ScanOutcome, read_names, scan_models
+from ..report.terminal import layout, print_error, write_file, write_lines, write_text
 from ..rules.selection import LEVELS, Selection, worst
 
 
@@ -38,7 +38,7 @@ class Level(str, Enum):
     never = "never"
 
 
-Render = Callable[[Iterable[Outcome]], Iterator[str]]
+Render = Callable[[Iterable[ScanOutcome]], Iterator[str]]
 
 Models = Annotated[
     list[str] | None, typer.Argument(metavar="MODEL", help="Folders, or repos on the Hub: org/name[@revision].")
@@ -78,7 +78,7 @@ FailOn = Annotated[
     Level, typer.Option("--fail-on", envvar="BNBFIX_FAIL_ON", help="The least severity that makes the exit code 1.")
 ]
 ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain: --fail-on never.")]
-Map = Annotated[bool, typer.Option("--map", help="Draw which modules of which layers are packed or in conflict.")]
+Map = Annotated[bool, typer.Option("--map", help="Draw which modules of which layers are quantized or in conflict.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar="BNBFIX_VERBOSE", help="Every tensor, and notes too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="A line for each model, no more.")]
 
@@ -98,7 +98,7 @@ def scan(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Say what would go wrong in vLLM, where, and what mends it. Reads headers only."""
+    """Say what would go wrong in vLLM, where, and what fixes it. Reads headers only."""
     from ..engines.vllm.releases import find_installed, resolve_target
 
     names = _names(models or [], source)
@@ -108,8 +108,10 @@ def scan(
         raise UsageError("--output writes what --format names, and a table goes to stdout", hint="Add --format.")
     render = _renderer(format, several)
     target = resolve_target(vllm, None if vllm else find_installed())
-    seen: list[Outcome] = []
-    outcomes = _kept(examine(names, target, selection, revision=revision, with_grid=map or format is Format.html), seen)
+    seen: list[ScanOutcome] = []
+    outcomes = _kept(
+        scan_models(names, target, selection, revision=revision, with_grid=map or format is Format.html), seen
+    )
     if output is None and format is not Format.table:
         write_text(render(outcomes))
     else:
@@ -154,22 +156,22 @@ def _renderer(format: Format, several: bool) -> Render:
     return render
 
 
-def _kept(outcomes: Iterable[Outcome], seen: list[Outcome]) -> Iterator[Outcome]:
+def _kept(outcomes: Iterable[ScanOutcome], seen: list[ScanOutcome]) -> Iterator[ScanOutcome]:
     for outcome in outcomes:
         seen.append(outcome)
         yield outcome
 
 
-def _exit(outcomes: list[Outcome], level: str, several: bool) -> int:
+def _exit(outcomes: list[ScanOutcome], level: str, several: bool) -> int:
     """The exit code, after a word on stderr for what could not be scanned or must not be used."""
     for o in outcomes:
         if o.error is not None:
             words = str(o.error)
-            complain(f"{o.model}: {words}" if several and o.model not in words else words, o.error.hint)
+            print_error(f"{o.model}: {words}" if several and o.model not in words else words, o.error.hint)
         elif o.exit_code(None):
             assert o.result is not None
             damaged = next(f for f in o.result.findings if f.code.value == "BNB201")
             words = f"{o.model}: {damaged.message}" if several else damaged.message
-            complain(words, "Quantize the model again, or fetch the file again.")
+            print_error(words, "Quantize the model again, or fetch the file again.")
     codes = [o.exit_code(LEVELS[level]) for o in outcomes]
     return worst(codes) if several else codes[0]

@@ -18,7 +18,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class MergedRange:
     """A stretch of a file fetched at once, and the ranges asked for that lie in it, by their place in the question."""
 
     offset: int
@@ -30,7 +30,7 @@ class Span:
         return [(i, data[at - self.offset : at - self.offset + n]) for i, at, n in self.members]
 
 
-def merge(ranges: Sequence[tuple[int, int]], gap: int = GAP) -> list[Span]:
+def merge_ranges(ranges: Sequence[tuple[int, int]], gap: int = GAP) -> list[MergedRange]:
     """The fewest spans that hold every (offset, length), with no more than `gap` unasked bytes between neighbours."""
     spans: list[tuple[int, int, list[tuple[int, int, int]]]] = []  # (begin, end, members)
     for offset, length, place in sorted((offset, length, i) for i, (offset, length) in enumerate(ranges)):
@@ -39,10 +39,10 @@ def merge(ranges: Sequence[tuple[int, int]], gap: int = GAP) -> list[Span]:
             spans[-1] = (begin, max(end, offset + length), [*members, (place, offset, length)])
         else:
             spans.append((offset, offset + length, [(place, offset, length)]))
-    return [Span(begin, end - begin, tuple(members)) for begin, end, members in spans]
+    return [MergedRange(begin, end - begin, tuple(members)) for begin, end, members in spans]
 
 
-def misfit(content_range: str | None, offset: int, length: int, size: int) -> str | None:
+def content_range_error(content_range: str | None, offset: int, length: int, size: int) -> str | None:
     """What a Content-Range says that was not asked for, in words; None when it fits. `size` is the whole file's."""
     m = _CONTENT_RANGE.fullmatch((content_range or "").strip())
     if m is None:
@@ -54,13 +54,13 @@ def misfit(content_range: str | None, offset: int, length: int, size: int) -> st
     return None
 
 
-def origin_of(url: str) -> tuple[str, str | None, int | None]:
+def url_origin(url: str) -> tuple[str, str | None, int | None]:
     """(scheme, host, port): what a token may be sent to is one of these."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
 
-def follow(url: str, location: str, where: str) -> str:
+def resolve_redirect(url: str, location: str, where: str) -> str:
     """The address that a redirect leads to. Raises HubError for one that is no HTTP, or gives up on encryption."""
     target = urljoin(url, location)
     old, new = urlsplit(url), urlsplit(target)

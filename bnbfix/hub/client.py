@@ -28,7 +28,7 @@ from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-de
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
 from ..errors import BnbfixError, HubError, UsageError
-from .refusals import LOG_IN, Asked, refusal
+from .refusals import LOG_IN, HubRequest, hub_error
 
 TRIES = 5
 FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
@@ -38,7 +38,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """A try that failed and may be repeated after `wait` seconds (None: as usual); `error` is what it comes to."""
 
     def __init__(self, error: HubError, wait: float | None = None) -> None:
@@ -46,13 +46,15 @@ class Again(Exception):
         self.error, self.wait = error, wait
 
 
-def asked_for(repo: str, revision: str | None, file: str | None = None) -> Asked:
+def describe_request(repo: str, revision: str | None, file: str | None = None) -> HubRequest:
     """What is about to be asked of the Hub, for the words of an error."""
     parts = urlsplit(constants.ENDPOINT)
-    return Asked(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file)
+    return HubRequest(
+        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", repo, revision, get_token() is not None, file
+    )
 
 
-def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: threading.Event | None = None) -> T:
+def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES, stop: threading.Event | None = None) -> T:
     """Does it, again after failures that may pass, until `stop` is set. Raises HubError, and UsageError for a name
     that cannot be.
     """
@@ -66,21 +68,21 @@ def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: thr
             raise HubError(
                 "offline mode is on (HF_HUB_OFFLINE)", where=asked.where, hint="Unset HF_HUB_OFFLINE."
             ) from None
-        except Again as e:
+        except RetryableError as e:
             error, wait = e.error, e.wait
         except HfHubHTTPError as e:
-            again = refused(e.response, asked)
+            again = error_from_response(e.response, asked)
             if isinstance(again, HubError):
                 raise again from None
             error, wait = again.error, again.wait
         except HFValidationError:
             raise UsageError("is no name that a model on the Hub can have", where=asked.repo) from None
         except NoAnswer as e:
-            error = no_answer(e, asked)
+            error = no_answer_error(e, asked)
         except UnicodeEncodeError:
             raise HubError("HF_TOKEN holds characters that no token has", where=asked.where, hint=LOG_IN) from None
         except LocalEntryNotFoundError as e:
-            raise no_answer(e.__cause__ or e, asked) from None
+            raise no_answer_error(e.__cause__ or e, asked) from None
         if left and stop.wait(pause if wait is None else wait):
             break
         pause = min(LAST_WAIT, pause * 2)
@@ -88,7 +90,7 @@ def patiently(work: Callable[[], T], asked: Asked, tries: int = TRIES, stop: thr
 
 
 @contextmanager
-def understood(asked: Asked, left: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def wrap_errors(asked: HubRequest, left: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Makes a HubError of what is raised over an answer without sense: a page for people, a redirect to no address.
 
     The kinds in `left` are left as they are.
@@ -106,28 +108,28 @@ def understood(asked: Asked, left: tuple[type[Exception], ...] = ()) -> Iterator
         ) from None
 
 
-def no_answer(error: BaseException, asked: Asked) -> HubError:
+def no_answer_error(error: BaseException, asked: HubRequest) -> HubError:
     """The error for what a client raised instead of an answer, or around one."""
     if isinstance(error, HfHubHTTPError):
-        found = refused(error.response, asked)
+        found = error_from_response(error.response, asked)
         return found if isinstance(found, HubError) else found.error
-    words = scrubbed(str(error)) or type(error).__name__
+    words = redact_token(str(error)) or type(error).__name__
     hint = "Is there a network? HF_HUB_OFFLINE=1 uses what is in the local cache."
     return HubError(f"no answer from {asked.endpoint} ({words})", where=asked.where, hint=hint)
 
 
-def refused(answer: Any, asked: Asked) -> HubError | Again:
+def error_from_response(answer: Any, asked: HubRequest) -> HubError | RetryableError:
     """What a status means: an error at once, or one that may pass."""
     headers, status = answer.headers, answer.status_code
     after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")) or re.search(
         r"r=0\b.*?\bt=(\d+)", headers.get("RateLimit", "")
     )
     wait = float(after[1]) if after and status in (429, 503) else None
-    error = refusal(status, headers.get("X-Error-Code"), asked, wait)
-    return Again(error, wait) if status in RETRIED and (wait or 0) <= PATIENCE else error
+    error = hub_error(status, headers.get("X-Error-Code"), asked, wait)
+    return RetryableError(error, wait) if status in RETRIED and (wait or 0) <= PATIENCE else error
 
 
-def scrubbed(text: str) -> str:
+def redact_token(text: str) -> str:
     """Without the token, which a client quotes when it cannot be sent."""
     token = get_token()
     return text.replace(token, "***") if token else text
@@ -170,9 +172,9 @@ def silence() -> Iterator[None]:
 
 def make_repo(repo: str, *, private: bool) -> None:
     """Makes a repo, unless it is there. Raises HubError."""
-    asked = asked_for(repo, None)
-    with understood(asked):
-        patiently(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked)
+    asked = describe_request(repo, None)
+    with wrap_errors(asked):
+        retry(lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True), asked)
 
 
 def commit(
@@ -193,10 +195,10 @@ def commit(
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]
     operations = [CommitOperationAdd(f, str(folder / f)) for f in files]
     operations += [CommitOperationDelete(f) for f in removed]
-    asked = asked_for(repo, parent)
+    asked = describe_request(repo, parent)
     try:
-        with understood(asked, (ValueError, RuntimeError)):
-            done = patiently(
+        with wrap_errors(asked, (ValueError, RuntimeError)):
+            done = retry(
                 lambda: HfApi().create_commit(
                     repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
                 ),
@@ -205,8 +207,8 @@ def commit(
             )  # a second try could make a second commit of one whose answer was lost
     except (ValueError, RuntimeError) as e:  # huggingface_hub's words for a card it refuses, or an upload that failed
         if isinstance(e.__cause__, (HfHubHTTPError, NoAnswer)):
-            raise no_answer(e.__cause__, asked) from None
-        raise HubError(f"cannot be pushed: {scrubbed(str(e))}", where=repo) from None
+            raise no_answer_error(e.__cause__, asked) from None
+        raise HubError(f"cannot be pushed: {redact_token(str(e))}", where=repo) from None
     return done.pr_url or done.commit_url, done.oid
 
 

@@ -8,7 +8,7 @@ from ..errors import HubError
 
 
 @dataclass(frozen=True)
-class Asked:
+class HubRequest:
     """What was asked of the Hub, for the words of an error. `authorized`: a token went along."""
 
     endpoint: str  # without a password that may be in it
@@ -25,13 +25,13 @@ class Asked:
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 
 
-def refusal(status: int, code: str | None, asked: Asked, wait: float | None = None) -> HubError:
+def hub_error(status: int, code: str | None, asked: HubRequest, wait: float | None = None) -> HubError:
     """The error for an HTTP status and the Hub's own X-Error-Code. `wait` is what a 429 asks for, in seconds."""
     message, hint = _words(status, code, asked, wait)
     return HubError(message, where=asked.where, hint=hint)
 
 
-def _words(status: int, code: str | None, asked: Asked, wait: float | None) -> tuple[str, str | None]:
+def _words(status: int, code: str | None, asked: HubRequest, wait: float | None) -> tuple[str, str | None]:
     page = f"{asked.endpoint}/{asked.repo}"
     if code == "GatedRepo":
         if asked.authorized:

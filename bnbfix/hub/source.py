@@ -3,9 +3,9 @@
 Its settings are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
 
 What a scan reads: the listing, config.json and the index whole, the first 128 KiB of each shard, the rest of a header
-that is longer, and the JSON of each quant state. Quant states lie between packed weights of many MB, so each is a
-request of its own, but for those of small models: about 10 + 2 for each shard + 1 for each packed weight altogether,
-some 600 for 31B with its tower packed, and far below 1% of the bytes. Several ranges in one request would be fewer, but
+that is longer, and the JSON of each quant state. Quant states lie between quantized weights of many MB, so each is a
+request of its own, but for those of small models: about 10 + 2 for each shard + 1 for each quantized weight altogether,
+some 600 for 31B with its tower quantized, and far below 1% of the bytes. Several ranges in one request would be fewer, but
 the storage behind the Hub does not serve those.
 """
 
@@ -35,11 +35,20 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in __all__
 
 from ..__version__ import __version__
-from ..checkpoint.source import NOT_OURS, LocalSource, open_regular, read_exactly
+from ..checkpoint.source import IGNORED_DIRS, LocalSource, open_regular, read_exactly
 from ..errors import HubError, InputError
-from .byte_ranges import Span, follow, merge, misfit, origin_of, safe_name
-from .client import Again, asked_for, counting, guard_cache, patiently, refused, scrubbed, understood
-from .refusals import refusal
+from .byte_ranges import MergedRange, content_range_error, merge_ranges, resolve_redirect, safe_name, url_origin
+from .client import (
+    RetryableError,
+    counting,
+    describe_request,
+    error_from_response,
+    guard_cache,
+    redact_token,
+    retry,
+    wrap_errors,
+)
+from .refusals import hub_error
 
 WORKERS = 16  # requests at a time
 TIMEOUT = 15.0  # seconds without a byte
@@ -75,17 +84,17 @@ class HubSource:
             except OfflineModeIsEnabled:
                 return None
 
-        asked = asked_for(repo, revision)
-        with understood(asked):
-            info = patiently(look, asked)
+        asked = describe_request(repo, revision)
+        with wrap_errors(asked):
+            info = retry(look, asked)
         if info is None:
             return cls._cached(repo, revision, name)
         if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
             raise HubError("the Hub names no commit", where=repo, hint="Is HF_ENDPOINT a Hub?")
         files, hashes = {}, {}
-        with understood(asked):  # names may be no strings
+        with wrap_errors(asked):  # names may be no strings
             for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
-                if not set(NOT_OURS).isdisjoint(sibling.rfilename.split("/")):
+                if not set(IGNORED_DIRS).isdisjoint(sibling.rfilename.split("/")):
                     continue
                 files[safe_name(sibling.rfilename, repo)] = _size(sibling, repo)
                 if sibling.lfs is not None:
@@ -102,18 +111,20 @@ class HubSource:
                 hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
             )
         folder = LocalSource.open(Path(found).parent)
-        files = {f: size for f, size in folder.files.items() if f not in folder.outside}  # the cache makes no others
+        files = {
+            f: size for f, size in folder.files.items() if f not in folder.external_links
+        }  # the cache makes no others
         return cls(repo, folder.path.name, name, MappingProxyType(files), {}, {f: folder.path / f for f in files})
 
     @property
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         return self.revision
 
     def check_unchanged(self) -> None:
         """A commit does not change; what a server sends is checked as it comes."""
 
     @property
-    def outside(self) -> frozenset[str]:
+    def external_links(self) -> frozenset[str]:
         return frozenset()
 
     @property
@@ -131,7 +142,7 @@ class HubSource:
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
         """Raises HubError when the Hub refuses, fails five times, or sends anything but what was asked for."""
         out: dict[str, list[bytes]] = {file: [b""] * len(ranges) for file, ranges in wanted.items()}
-        jobs: list[tuple[str, Span]] = []
+        jobs: list[tuple[str, MergedRange]] = []
         for file, ranges in wanted.items():
             if (path := self.local_path(file)) is not None:
                 out[file] = _read_local(path, file, ranges)
@@ -145,10 +156,10 @@ class HubSource:
                     missing.append((i, offset, length))
                 else:
                     out[file][i] = known
-            spans = merge([(offset, length) for _, offset, length in missing])
+            spans = merge_ranges([(offset, length) for _, offset, length in missing])
             for span in spans:
                 members = tuple((missing[place][0], at, n) for place, at, n in span.members)
-                jobs.append((file, Span(span.offset, span.length, members)))
+                jobs.append((file, MergedRange(span.offset, span.length, members)))
         for (file, span), data in zip(jobs, _in_parallel(self._fetch, jobs), strict=True):
             for i, part in span.cut(data):
                 out[file][i] = part
@@ -172,12 +183,12 @@ class HubSource:
         """
         if self.local_path(file) is not None:
             return
-        asked = asked_for(self.repo, self.revision, file)
+        asked = describe_request(self.repo, self.revision, file)
         guard_cache()
         try:
-            with understood(asked, (RuntimeError, ValueError)):
+            with wrap_errors(asked, (RuntimeError, ValueError)):
                 found = Path(
-                    patiently(
+                    retry(
                         lambda: hf_hub_download(
                             self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)
                         ),
@@ -185,7 +196,7 @@ class HubSource:
                     )
                 )
         except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; what hf_xet says when it gives up
-            words = scrubbed(str(getattr(e, "strerror", None) or e))
+            words = redact_token(str(getattr(e, "strerror", None) or e))
             raise HubError(f"cannot be downloaded ({words})", where=asked.where) from None
         if found.stat().st_size != self.files[file]:
             raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
@@ -197,11 +208,11 @@ class HubSource:
             del self._paths[file]
             path.unlink()
 
-    def _fetch(self, job: tuple[str, Span], stop: threading.Event) -> bytes:
+    def _fetch(self, job: tuple[str, MergedRange], stop: threading.Event) -> bytes:
         file, span = job
-        asked = asked_for(self.repo, self.revision, file)
-        with understood(asked):
-            return patiently(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
+        asked = describe_request(self.repo, self.revision, file)
+        with wrap_errors(asked):
+            return retry(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
 
     def _once(self, file: str, offset: int, length: int) -> bytes:
         """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""
@@ -209,16 +220,16 @@ class HubSource:
         place = self._places.get(file)
         url = place or home
         for _ in range(REDIRECTS):
-            at_home = origin_of(url) == origin_of(home)
+            at_home = url_origin(url) == url_origin(home)
             headers = build_hf_headers(
                 token=None if at_home else False, library_name="bnbfix", library_version=__version__
             )
             headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-            asked = asked_for(self.repo, self.revision, file)
+            asked = describe_request(self.repo, self.revision, file)
             with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
                     self._check_promise(file, answer.headers)
-                    url = follow(url, answer.headers.get("Location", ""), asked.where)
+                    url = resolve_redirect(url, answer.headers.get("Location", ""), asked.where)
                     continue
                 if answer.status_code in (200, 206):
                     if at_home:
@@ -229,8 +240,8 @@ class HubSource:
                 # A signed address runs out after a while: ask the Hub for another.
                 if url == place and answer.status_code in (400, 401, 403, 404, 410):
                     self._places.pop(file, None)
-                    raise Again(refusal(answer.status_code, None, asked), 0)
-                raise refused(answer, asked)
+                    raise RetryableError(hub_error(answer.status_code, None, asked), 0)
+                raise error_from_response(answer, asked)
         raise HubError(f"redirects more than {REDIRECTS} times", where=asked.where)
 
     def _check_promise(self, file: str, headers: Mapping[str, str]) -> None:
@@ -251,7 +262,9 @@ class HubSource:
                 where=where,
                 hint="Is a proxy or a mirror (HF_ENDPOINT) between you and the Hub? Download the model instead.",
             )
-        if answer.status_code == 206 and (why := misfit(answer.headers.get("Content-Range"), offset, length, size)):
+        if answer.status_code == 206 and (
+            why := content_range_error(answer.headers.get("Content-Range"), offset, length, size)
+        ):
             raise HubError(f"{host} {why}", where=where, hint="Run it again; a proxy or a mirror may be broken.")
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise HubError(f"{host} compresses byte ranges, which makes them useless", where=where)

@@ -20,19 +20,21 @@ from ..errors import QuantStateError, UsageError
 if TYPE_CHECKING:
     import torch
 
-Decode = Callable[[bytes, int, int], memoryview]  # packed rows of one block, which row is the first, how many: values
+Decode = Callable[
+    [bytes, int, int], memoryview
+]  # quantized rows of one block, which row is the first, how many: values
 Start = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: begun, and waited for
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 # FP4 has two zeros. Whether the second, code 8, comes out as +0 or -0 depends on the kernel and on the shape; the first
-# is +0 everywhere, as both are in bitsandbytes' table. So packed bytes go through this, which makes every 8 a 0.
+# is +0 everywhere, as both are in bitsandbytes' table. So quantized bytes go through this, which makes every 8 a 0.
 FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A packed weight: checked state, statistics as raw bytes, and packed bytes read by (offset, length)."""
+class QuantizedTensor:
+    """A quantized weight: checked state, statistics as raw bytes, and quantized bytes read by (offset, length)."""
 
     state: QuantState
     read: Callable[[int, int], bytes]
@@ -87,7 +89,7 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
+def dequantize(quantized: QuantizedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
     """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
 
     A chunk holds at least one block, and stays valid after the next is drawn. On CUDA the next one is under way while
@@ -102,23 +104,23 @@ def dequantize(packed: PackedTensor, device: str, chunk_bytes: int = 4 << 20) ->
       and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
     with _gpu_errors(device):
-        yield from _chunks(packed, device, chunk_bytes)
+        yield from _chunks(quantized, device, chunk_bytes)
 
 
-def _chunks(packed: PackedTensor, device: str, chunk_bytes: int) -> Iterator[memoryview]:
-    state = packed.state
+def _chunks(quantized: QuantizedTensor, device: str, chunk_bytes: int) -> Iterator[memoryview]:
+    state = quantized.state
     size, width = min(state.blocksize, KERNEL_BLOCK), WIDTH[state.dtype]
-    native = _native(packed, size) if device == "cpu" else None
-    start = partial(partial, native) if native is not None else _torch(packed, size, device)
+    native = _native(quantized, size) if device == "cpu" else None
+    start = partial(partial, native) if native is not None else _torch(quantized, size, device)
     ahead = 0 if device == "cpu" else 1
     step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
     begun: deque[tuple[Callable[[], memoryview], int]] = deque()
     for begin in range(0, state.numel, step):
         count = min(step, state.numel - begin)
         rows = -(-count // size)
-        raw = packed.read(begin // 2, (count + 1) // 2)
+        raw = quantized.read(begin // 2, (count + 1) // 2)
         if len(raw) != (count + 1) // 2:
-            raise QuantStateError(f"a read of {(count + 1) // 2:,} packed bytes came back with {len(raw):,}")
+            raise QuantStateError(f"a read of {(count + 1) // 2:,} quantized bytes came back with {len(raw):,}")
         if len(raw) != rows * size // 2:
             raw = raw.ljust(rows * size // 2, b"\0")  # to the end of the last block
         if state.quant_type == "fp4":
@@ -145,32 +147,32 @@ def _gpu_errors(device: str) -> Iterator[None]:
         ) from e
 
 
-def _native(packed: PackedTensor, size: int) -> Decode | None:
+def _native(quantized: QuantizedTensor, size: int) -> Decode | None:
     """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
     from . import native
 
-    library, state = native.load(), packed.state
+    library, state = native.load(), quantized.state
     if library is None:
         return None
-    scales = library.scales(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    scales = library.scales(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
     if native.any_below(scales, SUBNORMAL):
         return None
     return library.decoder(scales, state, size)
 
 
-def _torch(packed: PackedTensor, size: int, device: str) -> Start:
+def _torch(quantized: QuantizedTensor, size: int, device: str) -> Start:
     """The same kernel through torch, on the CPU or on CUDA."""
     import torch
 
     bnb = _bitsandbytes()
-    state = packed.state
+    state = quantized.state
     dtype: torch.dtype = getattr(torch, state.dtype)
-    absmax = _absmax(packed, device)
+    absmax = _absmax(quantized, device)
     # Numbers below the normal ones are flushed to zero by AVX512-BF16 and by CUDA (--use_fast_math), in float32 too;
     # the CPU's float32 kernel and torch's own rounding keep them.
     inner = dtype
     if bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any()):
-        device, inner, absmax = "cpu", torch.float32, _absmax(packed, "cpu")
+        device, inner, absmax = "cpu", torch.float32, _absmax(quantized, "cpu")
     absmax = absmax.repeat_interleave(state.blocksize // size)
 
     def kernel(column: torch.Tensor, first: int, rows: int) -> torch.Tensor:
@@ -187,10 +189,10 @@ def _torch(packed: PackedTensor, size: int, device: str) -> Start:
     def decode(raw: bytes, first: int, rows: int) -> memoryview:
         return memoryview(kernel(torch.frombuffer(bytearray(raw), dtype=torch.uint8), first, rows).numpy().data)
 
-    return partial(partial, decode) if device == "cpu" else _through_gpu(kernel, device)
+    return partial(partial, decode) if device == "cpu" else _stream_on_gpu(kernel, device)
 
 
-def _through_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> Start:
+def _stream_on_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> Start:
     """Chunks through pinned memory: one stream copies in and runs the kernel, another copies back meanwhile.
 
     Every chunk has buffers of its own. torch's allocators hand a buffer out again, without a call to CUDA, once it is
@@ -246,28 +248,33 @@ def quantize(
 
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
-    packed, scales = bytearray(), []
-    with _gpu_errors(device), _exact():
-        _forget_tables()
+    quantized, scales = bytearray(), []
+    with _gpu_errors(device), _float32_default():
+        _clear_code_caches()
         for chunk in values:
             part = torch.frombuffer(bytearray(chunk), dtype=kind).to(device)
             q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
-            packed += _raw(q)
+            quantized += _raw(q)
             scales.append(state.absmax.float())
         absmax = torch.cat(scales)
         quant_map = _raw(bnb.get_4bit_type("nf4", device="cpu"))
         if nested_blocksize is None:
-            return Quantized(bytes(packed), _raw(absmax), quant_map, None, None, None)
+            return Quantized(bytes(quantized), _raw(absmax), quant_map, None, None, None)
         offset = absmax.mean()
         table = bnb.create_dynamic_map().to(device)
         inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
         return Quantized(
-            bytes(packed), _raw(inner), quant_map, _raw(nested.absmax.float()), _raw(nested.code.float()), offset.item()
+            bytes(quantized),
+            _raw(inner),
+            quant_map,
+            _raw(nested.absmax.float()),
+            _raw(nested.code.float()),
+            offset.item(),
         )
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def _float32_default() -> Iterator[None]:
     """What surrounds every kernel: no compiler, and tables in float32.
 
     bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here; and it
@@ -284,7 +291,7 @@ def _exact() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _forget_tables() -> None:
+def _clear_code_caches() -> None:
     """Makes bitsandbytes compute its bounds again: a host process may have filled the caches under another dtype."""
     ops = import_module("bitsandbytes.backends.default.ops")
     utils = import_module("bitsandbytes.backends.utils")
@@ -342,23 +349,23 @@ def _bitsandbytes() -> Any:
             del sys.modules["kernels"]
 
 
-def _absmax(packed: PackedTensor, device: str) -> torch.Tensor:
+def _absmax(quantized: QuantizedTensor, device: str) -> torch.Tensor:
     """The scale of every block in float32, F32 [blocks], double quantization undone."""
     import torch
 
     bnb = _bitsandbytes()
-    nested = packed.state.nested
+    nested = quantized.state.nested
     if nested is None:
-        return torch.frombuffer(bytearray(packed.absmax), dtype=torch.float32).to(device)
-    assert packed.nested_absmax is not None and packed.nested_quant_map is not None  # quant_state.check saw to it
+        return torch.frombuffer(bytearray(quantized.absmax), dtype=torch.float32).to(device)
+    assert quantized.nested_absmax is not None and quantized.nested_quant_map is not None  # quant_state.check saw to it
     inner = bnb.QuantState(
-        absmax=torch.frombuffer(bytearray(packed.nested_absmax), dtype=torch.float32).to(device),
-        code=torch.frombuffer(bytearray(packed.nested_quant_map), dtype=torch.float32).to(device),
+        absmax=torch.frombuffer(bytearray(quantized.nested_absmax), dtype=torch.float32).to(device),
+        code=torch.frombuffer(bytearray(quantized.nested_quant_map), dtype=torch.float32).to(device),
         blocksize=nested.blocksize,
         dtype=torch.float32,
     )
-    quantized = torch.frombuffer(bytearray(packed.absmax), dtype=torch.uint8).to(device)
+    outer = torch.frombuffer(bytearray(quantized.absmax), dtype=torch.uint8).to(device)
     # The offset stays float32 whatever torch's default dtype is: vLLM loads under bfloat16, which rounds it.
     offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
-    values: torch.Tensor = bnb.dequantize_blockwise(quantized, inner)
+    values: torch.Tensor = bnb.dequantize_blockwise(outer, inner)
     return values + offset

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Releases that decode right when called so (csrc/pythonInterface.cpp):
-#   cdequantize_blockwise_cpu_{nf4,fp4}_{bf16,fp16,fp32}(packed, absmax, out, blocksize, rows, columns)
+#   cdequantize_blockwise_cpu_{nf4,fp4}_{bf16,fp16,fp32}(quantized, absmax, out, blocksize, rows, columns)
 #   cdequantize_blockwise_cpu_fp32(code, quantized, absmax, out, blocksize, n)
 # with pointers first, 64-bit integers after them. A new one belongs here once tests/test_native.py passes with it.
 RELEASES = ("0.50.0", "0.50.1", "0.50.2")
@@ -62,14 +62,14 @@ class Library:
     ) -> Callable[[bytes, int, int], memoryview]:
         """Decodes rows of one block of `size` values, of which `state.blocksize` is a multiple.
 
-        What it returns takes packed rows, U8 [rows * size / 2], which row of the weight is the first, and how many.
+        What it returns takes quantized rows, U8 [rows * size / 2], which row of the weight is the first, and how many.
         """
         rows_scales = np.repeat(scales, state.blocksize // size)
         call = self.calls[f"cdequantize_blockwise_cpu_{state.quant_type}_{SUFFIX[state.dtype]}"]
         call.argtypes, call.restype = [POINTER] * 3 + [INTEGER] * 3, None
 
-        def decode(packed: bytes, first: int, rows: int) -> memoryview:
-            raw, absmax = np.frombuffer(packed, "u1"), rows_scales[first : first + rows]
+        def decode(quantized: bytes, first: int, rows: int) -> memoryview:
+            raw, absmax = np.frombuffer(quantized, "u1"), rows_scales[first : first + rows]
             out = np.empty(rows * size * WIDTH[state.dtype], "u1")
             call(raw.ctypes.data, absmax.ctypes.data, out.ctypes.data, size, rows, size)
             return out.data

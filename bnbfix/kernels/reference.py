@@ -1,4 +1,4 @@
-"""An independent decode of packed weights, in numpy: what `verify` holds the kernels' output against.
+"""An independent decode of quantized weights, in numpy: what `verify` holds the kernels' output against.
 
 Neither torch nor bitsandbytes is used. Value = table[4 bits] * scale of its block, in float32, rounded once to the
 dtype that the quant state names; the high half of a byte comes first.
@@ -70,12 +70,12 @@ def absmax_values(
     return inner + np.float32(state.nested.offset)
 
 
-def decode_chunk(state: QuantState, packed: bytes, scales: NDArray[np.float32]) -> bytes:
-    """The values of whole blocks, little-endian in `state.dtype`. `scales` has one for each block in `packed`.
+def decode_chunk(state: QuantState, quantized: bytes, scales: NDArray[np.float32]) -> bytes:
+    """The values of whole blocks, little-endian in `state.dtype`. `scales` has one for each block in `quantized`.
 
     Of an odd number of elements the padding half byte is decoded too; it is the last.
     """
-    raw = np.frombuffer(packed, np.uint8)
+    raw = np.frombuffer(quantized, np.uint8)
     codes = np.empty(2 * len(raw), np.uint8)
     codes[0::2], codes[1::2] = raw >> 4, raw & 15
     values = np.array(TABLES[state.quant_type], "<f4")[codes]
@@ -129,14 +129,14 @@ def scale_rounding(state: QuantState, nested_absmax: bytes | None) -> NDArray[np
 
 
 def within_rounding(
-    state: QuantState, packed: bytes, scales: NDArray[np.float32], slack: NDArray[np.float32], values: bytes
+    state: QuantState, quantized: bytes, scales: NDArray[np.float32], slack: NDArray[np.float32], values: bytes
 ) -> bool:
-    """Is each value a packed one decodes to within 4-bit rounding of the value it came from (both `state.dtype`)?
+    """Is each value a quantized one decodes to within 4-bit rounding of the value it came from (both `state.dtype`)?
 
-    `scales` and `slack` are those of the blocks in `packed`. A value may be off by half of NF4's widest gap, 0.152 of
+    `scales` and `slack` are those of the blocks in `quantized`. A value may be off by half of NF4's widest gap, 0.152 of
     its block's true scale, and by what double quantization moved the scale; one hundredth more is the dtype's.
     """
-    got, want = _float32(decode_chunk(state, packed, scales), state.dtype), _float32(values, state.dtype)
+    got, want = _float32(decode_chunk(state, quantized, scales), state.dtype), _float32(values, state.dtype)
     got = got[: len(want)]
     with np.errstate(all="ignore"):  # what is not finite is within rounding of nothing
         true = np.maximum.reduceat(np.abs(want), np.arange(0, len(want), state.blocksize))

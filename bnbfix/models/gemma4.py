@@ -118,14 +118,14 @@ def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
     return value
 
 
-def axial_rope(config: Mapping[str, Any]) -> bool:
+def has_axial_rope(config: Mapping[str, Any]) -> bool:
     """Does the vision tower's rope carry the name that transformers 5.19 gave it? Older ones call it "default"."""
     vision = config.get("vision_config")
     rope = vision.get("rope_parameters") if isinstance(vision, dict) else None
     return isinstance(rope, dict) and rope.get("rope_type") == "axial"
 
 
-def older_form(model: Model) -> dict[str, int] | None:
+def legacy_head_config(model: Model) -> dict[str, int] | None:
     """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
 
     None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.

@@ -16,26 +16,31 @@ from ..errors import Unrepairable
 from ..models.gemma4 import Model, place
 from ..rules.rule import Code
 from ..rules.weights import is_explicit_v
-from .fixes import ConfigEdit, Mend, insert_shared, older_config
+from .fixes import Changes, ConfigEdit, insert_shared, legacy_config_edits
 
 
-def decide_unpacked(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Mend:
-    """The edits that leave nothing packed, and that the target needs of an unquantized checkpoint."""
+def collect_dequantize_all(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> Changes:
+    """The edits that leave nothing quantized, and that the target needs of an unquantized checkpoint."""
     members = projections(checkpoint)
-    drop: dict[str, Code] = dict.fromkeys(checkpoint.orphans, Code.ORPHANS)
+    drop: dict[str, Code] = dict.fromkeys(checkpoint.orphans, Code.ORPHANED_STATE_TENSORS)
     if any(r.k_eq_v == "refuses_v" for r in releases):
         for m in members:
             if is_explicit_v(m, model):
-                drop |= dict.fromkeys((m.weight.name, *m.weight.sibling_names().values()), Code.EXPLICIT_V)
+                drop |= dict.fromkeys((m.weight.name, *m.weight.state_tensor_names().values()), Code.EXPLICIT_V)
     stack = stacks(checkpoint)
     parts = {w.name for ws in stack.values() for w in ws}
-    packed = [w.name for w in checkpoint.weights.values() if w.packed and w.name not in drop and w.name not in parts]
-    dequantize: dict[str, Code | None] = dict.fromkeys(packed)
+    quantized = [
+        w.name for w in checkpoint.weights.values() if w.quantized and w.name not in drop and w.name not in parts
+    ]
+    dequantize: dict[str, Code | None] = dict.fromkeys(quantized)
     insert = []
     if any(r.kv_shared == "needs_kv" for r in releases):
         insert = list(insert_shared(checkpoint, members, model, dequantize))
-    config = [*older_config(checkpoint, model, releases), ConfigEdit(("quantization_config",), None, None, remove=True)]
-    return Mend(dequantize, drop, tuple(insert), {}, {}, {}, stack, tuple(config))
+    config = [
+        *legacy_config_edits(checkpoint, model, releases),
+        ConfigEdit(("quantization_config",), None, None, remove=True),
+    ]
+    return Changes(dequantize, drop, tuple(insert), {}, {}, {}, stack, tuple(config))
 
 
 def stacks(checkpoint: Checkpoint) -> dict[str, tuple[Weight, ...]]:

@@ -36,7 +36,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """The values of packed weights, or of plain ones among them, one after the other, in one dtype."""
+    """The values of quantized weights, or of plain ones among them, one after the other, in one dtype."""
 
     weights: tuple[Weight, ...]
     dtype: str  # safetensors name
@@ -44,7 +44,7 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Quantize:
-    """A matrix quantized to NF4: a weight and its siblings, made together and laid out as one run of bytes."""
+    """A matrix quantized to NF4: a weight and its quant-state tensors, made together and laid out as one run of bytes."""
 
     name: str
     shape: tuple[int, int]
@@ -64,7 +64,7 @@ class Quantize:
         if self.double:
             parts = [(".nested_absmax", "F32", -(-state.blocks // NESTED_BLOCKSIZE)), (".nested_quant_map", "F32", 256)]
         parts.append((".quant_map", "F32", 16))
-        parts.append(("", "U8", state.packed_bytes))
+        parts.append(("", "U8", state.quantized_nbytes))
         if self.double:
             parts.append((".absmax", "U8", state.blocks))
         used = sum(n * st.DTYPE_BITS[dtype] // 8 for _, dtype, n in parts)
@@ -93,13 +93,13 @@ Op = Copy | Dequantize | Quantize
 
 
 def tensors_read(op: Op) -> list[Tensor]:
-    """The tensors of the source that an operation reads, siblings included."""
+    """The tensors of the source that an operation reads, quant-state tensors included."""
     if isinstance(op, Copy):
         return [op.origin]
     if isinstance(op, Quantize) and isinstance(op.values, Slice):
         return [op.values.tensor]
     weights = op.weights if isinstance(op, Dequantize) else (op.values,)
-    return [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.siblings.values())]
+    return [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.state_tensors.values())]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def quantize(op: Quantize) -> list[TensorPlan]:
     return [TensorPlan(info, op) for info in op.infos()]
 
 
-def lay_out(name: str, tensors: Iterable[TensorPlan], metadata: Mapping[str, str], old: st.Header | None) -> ShardPlan:
+def lay_out_shard(
+    name: str, tensors: Iterable[TensorPlan], metadata: Mapping[str, str], old: st.Header | None
+) -> ShardPlan:
     """Gives every tensor its offsets. `old` is the header of the source file of that name, if there is one."""
 
     # Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its

@@ -10,34 +10,78 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from ..checkpoint.source import Source
 from ..engines.vllm.releases import Target
-from ..errors import InputError, Unrepairable
+from ..errors import InputError, Unrepairable, UsageError
 from ..models.gemma4 import read_model
 from ..rules.files import is_pickle
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from . import json_edit
 from . import model_card as card
-from .dequantize_all import decide_unpacked
-from .fixes import Mend, decide
+from .dequantize_all import collect_dequantize_all
+from .fixes import Changes, decide
 from .layout import Copy, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
-from .shards import repaired_shards, unpacked_shards
+from .shards import dequantized_shards, repaired_shards
 
 RECORD = "bnbfix.json"
+MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers cuts shards
+PARTIAL_GROUPS = ("dequantize", "quantize")
 JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
+
+
+class Action(str, Enum):
+    """What a repair does to a tensor, or to a key of config.json."""
+
+    DEQUANTIZE = "dequantize"
+    DROP = "drop"
+    INSERT = "insert"
+    QUANTIZE = "quantize"
+    STACK = "stack"
+    RENAME = "rename"
+    RETYPE = "retype"
+    CONFIG = "config"
+
+    def __str__(self) -> str:
+        return self.value
+
+    def describe(self, count: int) -> str:
+        """What was done to so many: `3 weights dequantized (same values)`."""
+        one, many, words = _WORDS[self]
+        return f"{count} {one if count == 1 else many} {words}"
+
+
+_WORDS = {
+    Action.DEQUANTIZE: ("weight", "weights", "dequantized (same values)"),
+    Action.DROP: ("tensor", "tensors", "dropped"),
+    Action.INSERT: ("weight", "weights", "added as a copy"),
+    Action.QUANTIZE: ("weight", "weights", "quantized to NF4, which loses precision"),
+    Action.STACK: ("tensor", "tensors", "joined from per-expert weights"),
+    Action.RENAME: ("weight", "weights", "renamed"),
+    Action.RETYPE: ("weight", "weights", "declared as U8 [N, 1], same bytes"),
+    Action.CONFIG: ("key", "keys", "of config.json changed"),
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose beyond the target."""
+    """What the user chose beyond the target. Raises UsageError for a value that makes no sense."""
 
     bf16: bool = False  # dequantize everything and drop quantization_config
-    max_shard_size: int = 5_000_000_000  # bytes of tensors in a shard, where `bf16` cuts shards anew
-    ragged: str = "dequantize"  # what becomes of a fused group that is partly packed: dequantize, or quantize
+    max_shard_size: int = MAX_SHARD_SIZE  # bytes of tensors in a shard, where `bf16` cuts shards anew
+    partial_groups: str = "dequantize"  # or "quantize": what becomes of a partially quantized fused group
+
+    def __post_init__(self) -> None:
+        if type(self.bf16) is not bool:
+            raise UsageError(f"bf16 is {self.bf16!r}, not True or False")
+        if type(self.max_shard_size) is not int or self.max_shard_size < 1:
+            raise UsageError(f"max_shard_size is {self.max_shard_size!r}, not a number of bytes")
+        if self.partial_groups not in PARTIAL_GROUPS:
+            raise UsageError(f"partial_groups is {self.partial_groups!r}, not {' or '.join(PARTIAL_GROUPS)}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +91,7 @@ class Edit:
     The code is None where the user asked.
     """
 
-    action: str  # dequantize, drop, insert, retype, quantize, rename, config
+    action: Action
     name: str
     code: Code | None
     detail: str
@@ -102,7 +146,7 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     """Scans a checkpoint and plans its repair for a target.
 
     Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
-    damaged, and Unrepairable when a finding of the target cannot be mended.
+    damaged, and Unrepairable when a finding of the target cannot be repaired.
     """
     options = options or Options()
     checkpoint = open_checkpoint(source)
@@ -110,23 +154,23 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     if checkpoint.damaged:
         raise checkpoint.damaged[0]
     scan = scan_checkpoint(checkpoint, target)
-    remaining = tuple(f for f in scan.findings if f.remains and f.reason is not None)
+    remaining = tuple(f for f in scan.findings if f.counts and f.reason is not None)
     blocking = [f for f in remaining if f.code is not Code.PLUGIN]
     if options.bf16:
         if hopeless := [f for f in blocking if f.code in (Code.UNKNOWN_CLASS, Code.QUANT_STATE)]:
             _refuse(target, hopeless, [])
-        mend = decide_unpacked(checkpoint, model, target_ranges(target, model))
-        shards = tuple(unpacked_shards(checkpoint, mend, options.max_shard_size))
+        mend = collect_dequantize_all(checkpoint, model, target_ranges(target, model))
+        shards = tuple(dequantized_shards(checkpoint, mend, options.max_shard_size))
         return _plan(checkpoint, target, scan, mend, shards, remaining, options)
-    mend = decide(checkpoint, model, target_ranges(target, model), options.ragged)
+    mend = decide(checkpoint, model, target_ranges(target, model), options.partial_groups)
     int8 = [n for n in mend.dequantize if checkpoint.weights[n].int8]
     if blocking or int8:
         _refuse(target, blocking, int8)
-    if not any(f.remains and f.reason is None for f in scan.findings):
+    if not any(f.counts and f.reason is None for f in scan.findings):
         return Plan(checkpoint, target, scan, (), (), {}, (), remaining, options)
     plan = _plan(checkpoint, target, scan, mend, tuple(repaired_shards(checkpoint, mend)), remaining, options)
     after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
-    if left := [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]:
+    if left := [f for f in after.findings if f.blocking]:
         _refuse(target, left, [])
     return plan
 
@@ -135,7 +179,7 @@ def _plan(
     checkpoint: Checkpoint,
     target: Target,
     scan: ScanResult,
-    mend: Mend,
+    mend: Changes,
     shards: tuple[ShardPlan, ...],
     remaining: tuple[Finding, ...],
     options: Options,
@@ -149,7 +193,7 @@ def _plan(
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
     copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
     # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
-    if leaving := sorted(checkpoint.source.outside & {*copied, *texts}):
+    if leaving := sorted(checkpoint.source.external_links & {*copied, *texts}):
         raise InputError(
             "is a link out of the model folder; a repair would copy what it leads to",
             where=leaving[0],
@@ -175,11 +219,11 @@ class PlannedSource:
         return out | {name: len(text.encode()) for name, text in self.plan.texts.items()}
 
     @property
-    def stamp(self) -> str:
-        return self.plan.checkpoint.source.stamp
+    def fingerprint(self) -> str:
+        return self.plan.checkpoint.source.fingerprint
 
     @property
-    def outside(self) -> frozenset[str]:
+    def external_links(self) -> frozenset[str]:
         return frozenset()
 
     @property
@@ -238,7 +282,7 @@ def _refuse(target: Target, blocking: list[Finding], int8: list[str]) -> None:
         )
     raise Unrepairable(
         f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8.value})",
-        hint=f"Name the releases you need with --vllm; {Severity.NOTE.verdict} is what `bnbfix scan` says of those.",
+        hint=f"Name the releases you need with --vllm; {Severity.LOADS} is what `bnbfix scan` says of those.",
     )
 
 
@@ -249,7 +293,7 @@ def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
     return sum(t.info.nbytes for t in tensors_read(op))
 
 
-def _texts(checkpoint: Checkpoint, mend: Mend, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
+def _texts(checkpoint: Checkpoint, mend: Changes, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
     out = {}
     if mend.config:
         text = checkpoint.config_text
@@ -291,27 +335,29 @@ def _index(old: Mapping[str, Any], shards: tuple[ShardPlan, ...]) -> dict[str, A
     return dict(old) | {"metadata": metadata, "weight_map": {t.info.name: s.name for s in shards for t in s.tensors}}
 
 
-def _edits(checkpoint: Checkpoint, mend: Mend) -> Iterable[Edit]:
+def _edits(checkpoint: Checkpoint, mend: Changes) -> Iterable[Edit]:
     for name, code in mend.dequantize.items():
-        yield Edit("dequantize", name, code, "to full precision, siblings dropped")
+        yield Edit(Action.DEQUANTIZE, name, code, "to full precision, quant-state tensors dropped")
     for name, code in mend.drop.items():
-        yield Edit("drop", name, code, "")
+        yield Edit(Action.DROP, name, code, "")
     for name, shards in checkpoint.duplicates.items():
         if name in mend.drop:
             continue  # none of them is kept
         kept = checkpoint.tensors[name].shard
-        yield Edit("drop", name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}")
+        yield Edit(
+            Action.DROP, name, Code.DUPLICATE, f"from {', '.join(s for s in shards if s != kept)}; kept in {kept}"
+        )
     for insert in mend.insert:
         how = "values of" if insert.dequantize else "exact copy of"
-        yield Edit("insert", insert.name, insert.code, f"{how} {insert.donor.name}")
+        yield Edit(Action.INSERT, insert.name, insert.code, f"{how} {insert.donor.name}")
     for name, code in mend.quantize.items():
-        yield Edit("quantize", name, code, "to NF4, which loses precision")
+        yield Edit(Action.QUANTIZE, name, code, "to NF4, which loses precision")
     for name, parts in mend.stack.items():
-        yield Edit("stack", name, None, f"one tensor of {len(parts)} matrices")
+        yield Edit(Action.STACK, name, None, f"one tensor of {len(parts)} matrices")
     for name, expert in mend.experts.items():
-        yield Edit(expert.action, name, expert.code, expert.detail)
+        yield Edit(Action(expert.action), name, expert.code, expert.detail)
     for name, code in mend.retype.items():
-        yield Edit("retype", name, code, "same bytes, declared U8 [N, 1]")
+        yield Edit(Action.RETYPE, name, code, "same bytes, declared U8 [N, 1]")
     for edit in mend.config:
         detail = "removed" if edit.remove else json.dumps(edit.value, ensure_ascii=False)
-        yield Edit("config", ".".join(edit.path), edit.code, detail)
+        yield Edit(Action.CONFIG, ".".join(edit.path), edit.code, detail)

@@ -8,15 +8,15 @@ from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Checkpoint, Tensor, Weight
 from ..errors import Unrepairable
 from ..rules.experts import expert_tensors, quantized_whole
-from .fixes import Insert, Mend
-from .layout import ShardPlan, TensorPlan, copy, dequantize, lay_out
+from .fixes import Changes, Insert
+from .layout import ShardPlan, TensorPlan, copy, dequantize, lay_out_shard
 
 
-def repaired_shards(checkpoint: Checkpoint, mend: Mend) -> Iterable[ShardPlan]:
+def repaired_shards(checkpoint: Checkpoint, mend: Changes) -> Iterable[ShardPlan]:
     """The source's shards with every decision carried out, each under its own name."""
     gone = {*mend.drop, *mend.experts, *mend.quantize}
     for name in (*mend.dequantize, *mend.experts):
-        gone |= set(checkpoint.weights[name].sibling_names().values())
+        gone |= set(checkpoint.weights[name].state_tensor_names().values())
     chosen = checkpoint.tensors
     added: dict[str, list[TensorPlan]] = {}
     for insert in mend.insert:
@@ -32,10 +32,10 @@ def repaired_shards(checkpoint: Checkpoint, mend: Mend) -> Iterable[ShardPlan]:
                 tensors.append(_kept(checkpoint, mend, chosen[info.name]))
         tensors += added.get(shard, [])
         if tensors:
-            yield lay_out(shard, tensors, header.metadata, header)
+            yield lay_out_shard(shard, tensors, header.metadata, header)
 
 
-def _kept(checkpoint: Checkpoint, mend: Mend, origin: Tensor) -> TensorPlan:
+def _kept(checkpoint: Checkpoint, mend: Changes, origin: Tensor) -> TensorPlan:
     name = origin.info.name
     if name in mend.dequantize:
         return dequantized(name, checkpoint.weights[name])
@@ -45,7 +45,7 @@ def _kept(checkpoint: Checkpoint, mend: Mend, origin: Tensor) -> TensorPlan:
 def dequantized(name: str, weight: Weight) -> TensorPlan:
     """A 4-bit weight in full precision, under a name."""
     assert weight.state is not None  # `decide` dequantizes 4-bit weights, and the plan refuses 8-bit ones
-    return dequantize(name, (weight,), weight.state.plain_dtype, weight.state.shape)
+    return dequantize(name, (weight,), weight.state.safetensors_dtype, weight.state.shape)
 
 
 def _inserted(insert: Insert) -> Iterable[TensorPlan]:
@@ -54,18 +54,18 @@ def _inserted(insert: Insert) -> Iterable[TensorPlan]:
         yield dequantized(insert.name, donor)
         return
     yield copy(donor.tensor, insert.name, column=donor.state is not None)
-    for suffix, t in donor.siblings.items():
-        yield copy(t, qs.sibling_name(insert.name, suffix))
+    for suffix, t in donor.state_tensors.items():
+        yield copy(t, qs.state_tensor_name(insert.name, suffix))
 
 
-def unpacked_shards(checkpoint: Checkpoint, mend: Mend, max_shard_size: int) -> Iterable[ShardPlan]:
+def dequantized_shards(checkpoint: Checkpoint, mend: Changes, max_shard_size: int) -> Iterable[ShardPlan]:
     """Everything in full precision, in the order of the source, cut into shards of at most `max_shard_size` bytes.
 
     A tensor larger than that gets a shard of its own.
     """
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
-    for t in _unpacked(checkpoint, mend):
+    for t in _dequantized_tensors(checkpoint, mend):
         if groups[-1] and t.info.nbytes > room:
             groups.append([])
             room = max_shard_size
@@ -74,14 +74,14 @@ def unpacked_shards(checkpoint: Checkpoint, mend: Mend, max_shard_size: int) -> 
     metadata = next(iter(checkpoint.shards.values())).metadata
     for i, tensors in enumerate(groups, 1):
         name = f"model-{i:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
-        yield lay_out(name, tensors, metadata, None)
+        yield lay_out_shard(name, tensors, metadata, None)
 
 
-def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
+def _dequantized_tensors(checkpoint: Checkpoint, mend: Changes) -> Iterable[TensorPlan]:
     stacked = {part.name: name for name, parts in mend.stack.items() for part in parts}
     gone = set(mend.drop)
     for w in checkpoint.weights.values():
-        gone |= set(w.sibling_names().values())
+        gone |= set(w.state_tensor_names().values())
     done: set[str] = set()
     for shard, header in checkpoint.shards.items():
         for info in header.tensors.values():
@@ -103,14 +103,14 @@ def _unpacked(checkpoint: Checkpoint, mend: Mend) -> Iterable[TensorPlan]:
 
 
 def full_precision(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
-    """A packed weight in full precision."""
-    return dequantize(name, (weight,), plain_dtype(checkpoint, weight), weight.shape)
+    """A quantized weight in full precision."""
+    return dequantize(name, (weight,), safetensors_dtype(checkpoint, weight), weight.shape)
 
 
-def plain_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
+def safetensors_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
     """What a weight is in full precision: in the dtype its quant state names, an LLM.int8 one in the model's."""
     if weight.state is not None:
-        return weight.state.plain_dtype
+        return weight.state.safetensors_dtype
     return model_dtype(checkpoint) if weight.int8 else weight.tensor.info.dtype
 
 
@@ -125,9 +125,9 @@ def stack(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> Tenso
 
     Raises Unrepairable when they are not alike.
     """
-    dtype, shape = plain_dtype(checkpoint, parts[0]), parts[0].shape
+    dtype, shape = safetensors_dtype(checkpoint, parts[0]), parts[0].shape
     for w in parts:
-        other = plain_dtype(checkpoint, w)
+        other = safetensors_dtype(checkpoint, w)
         if len(shape) != 2 or (other, w.shape) != (dtype, shape):
             raise Unrepairable(
                 f"{w.name} is {other} {list(w.shape)}, {parts[0].name} {dtype} {list(shape)}; "

@@ -7,13 +7,13 @@ from posixpath import normpath
 
 from ..rules.rule import Severity
 from ..rules.scan import Finding
-from .outcome import Outcome
-from .text import SHOWN, collapse, count, mending, plain, runs
+from .outcome import ScanOutcome
+from .text import SHOWN, collapse, count, escape_control_chars, fix_text, runs
 
 COMMANDS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "notice"}
 
 
-def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """`::error file=...,title=...::message` for each finding, and for each model that could not be scanned."""
     for o in outcomes:
         if o.error is not None:
@@ -27,12 +27,14 @@ def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
 def _message(f: Finding) -> str:
     names = collapse(f.tensors)
     more = [f"and {count(len(names) - SHOWN, 'more pattern')}"] if len(names) > SHOWN else []
-    return "\n".join([f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}", *names[:SHOWN], *more, mending(f)])
+    return "\n".join(
+        [f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}", *names[:SHOWN], *more, fix_text(f)]
+    )
 
 
 def command(level: str, file: str, title: str, message: str) -> str:
     """A workflow command, escaped as actions/toolkit does it: % and line ends, in properties : and , too."""
-    return f"::{level} file={_property(plain(file))},title={_property(title)}::{_data(message)}\n"
+    return f"::{level} file={_property(escape_control_chars(file))},title={_property(title)}::{_data(message)}\n"
 
 
 def _data(text: str) -> str:

@@ -14,17 +14,28 @@ from html import escape
 from importlib import resources
 
 from ..__version__ import __version__
-from ..rules.rule import Severity
 from ..rules.scan import Finding, ScanResult
-from .layer_map import Cell, Grid, Row, Section, State
-from .outcome import Outcome
-from .text import by_code, collapse, conclude, contents, count, matrix, mending, plain, runs, summarize, totals
+from .layer_map import Cell, LayerMap, Row, Section, State
+from .outcome import ScanOutcome
+from .text import (
+    by_code,
+    collapse,
+    conclude,
+    contents,
+    count,
+    escape_control_chars,
+    fix_text,
+    matrix,
+    runs,
+    summarize,
+    totals,
+)
 
 SIGNS = {"loads": "\u2713", "degraded": "~", "wrong": "\u2260", "fails": "\u2715", "error": "!", "skipped": "\u2013"}
 OPEN = 8  # so many names are shown at once; more are behind a click
 
 
-def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """The page. Outcomes should carry their grids."""
     found = list(outcomes)
     text = "\n".join(_page(found))
@@ -36,10 +47,10 @@ def style() -> str:
     return resources.files(__package__).joinpath("html.css").read_text("utf-8").strip()
 
 
-def _page(found: Sequence[Outcome]) -> Iterator[str]:
+def _page(found: Sequence[ScanOutcome]) -> Iterator[str]:
     css = style()
     own = b64encode(sha256(css.encode()).digest()).decode()
-    title = _e(plain(found[0].model)) if len(found) == 1 else count(len(found), "model")
+    title = _e(escape_control_chars(found[0].model)) if len(found) == 1 else count(len(found), "model")
     yield f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -61,7 +72,7 @@ form-action 'none'">
     yield f"</main>\n<footer>bnbfix {__version__}</footer>\n</body>\n</html>"
 
 
-def _summary(found: Sequence[Outcome]) -> Iterator[str]:
+def _summary(found: Sequence[ScanOutcome]) -> Iterator[str]:
     rows = [summarize(o) for o in found]
     yield f'<section class="summary"><h1>{_e(totals(rows))}</h1>\n<div class="scroll"><table class="list">'
     yield '<thead><tr><th scope="col">model<th scope="col">verdict<th scope="col">because of</thead><tbody>'
@@ -71,12 +82,12 @@ def _summary(found: Sequence[Outcome]) -> Iterator[str]:
     yield "</tbody></table></div></section>"
 
 
-def _model(o: Outcome, key: str) -> Iterator[str]:
+def _model(o: ScanOutcome, key: str) -> Iterator[str]:
     yield f'<article id="{key}">'
     if o.result is None:
         verdict = summarize(o).verdict
-        yield f"<header><h1>{_e(plain(o.model))}</h1>\n<p>{_verdict(verdict)} {_e(plain(str(o.error)))}</p>"
-        yield f"<p>{_e(plain(o.error.hint))}</p></header>" if o.error and o.error.hint else "</header>"
+        yield f"<header><h1>{_e(escape_control_chars(o.model))}</h1>\n<p>{_verdict(verdict)} {_e(escape_control_chars(str(o.error)))}</p>"
+        yield f"<p>{_e(escape_control_chars(o.error.hint))}</p></header>" if o.error and o.error.hint else "</header>"
     else:
         yield from _header(o, o.result)
         yield from _releases(o.result, key)
@@ -86,11 +97,11 @@ def _model(o: Outcome, key: str) -> Iterator[str]:
     yield "</article>"
 
 
-def _header(o: Outcome, result: ScanResult) -> Iterator[str]:
+def _header(o: ScanOutcome, result: ScanResult) -> Iterator[str]:
     last = conclude(o)
-    yield f"<header><h1>{_e(plain(o.model))}</h1>\n<p>{_e(contents(result))}</p>"
+    yield f"<header><h1>{_e(escape_control_chars(o.model))}</h1>\n<p>{_e(contents(result))}</p>"
     yield f'<p class="last">{_verdict(result.verdict)} {_e(last.words)}</p>'
-    yield f"<p>Mend it: <code>{_e(last.command)}</code></p></header>" if last.command else "</header>"
+    yield f"<p>Repair it: <code>{_e(last.command)}</code></p></header>" if last.command else "</header>"
 
 
 def _verdict(verdict: str) -> str:
@@ -104,7 +115,7 @@ def _releases(result: ScanResult, key: str) -> Iterator[str]:
     yield '<th scope="col">because of</thead><tbody>'
     for v in matrix(result.releases):
         codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in told else c for c in v.codes.split())
-        yield f'<tr><th scope="row">{v.releases}<td>{_verdict(v.severity.verdict)}'
+        yield f'<tr><th scope="row">{v.releases}<td>{_verdict(v.verdict)}'
         yield f'<td class="n">{v.tensors or ""}<td>{codes}'
     yield "</tbody></table></div></section>"
 
@@ -113,7 +124,7 @@ def _target(result: ScanResult) -> str:
     return "every release" if len(result.target.ranges) > 1 else f"vLLM {_e(result.target.name)}"
 
 
-def _map(grid: Grid, target: str, key: str) -> Iterator[str]:
+def _map(grid: LayerMap, target: str, key: str) -> Iterator[str]:
     yield f'<section class="map"><h2>Map of the checkpoint, for {target}</h2>\n<ul class="legend">'
     for state, n in grid.counts().items():
         yield f'<li><span class="cell {_name(state)}">{state.mark}</span> {state.meaning} <small>{n}</small>'
@@ -148,7 +159,7 @@ def _cell(cell: Cell | None, where: str, key: str) -> str:
 def _mark(cell: Cell, where: str, key: str) -> str:
     codes = " ".join(c.value for c in cell.codes)
     meaning = cell.state.meaning if cell.state is not State.ABSENT else "not in the file"
-    title = _e(plain(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}"))
+    title = _e(escape_control_chars(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}"))
     attributes = f'class="cell {_name(cell.state)}" title="{title}"'
     if cell.codes:
         return f'<a href="#{key}-{cell.codes[0].value}" {attributes}>{cell.state.mark}</a>'
@@ -158,9 +169,9 @@ def _mark(cell: Cell, where: str, key: str) -> str:
 def _around(section: Section, key: str) -> Iterator[str]:
     yield f'<div class="stack scroll"><table class="around"><caption>{section.title}</caption><tbody>'
     for row in section.rows:
-        name = _e(plain(row.label)).replace(".", ".<wbr>").replace("_", "_<wbr>")
+        name = _e(escape_control_chars(row.label)).replace(".", ".<wbr>").replace("_", "_<wbr>")
         yield f'<tr><td>{_mark(row.cells[""], row.label, key)}<th scope="row">{name}'
-        yield f"<td><small>{_e(plain(row.cells[''].note))}</small>"
+        yield f"<td><small>{_e(escape_control_chars(row.cells[''].note))}</small>"
     yield "</tbody></table></div>"
 
 
@@ -179,13 +190,13 @@ def _findings(result: ScanResult, key: str) -> Iterator[str]:
 
 def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
     code, worst = findings[0].code, max(f.severity for f in findings)
-    verdict = worst.verdict if worst is not Severity.NOTE else "note"
+    verdict = worst
     yield f'<section class="finding {verdict}" id="{key}-{code.value}"><h3>{code.value} '
-    yield f'<span class="verdict {verdict}">{worst.label}</span> {_e(code.explanation.title)}</h3>'
+    yield f'<span class="verdict {verdict}">{worst}</span> {_e(code.explanation.title)}</h3>'
     yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
     for f in findings:
-        yield f"<li>{runs(f.releases)} <b>{f.severity.label}</b>: {_e(plain(f.message))}"
-    for words in dict.fromkeys(map(mending, findings)):
+        yield f"<li>{runs(f.releases)} <b>{f.severity}</b>: {_e(escape_control_chars(f.message))}"
+    for words in dict.fromkeys(map(fix_text, findings)):
         yield f"<li>{_prose(words)}"
     yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)
     yield "</ul>"

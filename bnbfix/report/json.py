@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..rules.scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
-from .outcome import Outcome
+from .outcome import ScanOutcome
 
 if TYPE_CHECKING:  # a scan needs none of these
     from ..engines.vllm.probe import LoadResult, ProbeResult
@@ -21,20 +21,20 @@ if TYPE_CHECKING:  # a scan needs none of these
     from ..writer.write import RepairResult
 
 
-def render(outcomes: Iterable[Outcome], *, several: bool) -> Iterator[str]:
+def render(outcomes: Iterable[ScanOutcome], *, several: bool) -> Iterator[str]:
     """One document: a scan's, or for several models {schema, models: [a document for each]}."""
     documents = [outcome_document(o) for o in outcomes]
     whole = {"schema": SCHEMA, "models": documents} if several else documents[0]
     yield json.dumps(whole, indent=2) + "\n"
 
 
-def render_lines(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def render_lines(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """JSON Lines: a document for each model, in a line of its own, as soon as it is known."""
     for outcome in outcomes:
         yield json.dumps(outcome_document(outcome)) + "\n"
 
 
-def outcome_document(outcome: Outcome) -> dict[str, Any]:
+def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
     """A scan's document, or {schema, model, error} where there was none."""
     if outcome.result is not None:
         return scan_document(outcome.result)
@@ -106,7 +106,7 @@ def verify_document(result: VerifyResult) -> dict[str, Any]:
 
 
 def load_document(result: LoadResult) -> dict[str, Any]:
-    """{ok, versions, error, parameters, packed, unbound, requantized, forward}"""
+    """{ok, versions, error, parameters, quantized, unbound, requantized, forward}"""
     return {"ok": result.ok} | _lists(vars(result))
 
 
@@ -139,7 +139,7 @@ def _release(v: ReleaseVerdict) -> dict[str, Any]:
 def _finding(f: Finding) -> dict[str, Any]:
     return {
         "code": f.code.value,
-        "severity": f.severity.label,
+        "severity": f.severity,
         "title": f.code.explanation.title,
         "tensors": list(f.tensors),
         "releases": [_span(r) for r in f.releases],

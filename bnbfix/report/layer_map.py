@@ -1,4 +1,4 @@
-"""A checkpoint as a map: layers down, modules across, and what is in each cell. Pure; report.py's siblings draw it."""
+"""A checkpoint as a map: layers down, modules across, and what is in each cell. Pure; report.py's quant-state tensors draw it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.quant_state import split_sibling
+from ..checkpoint.quant_state import split_state_tensor
 from ..models import gemma4
 from ..models.gemma4 import FULL, Model
 from ..rules.rule import Code
@@ -20,10 +20,10 @@ class State(Enum):
     """What is in a cell: the mark that shows it without colour, and what it means. The later one hides the earlier."""
 
     ABSENT = ("=", "not in the file, and needs not be")
-    PLAIN = (".", "full precision")
-    PACKED = ("P", "packed")
-    MENDED = ("M", "mended by an earlier repair")
-    FIXABLE = ("!", "in conflict; a repair mends it")
+    UNQUANTIZED = (".", "full precision")
+    QUANTIZED = ("Q", "quantized")
+    REPAIRED = ("R", "changed by an earlier repair")
+    FIXABLE = ("!", "in conflict; a repair fixes it")
     CONFLICT = ("X", "in conflict; a repair does not mend it")
 
     @property
@@ -63,7 +63,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Grid:
+class LayerMap:
     """The whole map, and how many cells are in each state."""
 
     sections: tuple[Section, ...]
@@ -116,25 +116,25 @@ class _Tensors:
     codes: set[Code] = field(default_factory=set)
 
 
-def draw(
-    checkpoint: Checkpoint, model: Model, findings: Iterable[Finding], mended: Iterable[str] = frozenset()
-) -> Grid:
-    """The map of a checkpoint. `findings` make conflicts; `mended` are tensors that an earlier repair changed."""
+def build_layer_map(
+    checkpoint: Checkpoint, model: Model, findings: Iterable[Finding], repaired: Iterable[str] = frozenset()
+) -> LayerMap:
+    """The map of a checkpoint. `findings` make conflicts; `repaired` are tensors that an earlier repair changed."""
     found: dict[_Place, _Tensors] = {}
-    done = {gemma4.canonical(name) for name in mended}
+    done = {gemma4.canonical(name) for name in repaired}
     for name, weight in checkpoint.weights.items():
         cell = found.setdefault(_place(name), _Tensors())
         cell.forms[weight.form] += 1
-        cell.states.add(State.PACKED if weight.packed else State.PLAIN)
+        cell.states.add(State.QUANTIZED if weight.quantized else State.UNQUANTIZED)
         if gemma4.canonical(name) in done:
-            cell.states.add(State.MENDED)
+            cell.states.add(State.REPAIRED)
     for f in findings:
-        for name in f.tensors if f.remains else ():
-            split = split_sibling(name)
+        for name in f.tensors if f.counts else ():
+            split = split_state_tensor(name)
             cell = found.setdefault(_place(split[0] if split else name), _Tensors())
             cell.states.add(State.CONFLICT if f.reason else State.FIXABLE)
             cell.codes.add(f.code)
-    return Grid(tuple(_sections({place: _cell(t) for place, t in found.items()}, model)))
+    return LayerMap(tuple(_sections({place: _cell(t) for place, t in found.items()}, model)))
 
 
 def _place(name: str) -> _Place:

@@ -7,8 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ScanResult
-from .outcome import Outcome
-from .text import by_code, collapse, conclude, contents, count, matrix, mending, plain, runs, summarize, totals
+from .outcome import ScanOutcome
+from .text import (
+    by_code,
+    collapse,
+    conclude,
+    contents,
+    count,
+    escape_control_chars,
+    fix_text,
+    matrix,
+    runs,
+    summarize,
+    totals,
+)
 
 BAR = "\\|"  # ends no cell, in a code span neither
 SIGNS = {
@@ -21,7 +33,7 @@ SIGNS = {
 }
 
 
-def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """A section for each model, and for several a summary."""
     seen = []
     for o in outcomes:
@@ -34,11 +46,11 @@ def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
         yield f"\n{totals(seen)}\n"
 
 
-def _section(o: Outcome) -> Iterator[str]:
-    yield f"## bnbfix: {code(plain(o.model))}"
+def _section(o: ScanOutcome) -> Iterator[str]:
+    yield f"## bnbfix: {code(escape_control_chars(o.model))}"
     yield ""
     if o.result is None:
-        yield f"{SIGNS[summarize(o).verdict]} {escape(plain(str(o.error)))}"
+        yield f"{SIGNS[summarize(o).verdict]} {escape(escape_control_chars(str(o.error)))}"
         yield ""
         return
     last = conclude(o)
@@ -49,14 +61,13 @@ def _section(o: Outcome) -> Iterator[str]:
     for same in by_code(o.result.findings):
         yield from _code(same)
     if last.command:
-        yield f"Mend it: {code(last.command)}"
+        yield f"Repair it: {code(last.command)}"
         yield ""
 
 
 def _releases(result: ScanResult) -> Iterator[str]:
     rows = [
-        (v.releases, f"{SIGNS[v.severity.verdict]} {v.severity.verdict}", str(v.tensors or ""), v.codes)
-        for v in matrix(result.releases)
+        (v.releases, f"{SIGNS[v.verdict]} {v.verdict}", str(v.tensors or ""), v.codes) for v in matrix(result.releases)
     ]
     return _table(("vLLM", "verdict", "tensors", "because of"), rows)
 
@@ -70,11 +81,11 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 def _code(findings: Sequence[Finding]) -> Iterator[str]:
     worst: Severity = max(f.severity for f in findings)
-    yield f"### {findings[0].code.value} {worst.label}: {escape(findings[0].code.explanation.title)}"
+    yield f"### {findings[0].code.value} {worst}: {escape(findings[0].code.explanation.title)}"
     yield ""
     for f in findings:
-        yield f"- {runs(f.releases)} **{f.severity.label}**: {escape(plain(f.message))}"
-    for words in dict.fromkeys(map(mending, findings)):
+        yield f"- {runs(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
+    for words in dict.fromkeys(map(fix_text, findings)):
         yield f"- {escape(words)}"
     yield ""
     names = list(dict.fromkeys(name for f in findings for name in f.tensors))

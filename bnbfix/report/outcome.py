@@ -18,13 +18,13 @@ from ..rules.scan import Finding, ScanResult, scan_checkpoint
 from ..rules.selection import Selection, findings_code
 
 if TYPE_CHECKING:
-    from .layer_map import Grid
+    from .layer_map import LayerMap
 
 RECORD = "bnbfix.json"  # what `bnbfix repair` leaves beside the weights
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScanOutcome:
     """What became of one MODEL: a result, or the error that kept it from being scanned."""
 
     model: str
@@ -32,7 +32,7 @@ class Outcome:
     error: BnbfixError | None = None
     left_out: int = 0  # findings that --select and --ignore left out
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
-    grid: Grid | None = field(default=None, repr=False)
+    grid: LayerMap | None = field(default=None, repr=False)
 
     def file(self, finding: Finding) -> str:
         """The file to look at for a finding: the shard of its first tensor, else config.json or the index."""
@@ -47,35 +47,35 @@ class Outcome:
         return findings_code(self.result.findings, fail_on)
 
 
-def examine(
+def scan_models(
     models: Iterable[str],
     target: Target,
     selection: Selection | None = None,
     *,
     revision: str | None = None,
     with_grid: bool = False,
-) -> Iterator[Outcome]:
+) -> Iterator[ScanOutcome]:
     """The outcome of each model, in order, as soon as it is known. `revision` is that of every repo."""
     for model in models:
         try:
             yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid)
         except BnbfixError as e:
-            yield Outcome(model, error=e)
+            yield ScanOutcome(model, error=e)
         except OSError as e:
             error = InputError(e.strerror or str(e), where=str(e.filename or "input/output"))
-            yield Outcome(model, error=error)
+            yield ScanOutcome(model, error=error)
 
 
-def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> Outcome:
+def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> ScanOutcome:
     checkpoint = open_checkpoint(source)
     result = scan_checkpoint(checkpoint, target)
     chosen = selection.of(result.findings)
     grid = None
     if with_grid:
-        from .layer_map import draw
+        from .layer_map import build_layer_map
 
-        grid = draw(checkpoint, read_model(checkpoint.config), chosen, mended(checkpoint.source))
-    return Outcome(
+        grid = build_layer_map(checkpoint, read_model(checkpoint.config), chosen, repaired(checkpoint.source))
+    return ScanOutcome(
         model,
         replace(result, findings=chosen),
         None,
@@ -91,7 +91,7 @@ def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
     return {n: tensors[n].shard if n in tensors else n if n in files else CONFIG for n in names}
 
 
-def mended(source: Source) -> frozenset[str]:
+def repaired(source: Source) -> frozenset[str]:
     """Names of the tensors that an earlier repair changed, as its record has them; whether it is true, verify says."""
     if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
         return frozenset()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .layer_map import Grid, Section, State
+from .layer_map import LayerMap, Section, State
 from .lines import Layout, Line, Span, fold
-from .text import plain
+from .text import escape_control_chars
 
 CELLS = {
-    State.PACKED: "cyan",
-    State.MENDED: "green",
+    State.QUANTIZED: "cyan",
+    State.REPAIRED: "green",
     State.FIXABLE: "bold yellow",
     State.CONFLICT: "bold red",
     State.ABSENT: "dim",
 }
 
 
-def map_lines(grid: Grid, layout: Layout) -> Iterator[Line]:
+def layer_map_lines(grid: LayerMap, layout: Layout) -> Iterator[Line]:
     """The map turned round, to be small: modules down and layers across, a character for each cell, and a legend."""
     for section in grid.sections:
         if section.columns == ("",):
@@ -51,7 +51,7 @@ def _around(section: Section, layout: Layout) -> Iterator[Line]:
     yield (Span(section.title, "bold"),)
     for row in section.rows:
         cell = row.cells[""]
-        first, *rest = fold(plain(f"{row.label} ({cell.note})"), layout.width - 4)
+        first, *rest = fold(escape_control_chars(f"{row.label} ({cell.note})"), layout.width - 4)
         yield Span("  "), Span(cell.state.mark, CELLS.get(cell.state, "")), Span(f" {first}")
         yield from ((Span("    " + part),) for part in rest)
     yield ()

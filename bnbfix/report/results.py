@@ -23,7 +23,7 @@ from ..planner.plan import Plan
 from ..rules.rule import Code
 from ..verifier.verify import VerifyResult
 from ..writer.write import RepairResult
-from .text import SHOWN, collapse, plain
+from .text import SHOWN, collapse, escape_control_chars
 
 
 def show(console: Console, parts: Iterable[RenderableType]) -> None:
@@ -41,34 +41,34 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     """What every shard becomes, the change of config.json, and what it costs."""
     table = _table()
     table.add_column("shard", overflow="fold")
-    for column in ("becomes", "tensors", "unpacked", "added", "MB"):
+    for column in ("becomes", "tensors", "decoded", "added", "MB"):
         table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     have = plan.checkpoint.tensors
     for s in plan.shards:
         added = sum(t.info.name not in have for t in s.tensors)
-        unpacked = sum(isinstance(t.op, Dequantize) for t in s.tensors)
+        dequantized = sum(isinstance(t.op, Dequantize) for t in s.tensors)
         size = plan.checkpoint.source.files.get(s.name)  # a repair with --bf16 cuts shards of its own
         mb = _mb(s.size) if s.copied or size is None else f"{_mb(size)} > {_mb(s.size)}"
         becomes = "copied" if s.copied else "new" if size is None else "rewritten"
-        cells = (becomes, str(len(s.tensors)), str(unpacked or ""), str(added or ""), mb)
-        table.add_row(Text(plain(s.name)), *cells)
+        cells = (becomes, str(len(s.tensors)), str(dequantized or ""), str(added or ""), mb)
+        table.add_row(Text(escape_control_chars(s.name)), *cells)
     yield table
     yield from _edit_lines(plan)
     if diff := plan.config_diff():
         yield ""
-        yield Padding(Text(plain_lines(diff)), (0, 0, 0, 2), expand=False)
+        yield Padding(Text(escape_lines(diff)), (0, 0, 0, 2), expand=False)
         yield ""
     if written := sorted(set(plan.texts) - {CONFIG}):
-        yield Text(f"Written as well: {', '.join(map(plain, written))}.")
+        yield Text(f"Written as well: {', '.join(map(escape_control_chars, written))}.")
     yield Text(
         f"Reads {_mb(plan.bytes_read)} MB, writes {_mb(plan.bytes_written)} MB; "
         f"needs {_mb(needed)} MB of disk, {_mb(free)} MB are free."
     )
 
 
-def plain_lines(text: str) -> str:
-    """`plain`, line by line."""
-    return "\n".join(plain(line) for line in text.splitlines())
+def escape_lines(text: str) -> str:
+    """`escape_control_chars`, line by line."""
+    return "\n".join(escape_control_chars(line) for line in text.splitlines())
 
 
 def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
@@ -102,19 +102,20 @@ def repair_report(result: RepairResult) -> Iterable[RenderableType]:
         return
     yield from _edit_lines(plan)
     yield Text(
-        f"Wrote {plain(str(result.out))}, {_mb(plan.bytes_written)} MB, for {plan.target.name}.", style="bold green"
+        f"Wrote {escape_control_chars(str(result.out))}, {_mb(plan.bytes_written)} MB, for {plan.target.name}.",
+        style="bold green",
     )
 
 
 def pushed_line(pushed: Pushed | None) -> str:
     """Where a repair was pushed to, in a line that no terminal may cut; None where there was nothing to push."""
-    return f"Pushed: {plain(pushed.url)}" if pushed else "Nothing was pushed."
+    return f"Pushed: {escape_control_chars(pushed.url)}" if pushed else "Nothing was pushed."
 
 
 def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
     """Every difference, or what was compared."""
     for p in result.problems:
-        yield Text(plain(str(p)), style="red")
+        yield Text(escape_control_chars(str(p)), style="red")
     if not result.ok:
         n = len(result.problems)
         yield Text(f"{n} difference{'s' if n != 1 else ''}; do not use this output.", style="bold red")
@@ -129,39 +130,39 @@ def load_report(result: LoadResult) -> Iterable[RenderableType]:
     """What the installed vLLM did with a folder."""
     name = _engine(result.versions)
     if result.error:
-        yield Text(f"{name} does not run it: {plain(result.error)}", style="bold red")
+        yield Text(f"{name} does not run it: {escape_control_chars(result.error)}", style="bold red")
         return
     for words, names in (("have no quant state", result.unbound), ("were quantized while loading", result.requantized)):
         if names:
             yield Text(f"{len(names)} parameters {words}:", style="red")
             for line in collapse(names)[:SHOWN]:
                 yield _indented(line, 4)
-    text = f"{name} loads it: {result.parameters} parameters came in, {result.packed} of them packed; it ran forward."
+    text = f"{name} loads it: {result.parameters} parameters came in, {result.quantized} of them quantized; it ran forward."
     yield Text(text, style="bold green" if result.ok else "bold red")
 
 
 def probe_report(result: ProbeResult) -> Iterable[RenderableType]:
-    """Which projections the installed vLLM packs, how it reads the skip entries, and where the table differs."""
+    """Which projections the installed vLLM quantizes, how it reads the skip entries, and where the table differs."""
     name = _engine(result.versions)
     yield Text(f"{name}; the table's row is {result.release.name}", style="bold")
     yield ""
     table = _table()
-    for column in ("projection", "packed", "ordinary"):
+    for column in ("projection", "quantized", "ordinary"):
         table.add_column(column, justify="left" if column == "projection" else "right", overflow="fold")
     counts: dict[str, list[int]] = {}
-    for module, packed in result.modules.items():
-        counts.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", plain(module)), [0, 0])[not packed] += 1
-    for module, (packed_count, plain_count) in counts.items():
-        table.add_row(Text(module), str(packed_count or ""), str(plain_count or ""))
+    for module, quantized in result.modules.items():
+        counts.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", escape_control_chars(module)), [0, 0])[not quantized] += 1
+    for module, (quantized_count, plain_count) in counts.items():
+        table.add_row(Text(module), str(quantized_count or ""), str(plain_count or ""))
     yield table
     yield ""
     for entry, names in result.skips.items():
-        honoured = f"names {len(names)} module{'s' if len(names) != 1 else ''}" if names else "not understood"
-        yield Text(f"skip entry {plain(entry)}: {honoured}")
+        matching_entries = f"names {len(names)} module{'s' if len(names) != 1 else ''}" if names else "not wrap_errors"
+        yield Text(f"skip entry {escape_control_chars(entry)}: {matching_entries}")
     for d in result.disagreements:
-        yield Text(f"{plain(d.module)}: the table says {d.table}, vLLM {d.vllm}", style="red")
+        yield Text(f"{escape_control_chars(d.module)}: the table says {d.table}, vLLM {d.vllm}", style="red")
     if result.disagreements:
-        yield Text("The table disagrees with this vLLM; its row needs mending.", style="bold red")
+        yield Text("The table disagrees with this vLLM; its row needs fix_text.", style="bold red")
     else:
         yield Text("The table agrees with this vLLM.", style="bold green")
 
@@ -182,8 +183,8 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
             r.name,
             "yes" if "gemma4_unified" in r.families else "no",
             r.moe or "refused",
-            "packed" if "vision_tower" in r.packed else "plain",
-            {"fails": "fails", "requantized": "wrong"}[r.plain_into_packed],
+            "quantized" if "vision_tower" in r.quantized else "plain",
+            {"fails": "fails", "requantized": "wrong"}[r.unquantized_in_quantized],
             {"needs_v": "needs V", "copies_k": "copies K", "refuses_v": "no V"}[r.k_eq_v],
             {"needs_kv": "k v", "q_alone": "q"}[r.kv_shared],
             r.plugin,
@@ -193,7 +194,7 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
     yield ""
     yield Text(
         "experts: prefix of 4-bit experts stored one by one. towers: vision and audio linears without skip entry. "
-        "plain: an ordinary weight in a packed parameter; wrong is silent re-quantization. K as V: layers of "
+        "plain: an ordinary weight in a quantized parameter; wrong is silent re-quantization. K as V: layers of "
         "attention_k_eq_v models; no V: an explicit v_proj is refused. shared: what kv-shared layers need in the "
         "file. plugin: vllm-bnb-plugin. seen: in the running engine, or read in its source."
     )
@@ -207,7 +208,7 @@ def explain_report(code: Code) -> Iterable[RenderableType]:
     yield ""
     yield Text(e.why)
     yield ""
-    yield Text(f"Mend: {e.mend}")
+    yield Text(f"Changes: {e.fix}")
     for url in e.upstream:
         yield Text(url, style="dim")
 

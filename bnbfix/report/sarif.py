@@ -19,19 +19,19 @@ from urllib.parse import quote
 from ..__version__ import __version__
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding
-from .outcome import Outcome
-from .text import collapse, count, mending, plain, runs
+from .outcome import ScanOutcome
+from .text import collapse, count, escape_control_chars, fix_text, runs
 
 SCHEMA_URI = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note"}
 
 
-def render(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """One run over all models; a model that could not be scanned is a notification of its invocation."""
     yield json.dumps(document(list(outcomes), Path.cwd()), indent=2) + "\n"
 
 
-def document(outcomes: list[Outcome], here: Path) -> dict[str, Any]:
+def document(outcomes: list[ScanOutcome], here: Path) -> dict[str, Any]:
     """The log. `here` is the folder that relative paths start from."""
     findings = [(o, f) for o in outcomes if o.result for f in o.result.findings]
     rules = sorted({f.code for _, f in findings}, key=lambda c: c.value)
@@ -66,8 +66,8 @@ def _rule(code: Code, worst: Severity) -> dict[str, Any]:
         "shortDescription": {"text": e.title},
         "fullDescription": {"text": e.why},
         "help": {
-            "text": f"{e.why}\n\nMend: {e.mend}" + (f"\n\nUpstream:\n{links}" if links else ""),
-            "markdown": f"{e.why}\n\n**Mend**: {e.mend}" + (f"\n\n**Upstream**\n\n{links}" if links else ""),
+            "text": f"{e.why}\n\nMend: {e.fix}" + (f"\n\nUpstream:\n{links}" if links else ""),
+            "markdown": f"{e.why}\n\n**Changes**: {e.fix}" + (f"\n\n**Upstream**\n\n{links}" if links else ""),
         },
         "defaultConfiguration": {"level": LEVELS[worst]},
         "properties": {"tags": ["vllm", "bitsandbytes"]},
@@ -77,9 +77,11 @@ def _rule(code: Code, worst: Severity) -> dict[str, Any]:
     return rule
 
 
-def _result(o: Outcome, f: Finding, index: int, base: tuple[str, str | None], prints: Counter[str]) -> dict[str, Any]:
+def _result(
+    o: ScanOutcome, f: Finding, index: int, base: tuple[str, str | None], prints: Counter[str]
+) -> dict[str, Any]:
     patterns = collapse(f.tensors)
-    text = f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}."
+    text = f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
     if patterns:
         text += f" {count(len(f.tensors), 'name')}: {', '.join(patterns)}."
     files: dict[str, list[str]] = {}
@@ -92,14 +94,14 @@ def _result(o: Outcome, f: Finding, index: int, base: tuple[str, str | None], pr
         "ruleId": f.code.value,
         "ruleIndex": index,
         "level": LEVELS[f.severity],
-        "message": {"text": f"{text} {mending(f)}"},
+        "message": {"text": f"{text} {fix_text(f)}"},
         "locations": locations,
         # The first name is the one that code scanning looks at, the second is ours.
         "partialFingerprints": {"primaryLocationLineHash": f"{key}:{prints[key]}", "bnbfix/v1": f"{key}:{prints[key]}"},
         "properties": {
-            "severity": f.severity.label,
+            "severity": f.severity,
             "releases": [{"first": r.first, "last": r.last} for r in f.releases],
-            "model": plain(o.model),
+            "model": escape_control_chars(o.model),
         },
     }
 
@@ -117,7 +119,9 @@ def _location(file: str, names: list[str], base: tuple[str, str | None]) -> dict
     artifact = {"uri": prefix + quote(file)} | ({"uriBaseId": base_id} if base_id else {})
     location: dict[str, Any] = {"physicalLocation": {"artifactLocation": artifact, "region": {"startLine": 1}}}
     if names:
-        location["logicalLocations"] = [{"fullyQualifiedName": plain(n), "kind": "resource"} for n in names]
+        location["logicalLocations"] = [
+            {"fullyQualifiedName": escape_control_chars(n), "kind": "resource"} for n in names
+        ]
     return location
 
 
@@ -128,14 +132,16 @@ def _base(model: str, here: Path, bases: dict[str, dict[str, Any]]) -> tuple[str
         inside = folder.relative_to(here.resolve()).as_posix()
         return ("" if inside == "." else quote(inside) + "/"), None
     uri = folder.as_uri() + "/" if folder is not None else None
-    known = next((name for name, base in bases.items() if base["description"]["text"] == plain(model)), None)
+    known = next(
+        (name for name, base in bases.items() if base["description"]["text"] == escape_control_chars(model)), None
+    )
     name = known or f"MODEL{len(bases) or ''}"
-    bases[name] = ({"uri": uri} if uri else {}) | {"description": {"text": plain(model)}}
+    bases[name] = ({"uri": uri} if uri else {}) | {"description": {"text": escape_control_chars(model)}}
     return "", name
 
 
-def _notification(o: Outcome) -> dict[str, Any]:
+def _notification(o: ScanOutcome) -> dict[str, Any]:
     assert o.error is not None
     hint = f" {o.error.hint}" if o.error.hint else ""
     level = "note" if o.error.exit_code == 3 else "error"
-    return {"level": level, "message": {"text": plain(f"{o.model}: {o.error}{hint}")}}
+    return {"level": level, "message": {"text": escape_control_chars(f"{o.model}: {o.error}{hint}")}}

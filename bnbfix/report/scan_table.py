@@ -11,7 +11,7 @@ from dataclasses import replace
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .lines import Layout, Line, Span, fold
-from .outcome import Outcome
+from .outcome import ScanOutcome
 from .text import (
     SHOWN,
     Summary,
@@ -20,19 +20,19 @@ from .text import (
     conclude,
     contents,
     count,
+    escape_control_chars,
+    fix_text,
     matrix,
-    mending,
-    plain,
     runs,
     summarize,
     totals,
 )
 
-STYLES = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.NOTE: "green"}
-VERDICTS = {s.verdict: style for s, style in STYLES.items()} | {"error": "red", "skipped": "dim"}
+STYLES = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.LOADS: "green"}
+VERDICTS = {str(s): style for s, style in STYLES.items()} | {"error": "red", "skipped": "dim"}
 
 
-def table(outcomes: Iterable[Outcome], layout: Layout, *, several: bool, with_map: bool) -> Iterator[Line]:
+def table(outcomes: Iterable[ScanOutcome], layout: Layout, *, several: bool, with_map: bool) -> Iterator[Line]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
     rows: list[Summary] = []
     for outcome in outcomes:
@@ -57,11 +57,11 @@ def _summary(row: Summary) -> list[Span]:
     return [Span(row.model), Span(row.verdict, VERDICTS[row.verdict]), Span(row.because)]
 
 
-def _report(outcome: Outcome, layout: Layout, several: bool) -> Iterator[Line]:
+def _report(outcome: ScanOutcome, layout: Layout, several: bool) -> Iterator[Line]:
     if outcome.result is None:
         if several:
-            yield from _wrapped(plain(outcome.model), layout, "bold")
-            yield from _wrapped(f"error: {plain(str(outcome.error))}", layout, "red")
+            yield from _wrapped(escape_control_chars(outcome.model), layout, "bold")
+            yield from _wrapped(f"error: {escape_control_chars(str(outcome.error))}", layout, "red")
             yield ()
         return
     yield from scan_lines(outcome, outcome.result, layout)
@@ -69,36 +69,36 @@ def _report(outcome: Outcome, layout: Layout, several: bool) -> Iterator[Line]:
         yield ()
 
 
-def scan_lines(outcome: Outcome, result: ScanResult, layout: Layout) -> Iterator[Line]:
+def scan_lines(outcome: ScanOutcome, result: ScanResult, layout: Layout) -> Iterator[Line]:
     """The matrix of releases, every finding of the target, the map where there is one, and the conclusion."""
-    yield from _wrapped(plain(result.model), layout, "bold")
+    yield from _wrapped(escape_control_chars(result.model), layout, "bold")
     yield from _wrapped(contents(result), layout)
     yield ()
     yield from _matrix(result.releases, layout)
     yield ()
-    for same in by_code(f for f in result.findings if f.remains or layout.verbose):
+    for same in by_code(f for f in result.findings if f.counts or layout.verbose):
         yield from _code(same, layout)
-    notes = [f for f in result.findings if not f.remains]
+    notes = [f for f in result.findings if not f.counts]
     if notes and not layout.verbose:
         codes = ", ".join(sorted({f.code.value for f in notes}))
         yield from _wrapped(f"{count(len(notes), 'note')} ({codes}), shown with --verbose", layout, "dim")
     if outcome.grid is not None:
-        from .report_map import map_lines
+        from .report_map import layer_map_lines
 
         if notes and not layout.verbose:
             yield ()
-        yield from map_lines(outcome.grid, layout)
+        yield from layer_map_lines(outcome.grid, layout)
         yield ()
     last = conclude(outcome)
-    words = last.words + (f" Mend it: {last.command}" if last.command else "")
+    words = last.words + (f" Repair it: {last.command}" if last.command else "")
     for i, text in enumerate(fold(words, layout.width)):
         end = len(last.words) if i == 0 else 0  # the command is told more quietly than the verdict
-        yield Span(text[:end], f"bold {STYLES[last.severity]}"), Span(text[end:])
+        yield Span(text[:end], f"bold {STYLES[last.verdict]}"), Span(text[end:])
 
 
 def _matrix(verdicts: Sequence[ReleaseVerdict], layout: Layout) -> Iterator[Line]:
     rows = [
-        [Span(v.releases), Span(v.severity.verdict, STYLES[v.severity]), Span(str(v.tensors or "")), Span(v.codes)]
+        [Span(v.releases), Span(v.verdict, STYLES[v.verdict]), Span(str(v.tensors or "")), Span(v.codes)]
         for v in matrix(verdicts)
     ]
     return _grid(("vLLM", "verdict", "tensors", "because of"), rows, layout, right=2)
@@ -131,25 +131,25 @@ def _columns(cells: Sequence[Span], widths: Sequence[int], right: int) -> Line:
 def _code(findings: Sequence[Finding], layout: Layout) -> Iterator[Line]:
     """All findings of one code: what each range of releases makes of which tensors, and the fix once."""
     worst = max(f.severity for f in findings)
-    style = STYLES[worst] if worst else "cyan"
+    style = STYLES.get(worst, "cyan")
     yield (
         Span(findings[0].code.value, "bold"),
-        Span(f" {worst.label}", style),
+        Span(f" {worst}", style),
         Span(f": {findings[0].code.explanation.title}"),
     )
     shown: tuple[str, ...] | None = None
     for f in findings:
-        yield from _wrapped(f"{runs(f.releases)} {f.severity.label}: {plain(f.message)}", layout, by=2)
+        yield from _wrapped(f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}", layout, by=2)
         if f.tensors != shown:
             yield from _names(f.tensors, layout)
         shown = f.tensors
-    for words in dict.fromkeys(map(mending, findings)):
+    for words in dict.fromkeys(map(fix_text, findings)):
         yield from _wrapped(words, layout, by=2)
     yield ()
 
 
 def _names(tensors: Sequence[str], layout: Layout) -> Iterator[Line]:
-    names = [plain(n) for n in tensors] if layout.verbose else collapse(tensors)
+    names = [escape_control_chars(n) for n in tensors] if layout.verbose else collapse(tensors)
     shown = names if layout.verbose else names[:SHOWN]
     for name in shown:
         yield from _wrapped(name, layout, by=4)

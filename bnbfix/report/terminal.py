@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from .text import plain
+from .text import escape_control_chars
 
 if TYPE_CHECKING:
     from .lines import Layout, Line
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 WIDTH = 80  # where there is no terminal to ask
 
 
-def complain(message: str, hint: str | None = None) -> None:
+def print_error(message: str, hint: str | None = None) -> None:
     """An error and what to do next, on stderr."""
-    print(f"error: {plain(message)}", file=sys.stderr)
+    print(f"error: {escape_control_chars(message)}", file=sys.stderr)
     if hint:
-        print(f"  {plain(hint)}", file=sys.stderr)
+        print(f"  {escape_control_chars(hint)}", file=sys.stderr)
 
 
 def layout(*, verbose: bool, quiet: bool) -> Layout:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 from ..engines.vllm.releases import ReleaseRange, ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
-from .outcome import Outcome
+from .outcome import ScanOutcome
 
 SHOWN = 4  # name patterns of a finding, where not all are wanted
 
 
-def plain(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """Text from a checkpoint made harmless: control characters and terminal escapes are spelled out."""
     if text.isascii() and text.isprintable():
         return text
@@ -31,7 +31,7 @@ def count(n: int, noun: str) -> str:
 def contents(result: ScanResult) -> str:
     """Class, shards and kinds of weights, in a line."""
     forms = ", ".join(f"{n} {form}" for form, n in result.counts)
-    return plain(f"{result.family}, {count(result.shards, 'shard')}, {forms}")
+    return escape_control_chars(f"{result.family}, {count(result.shards, 'shard')}, {forms}")
 
 
 def range_name(releases: Sequence[ReleaseRange]) -> str:
@@ -55,7 +55,7 @@ class Line(NamedTuple):
     """A line of the matrix of releases."""
 
     releases: str
-    severity: Severity
+    verdict: Severity
     tensors: int
     codes: str
 
@@ -69,13 +69,13 @@ def matrix(verdicts: Sequence[ReleaseVerdict]) -> list[Line]:
         else:
             groups.append([v])
     return [
-        Line(range_name([v.release for v in g]), g[0].severity, g[0].tensors, " ".join(c.value for c in g[0].codes))
+        Line(range_name([v.release for v in g]), g[0].verdict, g[0].tensors, " ".join(c.value for c in g[0].codes))
         for g in groups
     ]
 
 
 def _key(v: ReleaseVerdict) -> tuple[Severity, tuple[Code, ...], int]:
-    return v.severity, v.codes, v.tensors
+    return v.verdict, v.codes, v.tensors
 
 
 def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -88,25 +88,25 @@ def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 def collapse(names: Iterable[str]) -> list[str]:
     """Names with their numbers taken out, and how many stand behind each."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", plain(n)) for n in names)
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", escape_control_chars(n)) for n in names)
     return [f"{name} x{n}" if n > 1 else name for name, n in counts.items()]
 
 
-def mending(finding: Finding) -> str:
+def fix_text(finding: Finding) -> str:
     """What a repair does about it, or why it does nothing."""
-    return f"No fix here: {plain(finding.reason)}" if finding.reason else f"Fix: {finding.fix}"
+    return f"No fix here: {escape_control_chars(finding.reason)}" if finding.reason else f"Fix: {finding.fix}"
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The last word on a model, and the command that mends it if there is one."""
+    """The last word on a model, and the command that fixes it if there is one."""
 
-    severity: Severity
+    verdict: Severity
     words: str
     command: str | None = None
 
 
-def conclude(outcome: Outcome) -> Conclusion:
+def conclude(outcome: ScanOutcome) -> Conclusion:
     """The last word on a model that was scanned."""
     result = outcome.result
     assert result is not None
@@ -115,19 +115,19 @@ def conclude(outcome: Outcome) -> Conclusion:
     if several and any(Code.UNKNOWN_CLASS in v.codes for v in result.releases):
         name = "every release that knows the model"
     words = {
-        Severity.NOTE: "Loads",
+        Severity.LOADS: "Loads",
         Severity.DEGRADED: "Degraded",
         Severity.WRONG: "Loads with wrong weights",
         Severity.FAILS: "Does not load",
-    }[result.severity]
+    }[result.verdict]
     text = f"{words} in {name}."
     if outcome.left_out:
         text += f" {count(outcome.left_out, 'finding')} left out by --select or --ignore."
-    remaining = [f for f in result.findings if f.remains]
+    remaining = [f for f in result.findings if f.counts]
     blocked = [f for f in remaining if f.reason is not None and f.code is not Code.PLUGIN]
     if blocked or all(f.reason is not None for f in remaining):
-        return Conclusion(result.severity, text)
-    return Conclusion(result.severity, text, f"bnbfix repair MODEL --out DIR --vllm {result.target.name}")
+        return Conclusion(result.verdict, text)
+    return Conclusion(result.verdict, text, f"bnbfix repair MODEL --out DIR --vllm {result.target.name}")
 
 
 class Summary(NamedTuple):
@@ -138,13 +138,17 @@ class Summary(NamedTuple):
     because: str
 
 
-def summarize(outcome: Outcome) -> Summary:
+def summarize(outcome: ScanOutcome) -> Summary:
     """A model in a row."""
     if outcome.result is None:
         kind = "skipped" if outcome.error is not None and outcome.error.exit_code == 3 else "error"
-        return Summary(plain(outcome.model), kind, plain(str(outcome.error).removeprefix(f"{outcome.model}: ")))
-    counting = sorted({f.code.value for f in outcome.result.findings if f.remains})
-    return Summary(plain(outcome.model), outcome.result.verdict, " ".join(counting))
+        return Summary(
+            escape_control_chars(outcome.model),
+            kind,
+            escape_control_chars(str(outcome.error).removeprefix(f"{outcome.model}: ")),
+        )
+    counting = sorted({f.code.value for f in outcome.result.findings if f.counts})
+    return Summary(escape_control_chars(outcome.model), outcome.result.verdict, " ".join(counting))
 
 
 def totals(rows: Iterable[Summary]) -> str:

@@ -1,7 +1,7 @@
 """Experts of a mixture: split out of three-dimensional tensors, quantized to NF4, under the prefix a release wants.
 
-vLLM from 0.25 on makes packed parameters for experts and looks for them one by one (`experts.7.gate_proj.weight` and
-siblings); transformers keeps a layer's experts in two plain tensors, gate_up_proj [experts, 2 * inner, hidden] and
+vLLM from 0.25 on makes quantized parameters for experts and looks for them one by one (`experts.7.gate_proj.weight` and
+quant-state tensors); transformers keeps a layer's experts in two plain tensors, gate_up_proj [experts, 2 * inner, hidden] and
 down_proj [experts, hidden, inner]. No skip entry reaches experts, so this is the one place where bnbfix quantizes.
 """
 
@@ -24,7 +24,7 @@ _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
 
 
 @dataclass(frozen=True)
-class ExpertMend:
+class ExpertChange:
     """What is done to one tensor of experts: it is quantized, or renamed, to stand under `prefix`."""
 
     action: str  # quantize or rename
@@ -35,7 +35,7 @@ class ExpertMend:
 
 def splittable(weight: Weight) -> bool:
     """Is this a plain tensor of all experts of a layer, [experts, rows, columns], that can be split?"""
-    if weight.packed or len(weight.shape) != 3 or weight.tensor.info.dtype not in _TORCH_DTYPES:
+    if weight.quantized or len(weight.shape) != 3 or weight.tensor.info.dtype not in _TORCH_DTYPES:
         return False
     return 0 not in weight.shape and weight.shape[1] % len(_parts(weight.name)) == 0
 
@@ -47,7 +47,7 @@ def _check_matrix(weight: Weight) -> None:
         raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
 
 
-def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> dict[str, ExpertMend]:
+def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> dict[str, ExpertChange]:
     """What each tensor of experts needs, by name. Empty where the releases want different prefixes, or refuse.
 
     Raises Unrepairable for an expert that would have to be quantized and cannot be.
@@ -61,16 +61,16 @@ def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[Rele
         where = place(name)
         if where.role == "fused_experts" and splittable(weight):
             detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
-            out[name] = ExpertMend("quantize", prefix, Code.FUSED_EXPERTS, detail)
+            out[name] = ExpertChange("quantize", prefix, Code.FUSED_EXPERTS, detail)
         elif where.role == "expert" and weight.form == "fp4":
             _check_matrix(weight)
-            out[name] = ExpertMend("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
-        elif where.role == "expert" and not weight.packed:
+            out[name] = ExpertChange("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
+        elif where.role == "expert" and not weight.quantized:
             _check_matrix(weight)
             detail = "quantized to NF4, which loses precision"
-            out[name] = ExpertMend("quantize", prefix, Code.PLAIN_IN_PACKED, detail)
+            out[name] = ExpertChange("quantize", prefix, Code.UNQUANTIZED_IN_QUANTIZED, detail)
         elif where.role == "expert" and where.prefix != prefix:
-            out[name] = ExpertMend("rename", prefix, Code.EXPERT_PREFIX, f"to {renamed(name, prefix)}")
+            out[name] = ExpertChange("rename", prefix, Code.EXPERT_PREFIX, f"to {renamed(name, prefix)}")
     return out
 
 
@@ -88,13 +88,13 @@ def renamed(name: str, prefix: str) -> str:
     return _EXPERTS.sub(f".{prefix}.", name, count=1)
 
 
-def expert_tensors(checkpoint: Checkpoint, name: str, mend: ExpertMend) -> Iterable[TensorPlan]:
+def expert_tensors(checkpoint: Checkpoint, name: str, mend: ExpertChange) -> Iterable[TensorPlan]:
     """The output tensors that take the place of one tensor of experts."""
     weight = checkpoint.weights[name]
     if mend.action == "rename":
         yield copy(weight.tensor, renamed(name, mend.prefix), column=True)
-        for suffix, sibling in weight.siblings.items():
-            yield copy(sibling, qs.sibling_name(renamed(name, mend.prefix), suffix))
+        for suffix, state_tensor in weight.state_tensors.items():
+            yield copy(state_tensor, qs.state_tensor_name(renamed(name, mend.prefix), suffix))
         return
     double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
     if weight.state is not None:

@@ -7,35 +7,49 @@ BNB4xx: forms of checkpoint that need more than an edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import Enum
 
 
-class Severity(IntEnum):
-    """How bad a finding is; the worst one of a release is its verdict."""
+class Severity(str, Enum):
+    """How bad a finding is, and the verdict of a release whose worst finding it is. Ordered; equal to its word."""
 
-    NOTE = 0
-    DEGRADED = 1
-    WRONG = 2
-    FAILS = 3
+    LOADS = "loads"  # a verdict: no finding counts
+    NOTE = "note"
+    DEGRADED = "degraded"
+    WRONG = "wrong"
+    FAILS = "fails"
+
+    def __str__(self) -> str:
+        return self.value
+
+    def __lt__(self, other: str) -> bool:
+        return _RANK[self] < _RANK[other]
+
+    def __le__(self, other: str) -> bool:
+        return _RANK[self] <= _RANK[other]
+
+    def __gt__(self, other: str) -> bool:
+        return _RANK[self] > _RANK[other]
+
+    def __ge__(self, other: str) -> bool:
+        return _RANK[self] >= _RANK[other]
 
     @property
-    def label(self) -> str:
-        """As the finding's severity is written."""
-        return ("note", "degraded", "wrong output", "fails")[self]
+    def counts(self) -> bool:
+        """Does a finding of this severity count against a checkpoint? Notes do not."""
+        return self > Severity.NOTE
 
-    @property
-    def verdict(self) -> str:
-        """As the verdict of a release whose worst finding this is."""
-        return ("loads", "degraded", "wrong", "fails")[self]
+
+_RANK: dict[str, int] = {severity: rank for rank, severity in enumerate(Severity)}
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a code means: a title, what is seen and why, what mends it, and where it is discussed upstream."""
+    """What a code means: a title, what is seen and why, what fixes it, and where it is discussed upstream."""
 
     title: str
     why: str
-    mend: str
+    fix: str
     upstream: tuple[str, ...] = ()
 
 
@@ -43,22 +57,22 @@ def _vllm(*numbers: int) -> tuple[str, ...]:
     return tuple(f"https://github.com/vllm-project/vllm/issues/{n}" for n in numbers)
 
 
-class Code(Enum):
+class Code(str, Enum):
     """The findings. The member's name says it in code, the value's first part is what users see."""
 
-    PACKED_IN_PLAIN = "BNB101"
-    PLAIN_IN_PACKED = "BNB102"
-    RAGGED_GROUP = "BNB103"
+    QUANTIZED_IN_UNQUANTIZED = "BNB101"
+    UNQUANTIZED_IN_QUANTIZED = "BNB102"
+    PARTIALLY_QUANTIZED = "BNB103"
     K_EQ_V_WITHOUT_V = "BNB104"
     EXPLICIT_V = "BNB105"
     SHARED_WITHOUT_KV = "BNB106"
-    PACKED_PIXELS = "BNB107"
-    PACKED_LM_HEAD = "BNB108"
-    PACKED_BUT_SKIPPED = "BNB109"
-    PACKED_SHAPE = "BNB110"
-    PACKED_STORAGE = "BNB111"
+    QUANTIZED_PIXEL_PROJECTION = "BNB107"
+    QUANTIZED_LM_HEAD = "BNB108"
+    QUANTIZED_BUT_SKIPPED = "BNB109"
+    WEIGHT_NOT_A_COLUMN = "BNB110"
+    QUANT_STORAGE = "BNB111"
     QUANT_STATE = "BNB201"
-    ORPHANS = "BNB202"
+    ORPHANED_STATE_TENSORS = "BNB202"
     INDEX = "BNB203"
     DUPLICATE = "BNB204"
     PICKLES = "BNB205"
@@ -67,13 +81,16 @@ class Code(Enum):
     PER_LAYER_CONFIG = "BNB302"
     UNKNOWN_CLASS = "BNB303"
     PLUGIN = "BNB304"
-    TRANSFORMERS_REPACKS = "BNB305"
+    TRANSFORMERS_REQUANTIZES = "BNB305"
     MOE_REFUSED = "BNB401"
     FUSED_EXPERTS = "BNB402"
     EXPERT_PREFIX = "BNB403"
     FP4_EXPERTS = "BNB404"
     INT8 = "BNB405"
-    UNEVEN_EXPERTS = "BNB406"
+    MIXED_EXPERTS = "BNB406"
+
+    def __str__(self) -> str:
+        return self.value
 
     @property
     def explanation(self) -> Explanation:
@@ -81,37 +98,37 @@ class Code(Enum):
 
 
 EXPLANATIONS = {
-    Code.PACKED_IN_PLAIN: Explanation(
-        "packed weight, ordinary parameter",
-        "The file holds this weight packed in 4 bits, as a uint8 column, where the release makes an ordinary "
+    Code.QUANTIZED_IN_UNQUANTIZED: Explanation(
+        "quantized weight, ordinary parameter",
+        "The file holds this weight quantized in 4 bits, as a uint8 column, where the release makes an ordinary "
         "parameter whatever the skip list says. Loading stops with `Tried to load weights of size [N, 1] to a "
         "parameter of size [out, in]`, or `Attempted to load weight`.",
-        "The weight is dequantized to the dtype its quant state names, its siblings go, and skip entries in both "
+        "The weight is dequantized to the dtype its quant state names, its quant-state tensors go, and skip entries in both "
         "spellings name its module.",
         _vllm(42813),
     ),
-    Code.PLAIN_IN_PACKED: Explanation(
-        "ordinary weight, packed parameter",
-        "The file holds this weight in full precision and the release makes a packed parameter, because no skip "
+    Code.UNQUANTIZED_IN_QUANTIZED: Explanation(
+        "ordinary weight, quantized parameter",
+        "The file holds this weight in full precision and the release makes a quantized parameter, because no skip "
         "entry names the module as vLLM names it. Up to 0.27 a bare AssertionError stops the load; from 0.28 on the "
         "weight is quantized to NF4 while loading, without a word, and image and audio features degrade.",
         "Skip entries in vLLM's spelling, with fused names (`qkv_proj`, `gate_up_proj`), are added to "
         "llm_int8_skip_modules. No tensor changes.",
     ),
-    Code.RAGGED_GROUP: Explanation(
-        "fused group partly packed",
-        "vLLM fuses q, k and v into qkv_proj and gate and up into gate_up_proj. Some members are packed in the file "
+    Code.PARTIALLY_QUANTIZED: Explanation(
+        "fused group partially quantized",
+        "vLLM fuses q, k and v into qkv_proj and gate and up into gate_up_proj. Some members are quantized in the file "
         "and others are not, which no parameter can hold: a bare AssertionError up to 0.27, silent re-quantization "
         "of the plain members from 0.28 on.",
-        "The packed members are dequantized, which keeps their precision, and the fused name is skipped. Of experts "
+        "The quantized members are dequantized, which keeps their precision, and the fused name is skipped. Of experts "
         "stored one by one the plain ones are quantized instead, since no release has an ordinary parameter for them.",
     ),
     Code.K_EQ_V_WITHOUT_V: Explanation(
         "K serves as V, but V has no quant state",
         "In the full-attention layers of attention_k_eq_v models the file has no v_proj; vLLM loads K into both "
-        "places. Up to 0.22 it copies the packed weight but not its quant state: the model loads, and the first "
+        "places. Up to 0.22 it copies the quantized weight but not its quant state: the model loads, and the first "
         "forward pass dies with `split_with_sizes expects split_sizes to sum exactly`.",
-        "v_proj.weight and its siblings are added as exact copies of k_proj's; for targets that refuse them, q and k "
+        "v_proj.weight and its quant-state tensors are added as exact copies of k_proj's; for targets that refuse them, q and k "
         "of these layers are dequantized and skipped.",
         _vllm(40437),
     ),
@@ -129,45 +146,45 @@ EXPLANATIONS = {
         "They are added as exact copies of those of the layer whose K and V are shared; later releases drop them.",
         _vllm(44788),
     ),
-    Code.PACKED_PIXELS: Explanation(
-        "packed pixel projection",
+    Code.QUANTIZED_PIXEL_PROJECTION: Explanation(
+        "quantized pixel projection",
         "transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
-        "packed the dtype is uint8, and every image is corrupted in silence. 0.23 to 0.27 hide the dtype; 0.28 to "
+        "quantized the dtype is uint8, and every image is corrupted silently. 0.23 to 0.27 hide the dtype; 0.28 to "
         "0.31 do not, and may be installed beside such a transformers.",
         "The projection, a small one, is dequantized and skipped.",
     ),
-    Code.PACKED_LM_HEAD: Explanation(
-        "packed lm_head",
-        "vLLM never packs lm_head. A packed one stops the load with a bare AssertionError.",
+    Code.QUANTIZED_LM_HEAD: Explanation(
+        "quantized lm_head",
+        "vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError.",
         "lm_head is dequantized and skipped.",
     ),
-    Code.PACKED_BUT_SKIPPED: Explanation(
-        "packed weight of a skipped module",
-        "A skip entry that vLLM honours names this module, so its parameter is an ordinary one, but the file holds "
-        "the weight packed: a bare AssertionError.",
+    Code.QUANTIZED_BUT_SKIPPED: Explanation(
+        "quantized weight of a skipped module",
+        "A skip entry that vLLM matches names this module, so its parameter is an ordinary one, but the file holds "
+        "the weight quantized: a bare AssertionError.",
         "The entry is taken out and replaced by entries for the plain modules it also named. No tensor changes.",
     ),
-    Code.PACKED_SHAPE: Explanation(
-        "packed weight is not a column",
-        "vLLM's packed parameter is a column [N, 1]. The file holds the same bytes in another shape.",
+    Code.WEIGHT_NOT_A_COLUMN: Explanation(
+        "quantized weight is not a column",
+        "vLLM's quantized parameter is a column [N, 1]. The file holds the same bytes in another shape.",
         "The shape in the header is changed; the bytes stay.",
         _vllm(15959, 21743),
     ),
-    Code.PACKED_STORAGE: Explanation(
-        "packed bytes stored as another dtype",
-        "bnb_4bit_quant_storage is not uint8 (FSDP-QLoRA stores packed bytes as bfloat16): vLLM stops with "
+    Code.QUANT_STORAGE: Explanation(
+        "quantized bytes stored as another dtype",
+        "bnb_4bit_quant_storage is not uint8 (FSDP-QLoRA stores quantized bytes as bfloat16): vLLM stops with "
         "`Unsupported bnb_4bit_quant_storage`.",
         "The same bytes are declared U8 [N, 1] in the header, and the config says uint8.",
     ),
     Code.QUANT_STATE: Explanation(
         "quant state damaged or lying",
-        "A quant state does not describe its weight: a sibling is missing, has another size, or the JSON says what "
+        "A quant state does not describe its weight: a quant-state tensor is missing, has another size, or the JSON says what "
         "cannot be. bitsandbytes would compute wrong numbers from it or read past a buffer, without an error.",
-        "Nothing mends it; quantize the model again, or fetch the file again.",
+        "Nothing fixes it; quantize the model again, or fetch the file again.",
     ),
-    Code.ORPHANS: Explanation(
-        "quant-state tensors without a packed weight",
-        "Statistics of a packed weight that is not there, or is there in full precision. Beside a plain weight they "
+    Code.ORPHANED_STATE_TENSORS: Explanation(
+        "quant-state tensors without a quantized weight",
+        "Statistics of a quantized weight that is not there, or is there in full precision. Beside a plain weight they "
         "make vLLM bind a quant state to an ordinary parameter, and the load stops.",
         "They are dropped. A repair is not made for this alone where vLLM ignores them.",
     ),
@@ -223,8 +240,8 @@ EXPLANATIONS = {
         "`pip uninstall vllm-bnb-plugin` for 0.27.",
         _vllm(52802),
     ),
-    Code.TRANSFORMERS_REPACKS: Explanation(
-        "plain weight that transformers packs again",
+    Code.TRANSFORMERS_REQUANTIZES: Explanation(
+        "plain weight that transformers quantizes again",
         "No entry of the skip list names this module as transformers names it, so transformers quantizes the plain "
         "weight when it loads the checkpoint. vLLM does not care.",
         "A repair writes the skip entries in both spellings.",
@@ -238,7 +255,7 @@ EXPLANATIONS = {
     ),
     Code.FUSED_EXPERTS: Explanation(
         "experts in three-dimensional tensors",
-        "transformers keeps the experts of a layer in two unquantized three-dimensional tensors. vLLM makes packed "
+        "transformers keeps the experts of a layer in two unquantized three-dimensional tensors. vLLM makes quantized "
         "parameters for them and no skip entry reaches them: shape errors.",
         "They are stored one by one, quantized to NF4 with quant states, under the prefix of the release. This loses "
         "precision as any 4-bit quantization does, and makes them about 3.5 times smaller.",
@@ -262,11 +279,11 @@ EXPLANATIONS = {
         "Skip entries are added, and V where it is missing. What would need a weight dequantized needs the whole model "
         "dequantized: `repair --bf16`.",
     ),
-    Code.UNEVEN_EXPERTS: Explanation(
-        "experts packed in unlike ways",
+    Code.MIXED_EXPERTS: Explanation(
+        "experts quantized in unlike ways",
         "vLLM's bitsandbytes loader makes one quant state for all experts of a layer, with the blocksize and dtype of "
         "the first. A bare AssertionError stops it where the matrices of one expert differ; where whole experts do, "
         "they load, and those unlike the first are decoded wrongly.",
-        "None in 4 bits: the values would have to be quantized again. `repair --bf16` unpacks those of one dtype.",
+        "None in 4 bits: the values would have to be quantized again. `repair --bf16` dequantizes those of one dtype.",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -28,9 +29,14 @@ class Finding:
     reason: str | None  # why a repair does nothing about it
 
     @property
-    def remains(self) -> bool:
+    def counts(self) -> bool:
         """Does it count against the checkpoint? Notes do not."""
-        return self.severity > Severity.NOTE
+        return self.severity.counts
+
+    @property
+    def blocking(self) -> bool:
+        """Does it count, and lie in the files? Whether the plugin is installed here says nothing about a checkpoint."""
+        return self.counts and self.code is not Code.PLUGIN
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,9 @@ class ReleaseVerdict:
     """What one range of releases makes of the checkpoint."""
 
     release: ReleaseRange
-    severity: Severity
+    verdict: Severity
     codes: tuple[Code, ...]  # of the findings that count
     tensors: int  # how many tensors these findings name
-
-    @property
-    def verdict(self) -> str:
-        return self.severity.verdict
 
 
 @dataclass(frozen=True)
@@ -54,35 +56,30 @@ class ScanResult:
     model: str
     family: str
     target: Target
-    severity: Severity
+    verdict: Severity  # loads, degraded, wrong or fails, for the target
     releases: tuple[ReleaseVerdict, ...]
     findings: tuple[Finding, ...]
     counts: tuple[tuple[str, int], ...]  # weights by form: nf4, fp4, int8, BF16, ...
     shards: int
 
     @property
-    def verdict(self) -> str:
-        """loads, degraded, wrong or fails, for the target."""
-        return self.severity.verdict
-
-    @property
     def ok(self) -> bool:
         """Does nothing count against the checkpoint for the target?"""
-        return not any(f.remains for f in self.findings)
+        return not any(f.counts for f in self.findings)
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
     """The model, if this is a bitsandbytes Gemma4 checkpoint; raises NotApplicable with what it is instead."""
     model = read_model(checkpoint.config)
     what, method = model.family.architecture, checkpoint.quantization.get("quant_method")
-    packed = sum(w.packed for w in checkpoint.weights.values())
-    if method is None and not checkpoint.quantization and not packed and not checkpoint.damaged:
+    quantized = sum(w.quantized for w in checkpoint.weights.values())
+    if method is None and not checkpoint.quantization and not quantized and not checkpoint.damaged:
         raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name)
     if method not in ("bitsandbytes", None):
         raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=checkpoint.source.name)
     if method is None:
         raise NotApplicable(
-            f"is a {what} with {packed} packed weights, but config.json has no bitsandbytes quantization_config",
+            f"is a {what} with {quantized} quantized weights, but config.json has no bitsandbytes quantization_config",
             where=checkpoint.source.name,
             hint="Take config.json from the model that was quantized.",
         )
@@ -109,9 +106,10 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
     findings = []
     for (code, hit), found in merged.items():
         if any(r in wanted for r in found):
-            fix = None if hit.reason else code.explanation.mend
+            fix = None if hit.reason else code.explanation.fix
             findings.append(Finding(code, hit.severity, hit.tensors, tuple(found), hit.message, fix, hit.reason))
-    findings.sort(key=lambda f: (-f.severity, f.code.value, f.tensors))
+    findings.sort(key=lambda f: (f.code, f.tensors))
+    findings.sort(key=lambda f: f.severity, reverse=True)
     counts: dict[str, int] = {}
     for w in checkpoint.weights.values():
         counts[w.form] = counts.get(w.form, 0) + 1
@@ -119,7 +117,7 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
         model=checkpoint.source.name,
         family=model.family.architecture,
         target=target,
-        severity=max((f.severity for f in findings), default=Severity.NOTE),
+        verdict=_worst(f.severity for f in findings),
         releases=tuple(verdicts),
         findings=tuple(findings),
         counts=tuple(sorted(counts.items(), key=lambda c: -c[1])),
@@ -153,10 +151,15 @@ def find(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]]:
 
 
 def _verdict(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:
-    counting = [(code, hit) for code, hit in hits if hit.severity > Severity.NOTE]
+    counting = [(code, hit) for code, hit in hits if hit.severity.counts]
     return ReleaseVerdict(
         release=release,
-        severity=max((hit.severity for _, hit in counting), default=Severity.NOTE),
-        codes=tuple(sorted({code for code, _ in counting}, key=lambda c: c.value)),
+        verdict=_worst(hit.severity for _, hit in counting),
+        codes=tuple(sorted({code for code, _ in counting})),
         tensors=len({name for _, hit in counting for name in hit.tensors}),
     )
+
+
+def _worst(severities: Iterable[Severity]) -> Severity:
+    """The verdict that findings of these severities make."""
+    return max((s for s in severities if s.counts), default=Severity.LOADS)

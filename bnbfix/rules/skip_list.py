@@ -58,17 +58,17 @@ def _pattern(entry: str) -> Callable[[str], bool]:
 
 
 @lru_cache(1 << 14)  # every release asks the same again
-def honoured(entries: tuple[str, ...], module: str, matches: Matches) -> tuple[str, ...]:
+def matching_entries(entries: tuple[str, ...], module: str, matches: Matches) -> tuple[str, ...]:
     """The entries that name a module."""
     return tuple(e for e in entries if matches(e, module))
 
 
-def cover(plain: Iterable[str], matches: Matches, names_packed: Callable[[str], bool]) -> list[str]:
-    """The shortest prefixes of plain modules that name all of them and no packed one, in order.
+def shortest_prefixes(plain: Iterable[str], matches: Matches, matches_quantized: Callable[[str], bool]) -> list[str]:
+    """The shortest prefixes of plain modules that name all of them and no quantized one, in order.
 
-    `names_packed` says of an entry whether it names a packed module to any reader of the list.
+    `matches_quantized` says of an entry whether it names a quantized module to any reader of the list.
 
-    >>> cover(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
+    >>> shortest_prefixes(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
     ['vision_tower', 'x.layers']
     """
     refused: set[str] = set()
@@ -81,7 +81,7 @@ def cover(plain: Iterable[str], matches: Matches, names_packed: Callable[[str], 
             entry = ".".join(parts[:n])
             if entry in refused:
                 continue
-            if not names_packed(entry):
+            if not matches_quantized(entry):
                 chosen.append(entry)
                 break
             refused.add(entry)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import INDEX, Checkpoint, weight_map
-from ..checkpoint.quant_state import split_sibling
-from ..engines.vllm.parameters import Member, Parameter, by_layer, damaged_weights, misshapen, parameters
+from ..checkpoint.quant_state import split_state_tensor
+from ..engines.vllm.parameters import Member, Parameter, by_layer, damaged_weights, parameters, shape_mismatches
 from ..engines.vllm.releases import Installed, ReleaseRange, ranges, unfit_plugin
 from ..models import gemma4
-from ..models.gemma4 import Model, axial_rope, older_form
+from ..models.gemma4 import Model, has_axial_rope, legacy_head_config
 from .files import is_code, is_pickle
 from .rule import Code, Severity
-from .skip_list import honoured, transformers_skips, vllm_skips
+from .skip_list import matching_entries, transformers_skips, vllm_skips
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Hit:
-    """One rule's answer: which tensors, how bad, in which words; `reason` says why nothing mends it."""
+    """One rule's answer: which tensors, how bad, in which words; `reason` says why nothing fixes it."""
 
     severity: Severity
     tensors: tuple[str, ...]
@@ -72,38 +72,38 @@ def _names(members: list[Member]) -> tuple[str, ...]:
     return tuple(m.weight.name for m in members)
 
 
-@rule(Code.PACKED_IN_PLAIN)
-def packed_in_plain(case: Case) -> Iterator[Hit]:
+@rule(Code.QUANTIZED_IN_UNQUANTIZED)
+def quantized_in_unquantized(case: Case) -> Iterator[Hit]:
     hits = [
         m
         for p in case.params
-        if not p.packable and p.role != "lm_head" and not (p.role == "expert" and case.release.moe is None)
+        if not p.quantizable and p.role != "lm_head" and not (p.role == "expert" and case.release.moe is None)
         for m in p.members
-        if m.packed
+        if m.quantized
     ]
     if hits:
-        yield Hit(Severity.FAILS, _names(hits), "packed in the file, an ordinary parameter in vLLM")
+        yield Hit(Severity.FAILS, _names(hits), "quantized in the file, an ordinary parameter in vLLM")
 
 
-@rule(Code.PLAIN_IN_PACKED)
-def plain_in_packed(case: Case) -> Iterator[Hit]:
-    hits = [m for p in case.params if p.packed and not any(m.packed for m in p.members) for m in p.members]
+@rule(Code.UNQUANTIZED_IN_QUANTIZED)
+def unquantized_in_quantized(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.quantized and not any(m.quantized for m in p.members) for m in p.members]
     if hits:
-        yield _unskipped(case, hits, "full precision in the file, a packed parameter in vLLM")
+        yield _unskipped(case, hits, "full precision in the file, a quantized parameter in vLLM")
 
 
-@rule(Code.RAGGED_GROUP)
-def ragged_group(case: Case) -> Iterator[Hit]:
-    hits = [m for p in case.params if p.packed and p.ragged for m in p.members]
+@rule(Code.PARTIALLY_QUANTIZED)
+def partially_quantized_group(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.quantized and p.partially_quantized for m in p.members]
     if hits:
-        yield _unskipped(case, hits, "one fused module in vLLM, partly packed in the file")
+        yield _unskipped(case, hits, "one fused module in vLLM, partially quantized in the file")
 
 
 def _unskipped(case: Case, hits: list[Member], message: str) -> Hit:
     # LLM.int8 has no requantization on the way in: its parameter takes int8 rows or stops.
-    silent = case.release.plain_into_packed == "requantized" and not any(m.weight.int8 for m in case.members)
+    silent = case.release.unquantized_in_quantized == "requantized" and not any(m.weight.int8 for m in case.members)
     if silent:
-        return Hit(Severity.WRONG, _names(hits), message + ": quantized to NF4 while loading, in silence")
+        return Hit(Severity.WRONG, _names(hits), message + ": quantized to NF4 while loading, silently")
     return Hit(Severity.FAILS, _names(hits), message)
 
 
@@ -113,9 +113,9 @@ def k_eq_v_without_v(case: Case) -> Iterator[Hit]:
         return
     hits = []
     for p in case.params:
-        if p.role == "attention" and p.layer is not None and p.packed and case.model.k_serves_as_v(p.layer):
+        if p.role == "attention" and p.layer is not None and p.quantized and case.model.k_serves_as_v(p.layer):
             k, v = p.member("k_proj"), p.member("v_proj")
-            if k is not None and k.packed and v is None and not p.ragged:
+            if k is not None and k.quantized and v is None and not p.partially_quantized:
                 hits.append(k)
     if hits:
         yield Hit(Severity.FAILS, _names(hits), "serves as V too, which has no quant state of its own")
@@ -155,44 +155,44 @@ def missing_shared(checkpoint: Checkpoint, model: Model, members: Sequence[Membe
     return out
 
 
-@rule(Code.PACKED_PIXELS)
-def packed_pixels(case: Case) -> Iterator[Hit]:
-    hits = [m for p in case.params if p.role == "pixel_projection" and p.packed for m in p.members if m.packed]
+@rule(Code.QUANTIZED_PIXEL_PROJECTION)
+def quantized_pixels(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.role == "pixel_projection" and p.quantized for m in p.members if m.quantized]
     if hits and case.release.pixel_projection == "needs_transformers_5_13":
-        yield Hit(Severity.DEGRADED, _names(hits), "packed; corrupts images beside transformers older than 5.13")
+        yield Hit(Severity.DEGRADED, _names(hits), "quantized; corrupts images beside transformers older than 5.13")
 
 
-@rule(Code.PACKED_LM_HEAD)
-def packed_lm_head(case: Case) -> Iterator[Hit]:
-    hits = [m for m in case.members if m.place.role == "lm_head" and m.packed]
+@rule(Code.QUANTIZED_LM_HEAD)
+def quantized_lm_head(case: Case) -> Iterator[Hit]:
+    hits = [m for m in case.members if m.place.role == "lm_head" and m.quantized]
     if hits:
-        yield Hit(Severity.FAILS, _names(hits), "packed; no release packs lm_head")
+        yield Hit(Severity.FAILS, _names(hits), "quantized; no release quantizes lm_head")
 
 
-@rule(Code.PACKED_BUT_SKIPPED)
-def packed_but_skipped(case: Case) -> Iterator[Hit]:
-    hits = [(m, p.skipped_by) for p in case.params if p.packable and p.skipped_by for m in p.members if m.packed]
+@rule(Code.QUANTIZED_BUT_SKIPPED)
+def quantized_but_skipped(case: Case) -> Iterator[Hit]:
+    hits = [(m, p.skipped_by) for p in case.params if p.quantizable and p.skipped_by for m in p.members if m.quantized]
     if hits:
         entries = sorted({e for _, by in hits for e in by})
-        yield Hit(Severity.FAILS, _names([m for m, _ in hits]), f"packed, but skipped by {', '.join(entries)}")
+        yield Hit(Severity.FAILS, _names([m for m, _ in hits]), f"quantized, but skipped by {', '.join(entries)}")
 
 
-@rule(Code.PACKED_SHAPE, of_files=True)
-def packed_shape(case: Case) -> Iterator[Hit]:
+@rule(Code.WEIGHT_NOT_A_COLUMN, of_files=True)
+def quantized_shape(case: Case) -> Iterator[Hit]:
     hits = [w for w in case.checkpoint.weights.values() if w.state and w.tensor.info.dtype == "U8"]
     names = tuple(w.name for w in hits if w.tensor.info.shape != (w.tensor.info.nbytes, 1))
     if names:
-        yield Hit(Severity.FAILS, names, "packed, but not as a column [N, 1]")
+        yield Hit(Severity.FAILS, names, "quantized, but not as a column [N, 1]")
 
 
-@rule(Code.PACKED_STORAGE, of_files=True)
-def packed_storage(case: Case) -> Iterator[Hit]:
+@rule(Code.QUANT_STORAGE, of_files=True)
+def quantized_storage(case: Case) -> Iterator[Hit]:
     said = case.checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
-    packed = [w for w in case.checkpoint.weights.values() if w.state]
-    stored = {w.name: w.tensor.info.dtype for w in packed if w.tensor.info.dtype != "U8"}
-    if stored or (said != "uint8" and packed):
+    quantized = [w for w in case.checkpoint.weights.values() if w.state]
+    stored = {w.name: w.tensor.info.dtype for w in quantized if w.tensor.info.dtype != "U8"}
+    if stored or (said != "uint8" and quantized):
         what = ", ".join(sorted(set(stored.values()))) if stored else f"{said}, says config.json"
-        yield Hit(Severity.FAILS, tuple(stored), f"packed bytes stored as {what}; vLLM takes uint8 alone")
+        yield Hit(Severity.FAILS, tuple(stored), f"quantized bytes stored as {what}; vLLM takes uint8 alone")
 
 
 @rule(Code.QUANT_STATE, of_files=True)
@@ -200,26 +200,26 @@ def quant_state(case: Case) -> Iterator[Hit]:
     for error in case.checkpoint.damaged:
         where = (error.where or "").split(": ", 1)
         yield Hit(Severity.FAILS, tuple(where[1:]), str(error), "the quant state is lost; quantize the model again")
-    for m, words in misshapen(case.members, case.model):
+    for m, words in shape_mismatches(case.members, case.model):
         told = f"{m.weight.tensor.shard}: {m.weight.name}: {words}"
         reason = "config.json or the quant state lies; quantize the model again"
         yield Hit(Severity.FAILS, (m.weight.name,), told, reason)
 
 
-@rule(Code.ORPHANS, of_files=True)
+@rule(Code.ORPHANED_STATE_TENSORS, of_files=True)
 def orphans(case: Case) -> Iterator[Hit]:
     bound: list[str] = []
     lost: list[str] = []
     damaged = damaged_weights(case.checkpoint)
     for name in case.checkpoint.orphans:
-        if (split := split_sibling(name)) is not None and split[0] in damaged:
+        if (split := split_state_tensor(name)) is not None and split[0] in damaged:
             continue  # the weight is there, and BNB201 tells of it
         weight = name.split(".quant_state.")[0]
         (bound if ".quant_state." in name and weight in case.checkpoint.weights else lost).append(name)
     if bound:
         yield Hit(Severity.FAILS, tuple(bound), "quant state of a weight that is stored in full precision")
     if lost:
-        yield Hit(Severity.NOTE, tuple(lost), "statistics that belong to no packed weight; they are ignored")
+        yield Hit(Severity.NOTE, tuple(lost), "statistics that belong to no quantized weight; they are ignored")
 
 
 @rule(Code.INDEX, of_files=True)
@@ -265,7 +265,7 @@ def code(case: Case) -> Iterator[Hit]:
 
 @rule(Code.SKIP_ENTRY)
 def skip_entry(case: Case) -> Iterator[Hit]:
-    plain = [m for p in case.params if p.packed for m in p.members if not m.packed]
+    plain = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
     modules = {p.module for p in case.params}
     unknown = tuple(
         entry
@@ -274,7 +274,7 @@ def skip_entry(case: Case) -> Iterator[Hit]:
         and any(transformers_skips(entry, gemma4.hf_module(case.model, m.place.module)) for m in plain)
     )
     if unknown:
-        yield Hit(Severity.NOTE, unknown, "skip entry in transformers' spelling alone; vLLM does not honour it")
+        yield Hit(Severity.NOTE, unknown, "skip entry in transformers' spelling alone; vLLM does not honor it")
 
 
 @rule(Code.PER_LAYER_CONFIG)
@@ -282,12 +282,12 @@ def per_layer_config(case: Case) -> Iterator[Hit]:
     text = case.model.text_config
     if case.release.per_layer_config == "read":
         return
-    if axial_rope(case.checkpoint.config):
+    if has_axial_rope(case.checkpoint.config):
         words = "config.json: vision_config's rope_type \"axial\" is unknown to the release's transformers"
         yield Hit(Severity.FAILS, (), words)
     if text.get("per_layer_config") is None:
         return
-    old = older_form(case.model)
+    old = legacy_head_config(case.model)
     if case.release.per_layer_config == "ignored":
         defaults = {"global_head_dim": gemma4.DEFAULT_GLOBAL_HEAD_DIM, "num_global_key_value_heads": None}
         if old is not None and all(old.get(k, d) == d for k, d in defaults.items()):
@@ -318,15 +318,15 @@ def plugin(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, (), "vllm-bnb-plugin is installed, which this release cannot bear", reason)
 
 
-@rule(Code.TRANSFORMERS_REPACKS, of_files=True)
-def transformers_repacks(case: Case) -> Iterator[Hit]:
+@rule(Code.TRANSFORMERS_REQUANTIZES, of_files=True)
+def transformers_requantizes(case: Case) -> Iterator[Hit]:
     entries = case.checkpoint.skip_modules
     hits = [
         m
         for m in hf_linears(case.members, case.model)
-        if not m.packed
+        if not m.quantized
         and m.place.role != "lm_head"
-        and not honoured(entries, gemma4.hf_module(case.model, m.place.module), transformers_skips)
+        and not matching_entries(entries, gemma4.hf_module(case.model, m.place.module), transformers_skips)
     ]
     if hits:
         yield Hit(Severity.NOTE, _names(hits), "transformers would quantize this weight again; no entry names it")
@@ -359,9 +359,13 @@ def moe_refused(case: Case) -> Iterator[Hit]:
 def fused_experts(case: Case) -> Iterator[Hit]:
     names = tuple(n for n in case.checkpoint.weights if gemma4.place(n).role == "fused_experts")
     if names and case.release.moe is not None:
-        packed = any(case.checkpoint.weights[n].packed for n in names)
-        reason = "they are packed, and cannot be split without unpacking; --bf16 unpacks them" if packed else None
-        yield Hit(Severity.FAILS, names, "experts in one tensor; the release takes them packed, one by one", reason)
+        quantized = any(case.checkpoint.weights[n].quantized for n in names)
+        reason = (
+            "they are quantized, and cannot be split without dequantizing; --bf16 dequantizes them"
+            if quantized
+            else None
+        )
+        yield Hit(Severity.FAILS, names, "experts in one tensor; the release takes them quantized, one by one", reason)
 
 
 @rule(Code.EXPERT_PREFIX)
@@ -378,15 +382,15 @@ def fp4_experts(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.WRONG, _names(hits), "FP4, decoded by vLLM with the NF4 table")
 
 
-@rule(Code.UNEVEN_EXPERTS)
+@rule(Code.MIXED_EXPERTS)
 def uneven_experts(case: Case) -> Iterator[Hit]:
     layers: dict[int | None, dict[str, list[Member]]] = {}
     for m in case.members if case.release.moe is not None else ():
         if m.place.role == "expert" and (s := m.weight.state) is not None:
             layers.setdefault(m.place.layer, {}).setdefault(f"{s.dtype} in blocks of {s.blocksize}", []).append(m)
-    reason = "they would have to be quantized again; --bf16 unpacks those of one dtype"
+    reason = "they would have to be quantized again; --bf16 dequantizes those of one dtype"
     for kinds in (k for k in layers.values() if len(k) > 1):
-        words = f"packed as {' and '.join(kinds)}; one is taken for all of a layer"
+        words = f"quantized as {' and '.join(kinds)}; one is taken for all of a layer"
         yield Hit(Severity.FAILS, _names([m for ms in kinds.values() for m in ms]), words, reason)
 
 
@@ -399,4 +403,4 @@ def int8(case: Case) -> Iterator[Hit]:
     if case.model.moe:
         yield Hit(Severity.FAILS, names, "LLM.int8 in a mixture of experts, which vLLM refuses", reason)
     else:
-        yield Hit(Severity.NOTE, names, "LLM.int8, of which a repair mends the skip list and V alone", reason)
+        yield Hit(Severity.NOTE, names, "LLM.int8, of which a repair fixes the skip list and V alone", reason)

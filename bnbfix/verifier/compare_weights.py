@@ -11,20 +11,20 @@ from ..checkpoint.checkpoint import Tensor, Weight
 from ..checkpoint.source import Source
 from ..kernels import reference as decode
 from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice
-from ..writer.tensor_data import CHUNK, copy_range, packed_tensor
+from ..writer.tensor_data import CHUNK, copy_range, quantized_tensor
 
 
-def check_decoded(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
+def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
     """What is wrong with dequantized bytes of the output at a file offset; None when they are right to the bit."""
     for want in _values(source, op.weights, op.dtype):
         got = output.read(file, [(at, len(want))])[0]
         if got != want and not decode.same_values(got, want, op.dtype):
-            return f"is not what its packed weight decodes to, before byte {at + len(want):,} of the file"
+            return f"is not what its quantized weight decodes to, before byte {at + len(want):,} of the file"
         at += len(want)
     return None
 
 
-def check_quantized(source: Source, op: Quantize, output: Source, file: str, at: int) -> str | None:
+def compare_quantized(source: Source, op: Quantize, output: Source, file: str, at: int) -> str | None:
     """What is wrong with a weight that was quantized: its values must be within 4-bit rounding of those it came from.
 
     NF4's widest gap is 0.304 of a block's scale, so no value moves by more than half of that, and by what double
@@ -47,9 +47,9 @@ def check_quantized(source: Source, op: Quantize, output: Source, file: str, at:
     for chunk in _inputs(source, op):
         count = len(chunk) // qs.WIDTH[op.dtype]
         blocks = -(-count // state.blocksize)
-        packed = parts[""][first // 2 : (first + count + 1) // 2]
+        quantized = parts[""][first // 2 : (first + count + 1) // 2]
         part = slice(first // state.blocksize, first // state.blocksize + blocks)
-        if not decode.within_rounding(state, packed, scales[part], slack[part], chunk):
+        if not decode.within_rounding(state, quantized, scales[part], slack[part], chunk):
             return f"is not a 4-bit rounding of what it was made from, near element {first:,}"
         first += count
     return None
@@ -85,19 +85,19 @@ def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator
 
 
 def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
-    packed = packed_tensor(source, weight)
-    state = packed.state
-    scales = decode.absmax_values(state, packed.absmax, packed.nested_absmax, packed.nested_quant_map)
+    quantized = quantized_tensor(source, weight)
+    state = quantized.state
+    scales = decode.absmax_values(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
     width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK // (4 * state.blocksize))
     for first in range(0, state.blocks, blocks):
         begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
-        raw = packed.read(begin // 2, (end - begin + 1) // 2)
+        raw = quantized.read(begin // 2, (end - begin + 1) // 2)
         yield decode.decode_chunk(state, raw, scales[first : first + blocks])[: (end - begin) * width]
 
 
 def _eight_bit(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:
     rows, columns = weight.shape
-    scales = _read(source, weight.siblings[".SCB"])
+    scales = _read(source, weight.state_tensors[".SCB"])
     step = max(1, CHUNK // (4 * columns))
     for first in range(0, rows, step):
         count = min(step, rows - first)

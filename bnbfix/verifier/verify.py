@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import MAX_JSON, open_checkpoint
-from ..checkpoint.source import LocalSource, Source, remote
+from ..checkpoint.source import LocalSource, Source, as_remote
 from ..engines.vllm.releases import Target, resolve_target
-from ..errors import BnbfixError, InputError
+from ..errors import BnbfixError, InputError, UsageError
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan, plan_checkpoint
-from ..rules.rule import Code
 from ..rules.scan import scan_checkpoint
-from ..writer.download import fetch, to_fetch
+from ..writer.download import fetch, missing_files
 from ..writer.tensor_data import CHUNK, copy_range
 from ..writer.write import Progress
-
-RAGGED = ("dequantize", "quantize")
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
-            if (elsewhere := remote(source)) is not None:
-                fetch(elsewhere, to_fetch(plan), step)
+            if (elsewhere := as_remote(source)) is not None:
+                fetch(elsewhere, missing_files(plan), step)
             problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
@@ -88,13 +85,10 @@ def read_record(output: Source) -> dict[str, Any]:
         hashes = doc["sha256"]
         if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
             raise ValueError("target and sha256 are not what they should be")
-        options = Options(**doc["options"])
-        size = options.max_shard_size
-        if type(options.bf16) is not bool or type(size) is not int or size < 1 or options.ragged not in RAGGED:
-            raise ValueError("options are not what they should be")
+        Options(**doc["options"])
         if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
             raise ValueError("linked is not a list of files")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as e:
         raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
     return dict(doc)
 
@@ -144,7 +138,7 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
 
 
 def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
-    from .compare_weights import check_decoded, check_quantized  # here, since it imports numpy
+    from .compare_weights import compare_dequantized, compare_quantized  # here, since it imports numpy
 
     source = plan.checkpoint.source
     if shard.copied:
@@ -161,9 +155,9 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
             where = _difference(source, origin.shard, origin.offset, output, shard.name, at, first.nbytes)
             problem = f"differs from {origin.info.name} of the source at byte {where:,}" if where is not None else None
         elif isinstance(op, Dequantize):
-            problem = check_decoded(source, op, output, shard.name, at)
+            problem = compare_dequantized(source, op, output, shard.name, at)
         else:
-            problem = check_quantized(source, op, output, shard.name, at)
+            problem = compare_quantized(source, op, output, shard.name, at)
         if problem is not None:
             yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)
         step(sum(t.info.nbytes for t in run))
@@ -183,12 +177,14 @@ def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Pr
     try:
         checkpoint = open_checkpoint(output)
         if options.bf16:
-            yield from (Problem(w.tensor.shard, w.name, "is packed") for w in checkpoint.weights.values() if w.packed)
+            yield from (
+                Problem(w.tensor.shard, w.name, "is quantized") for w in checkpoint.weights.values() if w.quantized
+            )
             return
         result = scan_checkpoint(checkpoint, target)
     except BnbfixError as e:
         yield Problem(e.where or output.name, None, f"cannot be scanned: {e}")
         return
     for f in result.findings:
-        if f.remains and f.code is not Code.PLUGIN:
+        if f.blocking:
             yield Problem(output.name, f.tensors[0] if f.tensors else None, f"{f.code.value}: {f.message}")

@@ -14,17 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from ..checkpoint.source import RemoteSource, remote
+from ..checkpoint.source import RemoteSource, as_remote
 from ..errors import OutputError, UsageError
 from ..planner.layout import tensors_read
 from ..planner.plan import Plan
-from .staging import SLACK, check_destination, clear, disk_space, existing_parent, fetched_folder, hold
-from .write import How, Progress, RepairResult, check_device, in_order, write_plan
+from .staging import SLACK, check_destination, clear, disk_space, existing_parent, fetched_folder, lock_directory
+from .write import Progress, RepairResult, WriteOptions, check_device, in_order, write_plan
 
 DOWNLOADS = 4  # files at a time; each is fetched in parallel pieces where huggingface_hub does so
 
 
-def inputs(plan: Plan) -> dict[str, tuple[str, ...]]:
+def source_files_by_output(plan: Plan) -> dict[str, tuple[str, ...]]:
     """The files of the source that each file of the output is made from, in the order in which they are written."""
     out: dict[str, tuple[str, ...]] = {}
     for shard in in_order(plan.shards):
@@ -33,23 +33,23 @@ def inputs(plan: Plan) -> dict[str, tuple[str, ...]]:
     return out | {name: (name,) for name in plan.copied}
 
 
-def to_fetch(plan: Plan) -> dict[str, int]:
+def missing_files(plan: Plan) -> dict[str, int]:
     """Sizes of the files that a repair downloads: what it reads, and what is not on this machine yet."""
-    source = remote(plan.checkpoint.source)
+    source = as_remote(plan.checkpoint.source)
     if source is None or plan.nothing_to_do:
         return {}
-    files = dict.fromkeys(f for read in inputs(plan).values() for f in read)
+    files = dict.fromkeys(f for read in source_files_by_output(plan).values() for f in read)
     return {f: source.files[f] for f in files if source.local_path(f) is None}
 
 
-def streaming_peak(plan: Plan, missing: Mapping[str, int]) -> int:
+def peak_streaming_bytes(plan: Plan, missing: Mapping[str, int]) -> int:
     """The most bytes that output and fetched files take together when each is fetched at its first use and deleted
     after its last.
     """
     sizes = {s.name: s.size for s in plan.shards} | {f: plan.checkpoint.source.files[f] for f in plan.copied}
-    uses = Counter(f for read in inputs(plan).values() for f in read)
+    uses = Counter(f for read in source_files_by_output(plan).values() for f in read)
     held, written, peak = set[str](), 0, 0
-    for name, read in inputs(plan).items():
+    for name, read in source_files_by_output(plan).items():
         held.update(f for f in read if f in missing)
         written += sizes[name]
         peak = max(peak, written + sum(missing[f] for f in held))
@@ -63,11 +63,11 @@ def check_space(plan: Plan, out: Path, *, stream: bool = False) -> None:
 
     What an interrupted repair left counts as free.
     """
-    source, missing = remote(plan.checkpoint.source), to_fetch(plan)
+    source, missing = as_remote(plan.checkpoint.source), missing_files(plan)
     needed, free = disk_space(plan, out)
     download = 0 if stream else sum(missing.values())
     if stream:
-        needed = max(needed, streaming_peak(plan, missing) + SLACK)
+        needed = max(needed, peak_streaming_bytes(plan, missing) + SLACK)
     if source is not None and download:
         store = existing_parent(source.store / "x")
         if os.stat(store).st_dev == os.stat(existing_parent(out)).st_dev:
@@ -87,8 +87,14 @@ def _compare(needed: int, free: int, download: int, where: Path) -> None:
         )
 
 
-def carry_out(
-    plan: Plan, out: Path, how: How, *, overwrite: bool = False, stream: bool = False, progress: Progress | None = None
+def execute_plan(
+    plan: Plan,
+    out: Path,
+    how: WriteOptions,
+    *,
+    overwrite: bool = False,
+    stream: bool = False,
+    progress: Progress | None = None,
 ) -> RepairResult:
     """`write_plan`, with what it reads fetched from the Hub. Nothing is fetched when there is nothing to do.
 
@@ -97,24 +103,24 @@ def carry_out(
     `progress` counts bytes fetched and bytes written. Raises what `write_plan` raises, and HubError; what `progress`
     raises comes out as it is.
     """
-    source = remote(plan.checkpoint.source)
+    source = as_remote(plan.checkpoint.source)
     check_destination(plan.checkpoint.source, out, overwrite=overwrite)
     if stream and source is None:
         raise UsageError("is a folder; --stream is for repos on the Hub", where=plan.checkpoint.source.name)
     with ExitStack() as stack:
-        step, bring = stack.enter_context(_its_own_errors(progress)), None
+        step, bring = stack.enter_context(reraise_callback_errors(progress)), None
         if source is not None and not plan.nothing_to_do:
             check_device(how.device)
             check_space(plan, out, stream=stream)
             if stream:
                 bring = stack.enter_context(_streaming(plan, source, out, step))
             else:
-                fetch(source, to_fetch(plan), step)
+                fetch(source, missing_files(plan), step)
         return write_plan(plan, out, how, overwrite=overwrite, progress=step, bring=bring)
 
 
 @contextmanager
-def _its_own_errors(progress: Progress | None) -> Iterator[Progress]:
+def reraise_callback_errors(progress: Progress | None) -> Iterator[Progress]:
     """A caller's `progress` whose exception is raised again as it was: an OSError of its own is none of the Hub's."""
     failed: list[Exception] = []
 
@@ -138,7 +144,7 @@ def fetch(source: RemoteSource, files: Mapping[str, int], step: Progress) -> Non
     """Downloads files into the Hub's cache, the largest first; the first error stops what has not begun."""
     lock = threading.Lock()
     pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
-    with _its_own_errors(step) as told:
+    with reraise_callback_errors(step) as told:
 
         def one_at_a_time(n: int) -> None:
             with lock:
@@ -157,7 +163,7 @@ def _streaming(
     plan: Plan, source: RemoteSource, out: Path, step: Progress
 ) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
     folder = fetched_folder(out)
-    needed = inputs(plan)
+    needed = source_files_by_output(plan)
     uses = Counter(f for read in needed.values() for f in read)
 
     @contextmanager
@@ -173,7 +179,7 @@ def _streaming(
     lock = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold(folder, out)  # what another repair fetched must not be cleared away under it
+        lock = lock_directory(folder, out)  # what another repair fetched must not be cleared away under it
         for left in folder.iterdir():
             clear(left)
         yield bring

@@ -83,7 +83,7 @@ class OutputFile:
         # Here and not where it is hashed: of the two threads this is the one that waits.
         if not self._stays and self._hasher.at >= self._gone + 2 * LAG:
             self._gone = self._hasher.at - LAG
-            syscalls.let_go(self._fd, self._gone)
+            syscalls.drop_page_cache(self._fd, self._gone)
         self._step(n)
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:

@@ -36,7 +36,7 @@ def record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> 
 def plan_digest(plan: Plan) -> str:
     """Names a plan and the files it reads: two runs with the same one write the same bytes."""
     source = plan.checkpoint.source
-    digest = hashlib.sha256(repr((source.name, source.stamp)).encode("utf-8", "backslashreplace"))
+    digest = hashlib.sha256(repr((source.name, source.fingerprint)).encode("utf-8", "backslashreplace"))
     digest.update(record(plan, {}))
     for shard in plan.shards:
         digest.update(repr((shard.name, shard.copied, shard.size, shard.header)).encode())

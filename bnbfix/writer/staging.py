@@ -33,7 +33,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             raise UsageError(
                 "the output must lie outside the source, and the source outside the output", where=str(out)
             )
-        for scratch in (*_scratch(real(out)), fetched_folder(out)):
+        for scratch in (*_scratch(resolve_output(out)), fetched_folder(out)):
             if _holds(scratch, source.path):
                 raise UsageError(
                     f"lies in {scratch.name}, which a repair to {out} clears away",
@@ -71,7 +71,7 @@ def check_space(plan: Plan, out: Path) -> None:
         raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
 
 
-def real(out: Path) -> Path:
+def resolve_output(out: Path) -> Path:
     """The path that is renamed to: of a symlink, what it names."""
     return Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
 
@@ -83,7 +83,7 @@ def _scratch(out: Path) -> tuple[Path, Path]:
 
 def fetched_folder(out: Path) -> Path:
     """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
-    return real(out).with_name(f".{real(out).name}.bnbfix-source")
+    return resolve_output(out).with_name(f".{resolve_output(out).name}.bnbfix-source")
 
 
 def existing_parent(path: Path) -> Path:
@@ -96,11 +96,11 @@ def existing_parent(path: Path) -> Path:
 
 def unfinished(out: Path) -> Path | None:
     """The folder in which an interrupted repair to `out` left finished files; None where there is none."""
-    folder, _ = _scratch(real(out))
+    folder, _ = _scratch(resolve_output(out))
     return folder if folder.is_dir() else None
 
 
-def hold(path: Path, out: Path) -> int:
+def lock_directory(path: Path, out: Path) -> int:
     """Makes a folder beside `out`, if there is none, and locks it; the lock lasts until what is returned is closed.
 
     Raises UsageError while another repair holds it.
@@ -138,26 +138,26 @@ class Staging:
 
     def __init__(self, out: Path, plan_digest: str) -> None:
         """Makes the folder, or takes up the one that is there. Raises UsageError while another repair holds it."""
-        self.out = real(out)
+        self.out = resolve_output(out)
         self.path, self._old = _scratch(self.out)
         self._digest = plan_digest
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_symlink() or self.path.is_file():
             self.path.unlink()
-        self._lock = hold(self.path, self.out)
+        self._lock = lock_directory(self.path, self.out)
         try:
-            self._take_up()
+            self._resume()
         except BaseException:  # an interrupt too: the lock must not outlive this object
             self.discard()
             self.close()
             raise
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         """Keeps what belongs to this plan, clears the rest, and begins the journal anew."""
         if not os.path.lexists(self.out) and self._old.is_dir():
             self._old.rename(self.out)  # an earlier run was killed between its two renames
         self.kept = dict(self._journaled())
-        self.worth_keeping = bool(self.kept)  # is there anything in it that the next run could use?
+        self.has_resumable_files = bool(self.kept)  # is there anything in it that the next run could use?
         for entry in os.scandir(self.path):
             if entry.name not in self.kept:
                 clear(Path(entry.path))
@@ -183,7 +183,7 @@ class Staging:
     def finished(self, name: str, sha256: str) -> None:
         """Notes that a file is whole and flushed."""
         self._note({"file": name, "sha256": sha256}, append=True)
-        self.worth_keeping = True
+        self.has_resumable_files = True
 
     def _note(self, *rows: Mapping[str, str], append: bool = False) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -83,7 +83,7 @@ def free_memory() -> int | None:
         return None
 
 
-def let_go(fd: int, end: int) -> None:
+def drop_page_cache(fd: int, end: int) -> None:
     """Tells the kernel that what is on disk of the bytes before `end` need not stay in memory; it may do nothing."""
     call: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
     if call is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Tensor, Weight
 from ..checkpoint.source import Source
-from ..kernels.bnb import PackedTensor, dequantize, dequantize_int8, quantize
+from ..kernels.bnb import QuantizedTensor, dequantize, dequantize_int8, quantize
 from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Slice
 
 CHUNK = 4 << 20  # bytes at a time; a multiple of every blocksize in every dtype
@@ -19,30 +19,30 @@ def copy_range(source: Source, file: str, offset: int, length: int) -> Iterator[
         yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
 
 
-def packed_tensor(source: Source, weight: Weight) -> PackedTensor:
-    """A packed weight of a source, as the kernels take it: statistics in memory, packed bytes by ranges."""
+def quantized_tensor(source: Source, weight: Weight) -> QuantizedTensor:
+    """A quantized weight of a source, as the kernels take it: statistics in memory, quantized bytes by ranges."""
     assert weight.state is not None
 
     def read(offset: int, length: int) -> bytes:
         return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
 
-    return PackedTensor(
+    return QuantizedTensor(
         state=weight.state,
         read=read,
-        absmax=_whole(source, weight.siblings[".absmax"]),
-        nested_absmax=_maybe(source, weight.siblings.get(".nested_absmax")),
-        nested_quant_map=_maybe(source, weight.siblings.get(".nested_quant_map")),
+        absmax=_whole(source, weight.state_tensors[".absmax"]),
+        nested_absmax=_maybe(source, weight.state_tensors.get(".nested_absmax")),
+        nested_quant_map=_maybe(source, weight.state_tensors.get(".nested_quant_map")),
     )
 
 
-def plain_values(source: Source, weights: tuple[Weight, ...], dtype: str, device: str) -> Iterator[bytes | memoryview]:
+def weight_values(source: Source, weights: tuple[Weight, ...], dtype: str, device: str) -> Iterator[bytes | memoryview]:
     """The values of weights, one after the other, little-endian in `dtype` (safetensors name).
 
     4-bit weights are decoded in the dtype their quant state names and must be of `dtype`, as plain ones must.
     """
     for weight in weights:
         if weight.state is not None:
-            yield from dequantize(packed_tensor(source, weight), device, CHUNK)
+            yield from dequantize(quantized_tensor(source, weight), device, CHUNK)
         elif weight.int8:
             yield from _int8(source, weight, dtype)
         else:
@@ -55,7 +55,7 @@ def _int8(source: Source, weight: Weight, dtype: str) -> Iterator[memoryview]:
 
     rows, columns = weight.shape
     kind = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
-    yield from dequantize_int8(read, (rows, columns), _whole(source, weight.siblings[".SCB"]), kind, CHUNK)
+    yield from dequantize_int8(read, (rows, columns), _whole(source, weight.state_tensors[".SCB"]), kind, CHUNK)
 
 
 def quantized_parts(source: Source, op: Quantize, device: str) -> Iterator[bytes]:
@@ -85,7 +85,7 @@ def quantize_input(source: Source, op: Quantize, device: str) -> Iterator[bytes 
         tensor = op.values.tensor
         yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
     else:
-        yield from plain_values(source, (op.values,), qs.DTYPES[op.dtype], device)
+        yield from weight_values(source, (op.values,), qs.DTYPES[op.dtype], device)
 
 
 def _whole(source: Source, t: Tensor) -> bytes:

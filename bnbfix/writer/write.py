@@ -22,23 +22,24 @@ from ..errors import OutputError, UsageError, VerifyError
 from ..kernels.bnb import resolve_device, use_threads
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Plan
-from ..rules.rule import Code
 from ..rules.scan import scan_checkpoint
 from . import syscalls
 from .background import Prefetch
 from .output_file import OutputFile, write_small
 from .record import plan_digest, record
 from .staging import Staging, check_destination, check_space
-from .tensor_data import CHUNK, plain_values, quantized_parts
+from .tensor_data import CHUNK, quantized_parts, weight_values
 
 AHEAD = 4  # chunks made before their turn
 BASE_MEMORY = 400 << 20  # bytes that Python, torch and bitsandbytes take
 Progress = Callable[[int], None]  # called with the number of bytes just written
-Bring = Callable[[str], AbstractContextManager[None]]  # around the writing of a file: what it reads lies here meanwhile
+EnsureLocal = Callable[
+    [str], AbstractContextManager[None]
+]  # around the writing of a file: what it reads lies here meanwhile
 
 
 @dataclass(frozen=True)
-class How:
+class WriteOptions:
     """How a plan is carried out. What comes out does not depend on it, but for `hardlink`."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -102,7 +103,7 @@ def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_me
     return min(wanted, fit)
 
 
-def stays_in_memory(output: int, free: int | None) -> bool:
+def keep_in_page_cache(output: int, free: int | None) -> bool:
     """Should an output of so many bytes be left in the page cache, for whoever loads it next?
 
     Not one beyond half of the memory that is free (bytes; None: unknown): it would push out what others use, and taking
@@ -114,11 +115,11 @@ def stays_in_memory(output: int, free: int | None) -> bool:
 def write_plan(
     plan: Plan,
     out: Path,
-    how: How | None = None,
+    how: WriteOptions | None = None,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    bring: Bring | None = None,
+    bring: EnsureLocal | None = None,
 ) -> RepairResult:
     """Writes the output of a plan to the directory `out`.
 
@@ -129,7 +130,7 @@ def write_plan(
     VerifyError when what was written does not scan clean. Whatever happens, `out` is then as it was before. Finished
     files of an interrupted run stay in the staging folder beside it, where the next run takes them up.
     """
-    how = how or How()
+    how = how or WriteOptions()
     check_destination(plan.checkpoint.source, out, overwrite=overwrite)
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
@@ -149,7 +150,7 @@ def write_plan(
             _check_written(plan, staging.path)
             staging.publish(overwrite=overwrite)
         except (KeyboardInterrupt, SystemExit, UsageError):  # finished files are still good for another run
-            if not staging.worth_keeping:
+            if not staging.has_resumable_files:
                 staging.discard()
             raise
         except BaseException:  # raised again; nothing half done stays
@@ -167,17 +168,17 @@ class _Job:
     """One run of a plan: what is shared by its workers."""
 
     plan: Plan
-    how: How
+    how: WriteOptions
     staging: Staging
     progress: Progress
-    bring: Bring | None = None
+    bring: EnsureLocal | None = None
     linked: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def stays(self) -> bool:
-        return stays_in_memory(self.plan.bytes_written, syscalls.free_memory())
+        return keep_in_page_cache(self.plan.bytes_written, syscalls.free_memory())
 
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last."""
@@ -304,7 +305,7 @@ def made_chunks(source: Source, shards: Sequence[ShardPlan], device: str) -> Ite
                 chosen = resolve_device(device)
                 use_threads(max(1, (os.cpu_count() or 1) - 1))
             if isinstance(step, Dequantize):
-                yield from plain_values(source, step.weights, step.dtype, chosen)
+                yield from weight_values(source, step.weights, step.dtype, chosen)
             else:
                 yield from quantized_parts(source, step, chosen)
             yield None
@@ -335,10 +336,10 @@ def steps(shard: ShardPlan) -> Iterator[tuple[str, int, int] | Dequantize | Quan
 def _check_written(plan: Plan, staging: Path) -> None:
     checkpoint = open_checkpoint(LocalSource.open(staging))
     if plan.options.bf16:
-        if checkpoint.damaged or checkpoint.orphans or any(w.packed for w in checkpoint.weights.values()):
+        if checkpoint.damaged or checkpoint.orphans or any(w.quantized for w in checkpoint.weights.values()):
             raise VerifyError("the output would not be in full precision")
         return
     after = scan_checkpoint(checkpoint, plan.target)
-    left = [f for f in after.findings if f.remains and f.code is not Code.PLUGIN]
+    left = [f for f in after.findings if f.blocking]
     if left:
         raise VerifyError(f"the output would not be clean: {left[0].code.value} {left[0].message}")

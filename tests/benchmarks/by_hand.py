@@ -1,4 +1,4 @@
-"""What one would write by hand: each shard loaded whole, its packed weights dequantized, saved again."""
+"""What one would write by hand: each shard loaded whole, its quantized weights dequantized, saved again."""
 
 from __future__ import annotations
 

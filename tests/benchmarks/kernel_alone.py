@@ -1,4 +1,4 @@
-"""Dequantizes every packed weight of a checkpoint and writes nothing: what `repair --bf16` computes, on one thread."""
+"""Dequantizes every quantized weight of a checkpoint and writes nothing: what `repair --bf16` computes, on one thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.kernels import bnb as kernels
-from bnbfix.writer.tensor_data import plain_values
+from bnbfix.writer.tensor_data import weight_values
 
 source = LocalSource.open(Path(sys.argv[1]))
 kernels.use_threads(1)
 for weight in open_checkpoint(source).weights.values():
     if weight.state is not None:
-        for _ in plain_values(source, (weight,), weight.state.plain_dtype, "cpu"):
+        for _ in weight_values(source, (weight,), weight.state.safetensors_dtype, "cpu"):
             pass

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes a checkpoint of the real Gemma4 31B's structure and size, some 20 GB of which almost nothing lies on disk.
 
-    python tests/benchmarks/make_31b.py OUT [--packed-tower] [--shard-size BYTES]
+    python tests/benchmarks/make_31b.py OUT [--quantized-tower] [--shard-size BYTES]
 
-Config, index, headers, quant states and the small siblings are real; weights and absmax are holes in sparse files,
+Config, index, headers, quant states and the small quant-state tensors are real; weights and absmax are holes in sparse files,
 which read as zeros. Scans of it cost what scans of the real one cost. Standard library only.
 """
 
@@ -121,14 +121,14 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         f.truncate(8 + len(raw) + at)
 
 
-def make(folder: Path, *, packed_tower: bool = False, shard_size: int = SHARD_SIZE) -> Path:
-    """Writes the checkpoint. With `packed_tower` the vision tower is packed too: 600 quant states instead of 410."""
+def make(folder: Path, *, quantized_tower: bool = False, shard_size: int = SHARD_SIZE) -> Path:
+    """Writes the checkpoint. With `quantized_tower` the vision tower is quantized too: 600 quant states instead of 410."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, shape, linear in weights():
-        packed = linear and (packed_tower or ".language_model." in name)
-        tensors = pack(name, shape) if packed else {name: ("BF16", shape, None)}
+        quantized = linear and (quantized_tower or ".language_model." in name)
+        tensors = pack(name, shape) if quantized else {name: ("BF16", shape, None)}
         size = sum(math.prod(s) * WIDTH[dtype] for dtype, s, _ in tensors.values())
         if filled and filled + size > shard_size:
             shards.append({})
@@ -143,14 +143,14 @@ def make(folder: Path, *, packed_tower: bool = False, shard_size: int = SHARD_SI
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(config(packed_tower), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(quantized_tower), indent=2) + "\n")
     (folder / "README.md").write_text("---\nlicense: gemma\n---\n# The structure of Gemma4 31B, and nothing in it\n")
     return folder
 
 
-def config(packed_tower: bool) -> dict[str, object]:
+def config(quantized_tower: bool) -> dict[str, object]:
     """config.json, with a skip list as transformers spells it."""
-    skip = ["lm_head"] if packed_tower else ["lm_head", "model.vision_tower", "model.embed_vision"]
+    skip = ["lm_head"] if quantized_tower else ["lm_head", "model.vision_tower", "model.embed_vision"]
     common = {
         "dtype": "bfloat16",
         "attention_bias": False,
@@ -223,10 +223,10 @@ def config(packed_tower: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--packed-tower", action="store_true", help="pack the vision tower and its embedder too")
+    parser.add_argument("--quantized-tower", action="store_true", help="pack the vision tower and its embedder too")
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="BYTES")
     given = parser.parse_args()
-    folder = make(given.out, packed_tower=given.packed_tower, shard_size=given.shard_size)
+    folder = make(given.out, quantized_tower=given.quantized_tower, shard_size=given.shard_size)
     stats = [p.stat() for p in folder.iterdir()]
     size, held = sum(s.st_size for s in stats), sum(s.st_blocks * 512 for s in stats)
     print(f"{folder}: {size / 1e9:,.1f} GB in {len(stats)} files, {held / 1e6:,.1f} MB of them on disk")

@@ -3,8 +3,8 @@
 
     python tests/benchmarks/make_model.py OUT [--gigabytes 6] [--towers] [--shard-size BYTES]
 
-The structure is make_31b.py's, with as many layers as the size asks for; `--towers` packs the vision tower as well.
-Packed bytes and 8-bit scales are random; scales of scales and ordinary weights are random numbers of a likely size.
+The structure is make_31b.py's, with as many layers as the size asks for; `--towers` quantizes the vision tower as well.
+Quantized bytes and 8-bit scales are random; scales of scales and ordinary weights are random numbers of a likely size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make(folder: Path, gigabytes: float, *, towers: bool, shard_size: int) -> Pa
     embedding, layer = 2 * make_31b.VOCAB * make_31b.HIDDEN / 1e9, 0.25
     layers = max(6, math.ceil((gigabytes - embedding) / layer / 6) * 6)
     make_31b.LAYERS, make_31b.KINDS = layers, make_31b.KINDS[:layers]
-    fill(make_31b.make(folder, packed_tower=towers, shard_size=shard_size))
+    fill(make_31b.make(folder, quantized_tower=towers, shard_size=shard_size))
     return folder
 
 

@@ -398,7 +398,7 @@ def drop(*suffixes: str) -> Damage:
 
 
 def resized(suffix: str, by: int) -> Damage:
-    """A sibling of so many bytes more or fewer, in a file that is valid otherwise."""
+    """A quant-state tensor of so many bytes more or fewer, in a file that is valid otherwise."""
 
     def change(path: Path) -> None:
         old = surgery.tensor_bytes(path, W + suffix)
@@ -427,13 +427,13 @@ def second_state(source: Path) -> None:
 
 
 STATE_CASES = (
-    ("no absmax", drop(".absmax"), "its sibling absmax is missing"),
-    ("no quant_map", drop(".quant_map"), "its sibling quant_map is missing"),
-    ("no nested_absmax", drop(".nested_absmax"), "its sibling nested_absmax is missing"),
-    ("no nested_quant_map", drop(".nested_quant_map"), "its sibling nested_quant_map is missing"),
+    ("no absmax", drop(".absmax"), "its quant-state tensor absmax is missing"),
+    ("no quant_map", drop(".quant_map"), "its quant-state tensor quant_map is missing"),
+    ("no nested_absmax", drop(".nested_absmax"), "its quant-state tensor nested_absmax is missing"),
+    ("no nested_quant_map", drop(".nested_quant_map"), "its quant-state tensor nested_quant_map is missing"),
     ("no quant state", drop(".quant_state.bitsandbytes__nf4"), "holds quantized bytes, but has no quant state"),
     (
-        "no sibling at all",
+        "no quant-state tensor at all",
         drop(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"),
         "holds quantized bytes, but has no quant state",
     ),
@@ -443,10 +443,10 @@ STATE_CASES = (
     ("nested_absmax too short", resized(".nested_absmax", -4), "nested_absmax is F32 [1]; the quant state asks for"),
     ("nested_quant_map too short", resized(".nested_quant_map", -4), "nested_quant_map is F32 [255]; the quant state"),
     ("nested_absmax in F16", as_float16, "nested_absmax is F16 [4]; the quant state asks for F32 [2]"),
-    ("shape lies", state(shape=[128, 512]), "quant state says shape [128, 512], which packs to 32,768 bytes"),
+    ("shape lies", state(shape=[128, 512]), "quant state says shape [128, 512], which quantizes to 32,768 bytes"),
     ("shape of nothing", state(shape=[]), "shape [] is not a list of sizes"),
     ("shape huge", state(shape=[2**39] * 200), "is more than 64 bits can count"),
-    ("shape long", state(shape=[1] * 1000), "which packs to 1 bytes; the weight has 16,384"),
+    ("shape long", state(shape=[1] * 1000), "which quantizes to 1 bytes; the weight has 16,384"),
     ("blocksize lies", state(blocksize=128), "absmax is U8 [512]; the quant state asks for U8 [256]"),
     ("blocksize of no kernel", state(blocksize=48), "blocksize 48 is not one of"),
     ("blocksize 0", state(blocksize=0), "blocksize 0 is not one of"),
@@ -514,14 +514,16 @@ def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kern
     for message, names in messages.items():
         print(f"{', '.join(names)}: {message}")
     # Each its own; without its quant state a weight is told of alike, whatever else is missing.
-    assert [names for names in messages.values() if len(names) > 1] == [["no quant state", "no sibling at all"]]
+    assert [names for names in messages.values() if len(names) > 1] == [
+        ["no quant state", "no quant-state tensor at all"]
+    ]
     assert len(messages) == len(STATE_CASES) - 1
     assert calls == []
 
 
 @pytest.mark.parametrize("shape", [[256, 128], [32768], [1, 128, 256], [64, 512]])
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"ragged": "quantize"}], ids=str)
-def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_are_packed(
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"partial_groups": "quantize"}], ids=str)
+def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_are_quantized(
     checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
 ) -> None:
     source = checkpoint("dense31b", "skip")
@@ -536,7 +538,7 @@ def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_ar
 
 @pytest.mark.parametrize(
     "options",
-    [["--dry-run"], ["--bf16"], ["--ragged", "quantize"], ["--vllm", "0.32.0"], ["--format", "json"]],
+    [["--dry-run"], ["--bf16"], ["--partial-groups", "quantize"], ["--vllm", "0.32.0"], ["--format", "json"]],
     ids=" ".join,
 )
 def test_no_option_lets_a_quant_state_that_lies_pass(
@@ -572,13 +574,13 @@ def test_a_name_of_a_damaged_weight_breaks_no_line_and_no_terminal(run: Cli, che
     surgery.drop_tensor(source / SHARD, f"{evil}.absmax")
     done = run("scan", source, "--verbose", "--format", form)
     assert done.code == 2
-    assert done.error == f"error: {SHARD}: x\\nerror: y\\x1b[2J\\x9b2J.weight: its sibling absmax is missing"
+    assert done.error == f"error: {SHARD}: x\\nerror: y\\x1b[2J\\x9b2J.weight: its quant-state tensor absmax is missing"
     assert not [c for c in done.out + done.err if not c.isprintable() and c != "\n"]
     assert not [line for line in done.out.splitlines() if line.startswith("error:")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_siblings_in_another_shard_are_found_and_checked_all_the_same(
+def test_state_tensors_in_another_shard_are_found_and_checked_all_the_same(
     run: Cli, checkpoint: Make, tmp_path: Path, command: str
 ) -> None:
     source = checkpoint("dense31b", "skip", shards=2)
@@ -856,7 +858,7 @@ def adapter(source: Path) -> None:
         ("bf16", gptq, "is a Gemma4ForConditionalGeneration quantized with gptq, not bitsandbytes"),
         ("bf16", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
         ("skip", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
-        ("skip", forgotten, "packed weights, but config.json has no bitsandbytes quantization_config"),
+        ("skip", forgotten, "quantized weights, but config.json has no bitsandbytes quantization_config"),
         ("skip", adapter, "is a PEFT adapter, not a model; merge it first"),
         ("skip", no_weights, "has no safetensors files"),
     ],

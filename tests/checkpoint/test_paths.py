@@ -62,7 +62,7 @@ def test_a_copied_file_that_is_a_link_out_of_the_folder_is_refused(
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(secret, link.parent) if relative else secret)
-    assert LocalSource.open(source).outside == {name}
+    assert LocalSource.open(source).external_links == {name}
     refuses(source, tmp_path, rf"^{name}: is a link out of the model folder; a repair would copy what it leads to$")
     assert bnbfix.scan(source, "portable").findings, "a scan copies nothing"
 
@@ -81,7 +81,7 @@ def test_a_link_that_leads_out_by_way_of_another_is_refused(checkpoint: Make, tm
     source = checkpoint("text", "skip")
     (source / "a.txt").symlink_to(secret)
     (source / "b.txt").symlink_to("a.txt")
-    assert LocalSource.open(source).outside == {"a.txt", "b.txt"}
+    assert LocalSource.open(source).external_links == {"a.txt", "b.txt"}
     refuses(source, tmp_path, r"^a\.txt: is a link out")
 
 
@@ -94,7 +94,7 @@ def test_links_inside_the_folder_and_weights_on_another_disk_are_followed(checkp
     (source / "folder").mkdir()
     (source / "README.md").rename(source / "folder" / "README.md")
     (source / "README.md").symlink_to("folder/README.md")
-    assert LocalSource.open(source).outside == {p.name for p in source.glob("*.safetensors")}
+    assert LocalSource.open(source).external_links == {p.name for p in source.glob("*.safetensors")}
     linked = contents(repair(source, tmp_path / "linked").out or tmp_path)
     del linked["folder/README.md"]
     for made in (plain, linked):
@@ -120,7 +120,7 @@ def test_a_snapshot_of_the_hub_cache_is_inside_whatever_leads_to_it(pristine: Ma
     snapshot = hub_cache(pristine("text", "skip"), tmp_path / "hub")
     (tmp_path / "link").symlink_to(tmp_path / "hub")
     for way in (snapshot, tmp_path / "link" / snapshot.relative_to(tmp_path / "hub")):
-        assert LocalSource.open(way).outside == frozenset()
+        assert LocalSource.open(way).external_links == frozenset()
     assert repair(snapshot, tmp_path / "out").written
     assert (tmp_path / "out" / "folder" / "deep.txt").read_text() == "deep"
 
@@ -135,7 +135,7 @@ def test_a_snapshot_whose_links_leave_its_repo_is_like_any_other_folder(
     (snapshot / "other.txt").symlink_to("../../../models--v--n/blobs/x")
     (snapshot / "ref.txt").symlink_to("../../refs-of-mine")
     (tmp_path / "hub" / "models--u--m" / "refs-of-mine").write_text("x")
-    assert LocalSource.open(snapshot).outside == {"other.txt", "ref.txt"}
+    assert LocalSource.open(snapshot).external_links == {"other.txt", "ref.txt"}
 
 
 def test_blobs_that_are_a_link_themselves_are_not_inside(pristine: Make, tmp_path: Path, secret: Path) -> None:
@@ -221,7 +221,7 @@ def test_pickles_and_programs_are_told_of_and_neither_run_nor_given_new_rights(
 ) -> None:
     source, witness = checkpoint("text", "skip"), tmp_path / "witness"
     with_code(source, witness)
-    found = {(f.code, f.severity.label): f.tensors for f in bnbfix.scan(source, "portable").findings}
+    found = {(f.code, f.severity): f.tensors for f in bnbfix.scan(source, "portable").findings}
     pickles = ("optimizer.PT", "original/consolidated.00.pth", "pytorch_model.bin", "x.ckpt", "y.pkl")
     assert found[Code.PICKLES, "note"] == pickles
     messages = [f.message for f in bnbfix.scan(source, "portable").findings if f.code is Code.CODE]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from bnbfix.checkpoint.quant_state import (
     BLOCKSIZES,
     DTYPES,
+    FOUR_BIT_SUFFIXES,
     INT8_SUFFIXES,
     MAX_STATE_JSON,
-    SIBLING_SUFFIXES,
     STATE_SUFFIXES,
     NestedState,
     QuantState,
@@ -26,8 +26,8 @@ from bnbfix.checkpoint.quant_state import (
     check_int8,
     is_int8,
     parse_state,
-    sibling_name,
-    split_sibling,
+    split_state_tensor,
+    state_tensor_name,
 )
 from bnbfix.checkpoint.safetensors import TensorInfo, tensor_nbytes
 from bnbfix.errors import QuantStateError
@@ -37,14 +37,14 @@ NF4, FP4 = ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"
 SINGLE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 64]}
 NESTED = SINGLE | {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.03125}
 QUICK = settings(deadline=None, derandomize=True, database=None)
-Siblings = dict[str, TensorInfo]
+StateTensors = dict[str, TensorInfo]
 
 
 def parse(doc: Any, suffix: str = NF4) -> QuantState:
     return parse_state(doc if isinstance(doc, bytes) else json.dumps(doc).encode(), suffix, WHERE)
 
 
-def refused(words: str, doc: Any, suffix: str = NF4) -> None:
+def error_from_response(words: str, doc: Any, suffix: str = NF4) -> None:
     """Asserts that a quant state is refused, in one line that names the weight and says why."""
     with pytest.raises(QuantStateError) as caught:
         parse(doc, suffix)
@@ -58,22 +58,25 @@ def tensor(dtype: str, *shape: int) -> TensorInfo:
     return TensorInfo("t", dtype, shape, 0, tensor_nbytes(dtype, shape))
 
 
-def fitting(state: QuantState) -> tuple[TensorInfo, Siblings]:
-    """A weight and siblings that fit a state, by the rules of bitsandbytes and not by the properties under test."""
+def fitting(state: QuantState) -> tuple[TensorInfo, StateTensors]:
+    """A weight and quant-state tensors that fit a state, by the rules of bitsandbytes and not by the properties under test."""
     numel = math.prod(state.shape)
     blocks = math.ceil(numel / state.blocksize)
-    siblings = {f".quant_state.bitsandbytes__{state.quant_type}": tensor("U8", 200), ".quant_map": tensor("F32", 16)}
-    siblings[".absmax"] = tensor("F32" if state.nested is None else "U8", blocks)
+    state_tensors = {
+        f".quant_state.bitsandbytes__{state.quant_type}": tensor("U8", 200),
+        ".quant_map": tensor("F32", 16),
+    }
+    state_tensors[".absmax"] = tensor("F32" if state.nested is None else "U8", blocks)
     if state.nested is not None:
-        siblings[".nested_absmax"] = tensor("F32", math.ceil(blocks / state.nested.blocksize))
-        siblings[".nested_quant_map"] = tensor("F32", 256)
-    return tensor("U8", math.ceil(numel / 2), 1), siblings
+        state_tensors[".nested_absmax"] = tensor("F32", math.ceil(blocks / state.nested.blocksize))
+        state_tensors[".nested_quant_map"] = tensor("F32", 256)
+    return tensor("U8", math.ceil(numel / 2), 1), state_tensors
 
 
-def misfit(words: str, state: QuantState, weight: TensorInfo, siblings: Siblings) -> None:
+def content_range_error(words: str, state: QuantState, weight: TensorInfo, state_tensors: StateTensors) -> None:
     """Asserts that the parts of a weight are refused, in one line that names the weight and says why."""
     with pytest.raises(QuantStateError) as caught:
-        check(state, weight, siblings, WHERE)
+        check(state, weight, state_tensors, WHERE)
     message = str(caught.value)
     assert message.startswith(f"{WHERE}: ") and words in message
     assert "\n" not in message
@@ -83,17 +86,17 @@ def misfit(words: str, state: QuantState, weight: TensorInfo, siblings: Siblings
 # Names
 
 
-@pytest.mark.parametrize("suffix", SIBLING_SUFFIXES)
-def test_a_sibling_of_a_4_bit_weight_has_its_whole_name_in_front(suffix: str) -> None:
-    assert split_sibling(f"m.q_proj.weight{suffix}") == ("m.q_proj.weight", suffix)
-    assert split_sibling(f"m.experts.down_proj{suffix}") == ("m.experts.down_proj", suffix)
-    assert sibling_name("m.q_proj.weight", suffix) == f"m.q_proj.weight{suffix}"
+@pytest.mark.parametrize("suffix", FOUR_BIT_SUFFIXES)
+def test_a_state_tensor_of_a_4_bit_weight_has_its_whole_name_in_front(suffix: str) -> None:
+    assert split_state_tensor(f"m.q_proj.weight{suffix}") == ("m.q_proj.weight", suffix)
+    assert split_state_tensor(f"m.experts.down_proj{suffix}") == ("m.experts.down_proj", suffix)
+    assert state_tensor_name("m.q_proj.weight", suffix) == f"m.q_proj.weight{suffix}"
 
 
 @pytest.mark.parametrize("suffix", INT8_SUFFIXES)
-def test_a_sibling_of_an_int8_weight_has_the_name_of_its_module_in_front(suffix: str) -> None:
-    assert split_sibling(f"m.q_proj{suffix}") == ("m.q_proj.weight", suffix)
-    assert sibling_name("m.q_proj.weight", suffix) == f"m.q_proj{suffix}"
+def test_a_state_tensor_of_an_int8_weight_has_the_name_of_its_module_in_front(suffix: str) -> None:
+    assert split_state_tensor(f"m.q_proj{suffix}") == ("m.q_proj.weight", suffix)
+    assert state_tensor_name("m.q_proj.weight", suffix) == f"m.q_proj{suffix}"
 
 
 @pytest.mark.parametrize(
@@ -115,29 +118,29 @@ def test_a_sibling_of_an_int8_weight_has_the_name_of_its_module_in_front(suffix:
         "",
     ],
 )
-def test_other_names_are_no_siblings(name: str) -> None:
-    assert split_sibling(name) is None
+def test_other_names_are_no_state_tensors(name: str) -> None:
+    assert split_state_tensor(name) is None
 
 
 def test_nested_statistics_are_not_taken_for_plain_ones_of_another_weight() -> None:
-    assert split_sibling("w.nested_absmax") == ("w", ".nested_absmax")
-    assert split_sibling("w.nested_quant_map") == ("w", ".nested_quant_map")
-    assert split_sibling("w.absmax.absmax") == ("w.absmax", ".absmax")
+    assert split_state_tensor("w.nested_absmax") == ("w", ".nested_absmax")
+    assert split_state_tensor("w.nested_quant_map") == ("w", ".nested_quant_map")
+    assert split_state_tensor("w.absmax.absmax") == ("w.absmax", ".absmax")
 
 
 @QUICK
-@given(st.text(max_size=12), st.sampled_from([*SIBLING_SUFFIXES, *INT8_SUFFIXES]))
-def test_a_sibling_that_is_split_is_put_together_again(start: str, suffix: str) -> None:
-    split = split_sibling(start + suffix)
+@given(st.text(max_size=12), st.sampled_from([*FOUR_BIT_SUFFIXES, *INT8_SUFFIXES]))
+def test_a_state_tensor_that_is_split_is_put_together_again(start: str, suffix: str) -> None:
+    split = split_state_tensor(start + suffix)
     assert split is not None and split[1] == suffix
-    assert sibling_name(*split) == start + suffix
+    assert state_tensor_name(*split) == start + suffix
 
 
 @QUICK
-@given(st.text(max_size=12), st.sampled_from([*SIBLING_SUFFIXES, *INT8_SUFFIXES]))
-def test_the_name_of_a_sibling_is_split_into_its_weight(start: str, suffix: str) -> None:
+@given(st.text(max_size=12), st.sampled_from([*FOUR_BIT_SUFFIXES, *INT8_SUFFIXES]))
+def test_the_name_of_a_state_tensor_is_split_into_its_weight(start: str, suffix: str) -> None:
     weight = f"{start}.weight"
-    assert split_sibling(sibling_name(weight, suffix)) == (weight, suffix)
+    assert split_state_tensor(state_tensor_name(weight, suffix)) == (weight, suffix)
 
 
 # The JSON
@@ -158,7 +161,7 @@ def test_an_fp4_state_is_read_from_a_tensor_of_that_name() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_dtype_has_its_safetensors_name(dtype: str) -> None:
     plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
-    assert parse(SINGLE | {"dtype": dtype}).plain_dtype == plain
+    assert parse(SINGLE | {"dtype": dtype}).safetensors_dtype == plain
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
@@ -168,7 +171,7 @@ def test_each_blocksize_of_bitsandbytes_is_read(blocksize: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "numel", "packed", "blocks"),
+    ("shape", "numel", "quantized", "blocks"),
     [
         ((48, 64), 3072, 1536, 48),
         ((1,), 1, 1, 1),
@@ -177,9 +180,9 @@ def test_each_blocksize_of_bitsandbytes_is_read(blocksize: int) -> None:
         ((2, 3, 65), 390, 195, 7),
     ],
 )
-def test_sizes_follow_from_shape_and_blocksize(shape: tuple[int, ...], numel: int, packed: int, blocks: int) -> None:
+def test_sizes_follow_from_shape_and_blocksize(shape: tuple[int, ...], numel: int, quantized: int, blocks: int) -> None:
     state = QuantState("nf4", 64, "bfloat16", shape, None)
-    assert (state.numel, state.packed_bytes, state.blocks) == (numel, packed, blocks)
+    assert (state.numel, state.quantized_nbytes, state.blocks) == (numel, quantized, blocks)
 
 
 @pytest.mark.parametrize("offset", [0, 0.0, -1.5, 3, 1e-300, -(2 - 2**-23) * 2.0**127, (2 - 2**-23) * 2.0**127])
@@ -206,29 +209,29 @@ def test_an_offset_that_f32_can_hold_is_read(offset: float) -> None:
     ids=lambda raw: repr(raw[:12]),
 )
 def test_what_is_not_json(raw: bytes) -> None:
-    refused("not JSON (", raw)
+    error_from_response("not JSON (", raw)
 
 
 def test_a_state_of_no_bytes() -> None:
-    refused("damaged quant state: empty", b"")
+    error_from_response("damaged quant state: empty", b"")
 
 
 @pytest.mark.parametrize("doc", [[], [SINGLE], "nf4", 64, None, True, {}])
 def test_json_that_is_no_state(doc: Any) -> None:
-    refused("needs the keys blocksize, dtype, quant_type, shape", doc)
+    error_from_response("needs the keys blocksize, dtype, quant_type, shape", doc)
 
 
 @pytest.mark.parametrize("key", SINGLE)
 def test_a_key_that_is_missing(key: str) -> None:
-    refused("needs the keys", {k: v for k, v in NESTED.items() if k != key})
+    error_from_response("needs the keys", {k: v for k, v in NESTED.items() if k != key})
 
 
 @pytest.mark.parametrize(
     "key", ["", "x", "Blocksize", "absmax", "nested_absmax", "quant_state", "x.blocksize", ".shape"]
 )
 def test_a_key_that_bitsandbytes_does_not_write(key: str) -> None:
-    refused(f"unknown key {key!r}", NESTED | {key: 128})
-    refused(f"unknown key {key!r}", SINGLE | {key: 128})
+    error_from_response(f"unknown key {key!r}", NESTED | {key: 128})
+    error_from_response(f"unknown key {key!r}", SINGLE | {key: 128})
 
 
 def test_a_key_could_overrule_another_in_bitsandbytes() -> None:
@@ -254,7 +257,9 @@ def test_a_key_could_overrule_another_in_bitsandbytes() -> None:
     ],
 )
 def test_a_quant_type_that_is_unknown_or_not_that_of_the_name(quant_type: Any, suffix: str) -> None:
-    refused(f"quant_type {quant_type!r} in a tensor named {suffix}", NESTED | {"quant_type": quant_type}, suffix)
+    error_from_response(
+        f"quant_type {quant_type!r} in a tensor named {suffix}", NESTED | {"quant_type": quant_type}, suffix
+    )
 
 
 WRONG_BLOCKSIZES = [0, 1, -64, 16, 63, 65, 96, 8192, 2**70, 64.0, "64", None, True, [64], {}]
@@ -262,19 +267,19 @@ WRONG_BLOCKSIZES = [0, 1, -64, 16, 63, 65, 96, 8192, 2**70, 64.0, "64", None, Tr
 
 @pytest.mark.parametrize("value", WRONG_BLOCKSIZES)
 def test_a_blocksize_that_bitsandbytes_has_not(value: Any) -> None:
-    refused(f"blocksize {value!r} is not one of 32, 64,", NESTED | {"blocksize": value})
+    error_from_response(f"blocksize {value!r} is not one of 32, 64,", NESTED | {"blocksize": value})
 
 
 @pytest.mark.parametrize("value", WRONG_BLOCKSIZES)
 def test_a_nested_blocksize_that_bitsandbytes_has_not(value: Any) -> None:
-    refused(f"nested_blocksize {value!r} is not one of 32, 64,", NESTED | {"nested_blocksize": value})
+    error_from_response(f"nested_blocksize {value!r} is not one of 32, 64,", NESTED | {"nested_blocksize": value})
 
 
 @pytest.mark.parametrize(
     "value", ["int8", "uint8", "float64", "BF16", "torch.bfloat16", "", None, 16, ["bfloat16"], {}]
 )
 def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
-    refused(f"dtype {value!r} is not one of bfloat16, float16, float32", NESTED | {"dtype": value})
+    error_from_response(f"dtype {value!r} is not one of bfloat16, float16, float32", NESTED | {"dtype": value})
 
 
 @pytest.mark.parametrize(
@@ -299,12 +304,12 @@ def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
     ],
 )
 def test_a_shape_that_is_no_list_of_sizes(value: Any) -> None:
-    refused(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
+    error_from_response(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
 
 
 @pytest.mark.parametrize("value", [[2**39, 2**39], [2**32, 2**31], [2] * 64, [2**39] * 300])
 def test_a_shape_of_more_elements_than_can_be_counted(value: Any) -> None:
-    refused("is more than 64 bits can count", NESTED | {"shape": value})
+    error_from_response("is more than 64 bits can count", NESTED | {"shape": value})
 
 
 def test_a_shape_of_as_many_elements_as_can_be_counted_is_read() -> None:
@@ -328,7 +333,7 @@ def test_a_long_key_makes_a_short_message() -> None:
 
 @pytest.mark.parametrize("value", ["float16", "bfloat16", "float64", "F32", "", None, 32, ["float32"]])
 def test_a_nested_dtype_other_than_float32(value: Any) -> None:
-    refused(f"nested_dtype {value!r} is not float32", NESTED | {"nested_dtype": value})
+    error_from_response(f"nested_dtype {value!r} is not float32", NESTED | {"nested_dtype": value})
 
 
 @pytest.mark.parametrize(
@@ -350,14 +355,14 @@ def test_a_nested_dtype_other_than_float32(value: Any) -> None:
 )
 def test_an_offset_that_is_no_number_of_f32(text: str) -> None:
     raw = json.dumps(NESTED).replace("0.03125", text).encode()
-    refused("nested_offset ", raw)
-    refused("is not a finite number", raw)
+    error_from_response("nested_offset ", raw)
+    error_from_response("is not a finite number", raw)
 
 
 @pytest.mark.parametrize("key", ["nested_blocksize", "nested_dtype", "nested_offset"])
 def test_a_nested_state_that_is_half_there(key: str) -> None:
-    refused("nested_", {k: v for k, v in NESTED.items() if k != key})
-    refused("nested_", SINGLE | {key: NESTED[key]})
+    error_from_response("nested_", {k: v for k, v in NESTED.items() if k != key})
+    error_from_response("nested_", SINGLE | {key: NESTED[key]})
 
 
 ANY_JSON = st.recursive(
@@ -399,14 +404,14 @@ def states(draw: st.DrawFn) -> QuantState:
     return QuantState(quant_type, draw(st.sampled_from(BLOCKSIZES)), dtype, shape, nested)
 
 
-def written(values: torch.Tensor, **options: Any) -> tuple[QuantState, TensorInfo, Siblings]:
+def written(values: torch.Tensor, **options: Any) -> tuple[QuantState, TensorInfo, StateTensors]:
     """What bitsandbytes makes of a weight, as it would be read from a file."""
-    packed, real = bnb.quantize_4bit(values, **options)
+    quantized, real = bnb.quantize_4bit(values, **options)
     names = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
     parts = {f".{key}": value for key, value in real.as_dict(packed=True).items()}
     suffix = next(s for s in STATE_SUFFIXES if s in parts)
-    siblings = {key: tensor(names[value.dtype], *value.shape) for key, value in parts.items()}
-    return parse(bytes(parts[suffix].tolist()), suffix), tensor(names[packed.dtype], *packed.shape), siblings
+    state_tensors = {key: tensor(names[value.dtype], *value.shape) for key, value in parts.items()}
+    return parse(bytes(parts[suffix].tolist()), suffix), tensor(names[quantized.dtype], *quantized.shape), state_tensors
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
@@ -415,48 +420,50 @@ def written(values: torch.Tensor, **options: Any) -> tuple[QuantState, TensorInf
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_what_bitsandbytes_writes_passes(blocksize: int, dtype: str, quant_type: str, nested: bool) -> None:
     values = torch.ones(65, 64, dtype=getattr(torch, dtype))
-    state, weight, siblings = written(values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
+    state, weight, state_tensors = written(
+        values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+    )
     assert (state.quant_type, state.blocksize, state.dtype, state.shape) == (quant_type, blocksize, dtype, (65, 64))
     assert (state.nested is not None) == nested
-    check(state, weight, siblings, WHERE)
+    check(state, weight, state_tensors, WHERE)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 129), (3, 7, 11), (130, 130)])
 def test_what_bitsandbytes_writes_of_any_shape_passes(shape: tuple[int, ...]) -> None:
-    state, weight, siblings = written(torch.ones(shape), compress_statistics=True, blocksize=64)
+    state, weight, state_tensors = written(torch.ones(shape), compress_statistics=True, blocksize=64)
     assert state.shape == shape
-    check(state, weight, siblings, WHERE)
+    check(state, weight, state_tensors, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_other_storage_passes() -> None:
-    state, weight, siblings = written(torch.ones(48, 64), quant_storage=torch.bfloat16, blocksize=64)
+    state, weight, state_tensors = written(torch.ones(48, 64), quant_storage=torch.bfloat16, blocksize=64)
     assert (weight.dtype, weight.shape) == ("BF16", (768, 1))
-    check(state, weight, siblings, WHERE)
+    check(state, weight, state_tensors, WHERE)
 
 
 @settings(QUICK, max_examples=150)
 @given(states(), st.data())
 def test_parts_that_fit_pass_and_none_of_them_may_be_missing(state: QuantState, data: st.DataObject) -> None:
-    weight, siblings = fitting(state)
-    check(state, weight, siblings, WHERE)
-    missing = data.draw(st.sampled_from(sorted(s for s in siblings if ".quant_state." not in s)))
+    weight, state_tensors = fitting(state)
+    check(state, weight, state_tensors, WHERE)
+    missing = data.draw(st.sampled_from(sorted(s for s in state_tensors if ".quant_state." not in s)))
     with pytest.raises(QuantStateError, match=missing[1:]):
-        check(state, weight, {s: t for s, t in siblings.items() if s != missing}, WHERE)
+        check(state, weight, {s: t for s, t in state_tensors.items() if s != missing}, WHERE)
 
 
 @settings(QUICK, max_examples=200)
 @given(states(), st.data())
 def test_any_one_tensor_of_another_size_is_refused(state: QuantState, data: st.DataObject) -> None:
-    weight, siblings = fitting(state)
-    which = data.draw(st.sampled_from(["weight", *(s for s in siblings if s not in STATE_SUFFIXES)]))
-    old = weight if which == "weight" else siblings[which]
+    weight, state_tensors = fitting(state)
+    which = data.draw(st.sampled_from(["weight", *(s for s in state_tensors if s not in STATE_SUFFIXES)]))
+    old = weight if which == "weight" else state_tensors[which]
     count = math.prod(old.shape)
     new = data.draw(st.integers(0, 4 * count + 8).filter(lambda n: n != count))
     changed = tensor(old.dtype, new)
     if which == "weight":
-        misfit(f"the weight has {new:,}", state, changed, siblings)
+        content_range_error(f"the weight has {new:,}", state, changed, state_tensors)
     else:
-        misfit(f"{which[1:]} is {old.dtype} [{new}]", state, weight, siblings | {which: changed})
+        content_range_error(f"{which[1:]} is {old.dtype} [{new}]", state, weight, state_tensors | {which: changed})
 
 
 @settings(QUICK, max_examples=200)
@@ -464,7 +471,7 @@ def test_any_one_tensor_of_another_size_is_refused(state: QuantState, data: st.D
 def test_any_one_size_in_the_state_that_asks_for_other_tensors_is_refused(
     state: QuantState, data: st.DataObject
 ) -> None:
-    weight, siblings = fitting(state)
+    weight, state_tensors = fitting(state)
     kind = data.draw(st.sampled_from(["shape", "blocksize", "nested_blocksize"]))
     if kind == "shape":
         i = data.draw(st.integers(0, len(state.shape) - 1))
@@ -477,87 +484,91 @@ def test_any_one_size_in_the_state_that_asks_for_other_tensors_is_refused(
         assume(state.nested is not None)
         assert state.nested is not None
         lie = replace(state, nested=replace(state.nested, blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
-    assume(fitting(lie) != (weight, siblings))
-    misfit("", lie, weight, siblings)
+    assume(fitting(lie) != (weight, state_tensors))
+    content_range_error("", lie, weight, state_tensors)
 
 
 @settings(QUICK, max_examples=200)
 @given(states(), st.data())
-def test_any_one_sibling_of_another_dtype_is_refused(state: QuantState, data: st.DataObject) -> None:
-    weight, siblings = fitting(state)
-    suffix = data.draw(st.sampled_from([s for s in siblings if s not in STATE_SUFFIXES]))
+def test_any_one_state_tensor_of_another_dtype_is_refused(state: QuantState, data: st.DataObject) -> None:
+    weight, state_tensors = fitting(state)
+    suffix = data.draw(st.sampled_from([s for s in state_tensors if s not in STATE_SUFFIXES]))
     dtype = data.draw(
-        st.sampled_from(["F32", "U8", "I8", "BF16", "F16", "F64"]).filter(lambda d: d != siblings[suffix].dtype)
+        st.sampled_from(["F32", "U8", "I8", "BF16", "F16", "F64"]).filter(lambda d: d != state_tensors[suffix].dtype)
     )
-    misfit(f"{suffix[1:]} is {dtype}", state, weight, siblings | {suffix: tensor(dtype, *siblings[suffix].shape)})
+    content_range_error(
+        f"{suffix[1:]} is {dtype}", state, weight, state_tensors | {suffix: tensor(dtype, *state_tensors[suffix].shape)}
+    )
 
 
 @pytest.mark.parametrize("suffix", [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"])
-def test_a_sibling_that_is_missing(suffix: str) -> None:
+def test_a_state_tensor_that_is_missing(suffix: str) -> None:
     state = parse(NESTED)
-    weight, siblings = fitting(state)
-    del siblings[suffix]
-    misfit(f"its sibling {suffix[1:]} is missing", state, weight, siblings)
+    weight, state_tensors = fitting(state)
+    del state_tensors[suffix]
+    content_range_error(f"its quant-state tensor {suffix[1:]} is missing", state, weight, state_tensors)
 
 
 def test_a_weight_of_another_size() -> None:
-    _, siblings = fitting(parse(NESTED))
-    words = "quant state says shape [48, 64], which packs to 1,536 bytes; the weight has 1,535"
-    misfit(words, parse(NESTED), tensor("U8", 1535, 1), siblings)
+    _, state_tensors = fitting(parse(NESTED))
+    words = "quant state says shape [48, 64], which quantizes to 1,536 bytes; the weight has 1,535"
+    content_range_error(words, parse(NESTED), tensor("U8", 1535, 1), state_tensors)
 
 
 def test_an_absmax_that_is_too_short() -> None:
-    weight, siblings = fitting(parse(NESTED))
+    weight, state_tensors = fitting(parse(NESTED))
     words = "absmax is U8 [47]; the quant state asks for U8 [48]"
-    misfit(words, parse(NESTED), weight, siblings | {".absmax": tensor("U8", 47)})
+    content_range_error(words, parse(NESTED), weight, state_tensors | {".absmax": tensor("U8", 47)})
 
 
 def test_a_lie_about_the_shape() -> None:
-    misfit("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
+    content_range_error("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
 
 
 def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
     check(replace(state, shape=(64, 1)), *fitting(state), WHERE)  # the spare half of the last byte, in the same block
-    misfit("packs to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
+    content_range_error("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
 
 
 def test_a_lie_about_the_blocksize() -> None:
     words = "absmax is U8 [48]; the quant state asks for U8 [24]"
-    misfit(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
+    content_range_error(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
 
 
 def test_a_lie_about_the_nested_blocksize() -> None:
     words = "nested_absmax is F32 [1]; the quant state asks for F32 [2]"
-    misfit(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
+    content_range_error(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
 
 
 def test_a_state_that_keeps_its_double_quantization_to_itself() -> None:
     words = "absmax is U8 [48]; the quant state asks for F32 [48]"
-    misfit(words, parse(SINGLE), *fitting(parse(NESTED)))
+    content_range_error(words, parse(SINGLE), *fitting(parse(NESTED)))
 
 
 def test_a_state_that_makes_a_double_quantization_up() -> None:
     words = "absmax is F32 [48]; the quant state asks for U8 [48]"
-    misfit(words, parse(NESTED), *fitting(parse(SINGLE)))
+    content_range_error(words, parse(NESTED), *fitting(parse(SINGLE)))
 
 
 @pytest.mark.parametrize("suffix", [".nested_absmax", ".nested_quant_map"])
-def test_a_nested_sibling_that_no_state_asks_for(suffix: str) -> None:
-    weight, siblings = fitting(parse(SINGLE))
+def test_a_nested_state_tensor_that_no_state_asks_for(suffix: str) -> None:
+    weight, state_tensors = fitting(parse(SINGLE))
     words = f"{suffix[1:]} is there, but the quant state names no double quantization"
-    misfit(words, parse(SINGLE), weight, siblings | {suffix: tensor("F32", 256)})
+    content_range_error(words, parse(SINGLE), weight, state_tensors | {suffix: tensor("F32", 256)})
 
 
 def test_two_quant_states_for_one_weight() -> None:
-    weight, siblings = fitting(parse(NESTED))
-    misfit("both an nf4 and an fp4 quant state", parse(NESTED), weight, siblings | {FP4: tensor("U8", 200)})
+    weight, state_tensors = fitting(parse(NESTED))
+    content_range_error(
+        "both an nf4 and an fp4 quant state", parse(NESTED), weight, state_tensors | {FP4: tensor("U8", 200)}
+    )
 
 
 def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
-    weight, siblings = fitting(parse(NESTED))
+    weight, state_tensors = fitting(parse(NESTED))
     words = "it has both a 4-bit quant state and weight_format, of two quantizations"
-    misfit(words, parse(NESTED), weight, siblings | {".weight_format": tensor("U8")})
+    content_range_error(words, parse(NESTED), weight, state_tensors | {".weight_format": tensor("U8")})
 
 
 # LLM.int8
@@ -571,9 +582,9 @@ def test_an_int8_weight_with_its_scales_passes_and_with_one_too_few_does_not() -
 
 
 def test_what_bitsandbytes_writes_in_int8_passes() -> None:
-    packed, scales, _ = bnb.int8_vectorwise_quant(torch.ones(6, 32, dtype=torch.float16))
-    assert (packed.dtype, scales.dtype) == (torch.int8, torch.float32)
-    check_int8(tensor("I8", *packed.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
+    quantized, scales, _ = bnb.int8_vectorwise_quant(torch.ones(6, 32, dtype=torch.float16))
+    assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
+    check_int8(tensor("I8", *quantized.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
 
 
 def test_scales_are_what_makes_a_weight_int8() -> None:
@@ -608,8 +619,8 @@ def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> 
     assert str(caught.value).startswith(words)
 
 
-@pytest.mark.parametrize("suffix", SIBLING_SUFFIXES)
-def test_int8_scales_beside_a_sibling_of_4_bits(suffix: str) -> None:
+@pytest.mark.parametrize("suffix", FOUR_BIT_SUFFIXES)
+def test_int8_scales_beside_a_state_tensor_of_4_bits(suffix: str) -> None:
     with pytest.raises(QuantStateError) as caught:
         check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
     assert f"it has both SCB and {suffix[1:]}, of two quantizations" in str(caught.value)
@@ -618,8 +629,8 @@ def test_int8_scales_beside_a_sibling_of_4_bits(suffix: str) -> None:
 @settings(QUICK, max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 400))
 def test_int8_scales_fit_one_size_alone(rows: int, columns: int, scales: int) -> None:
-    siblings = {".SCB": tensor("F32", scales)}
+    state_tensors = {".SCB": tensor("F32", scales)}
     check_int8(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
     if scales != rows:
         with pytest.raises(QuantStateError):
-            check_int8(tensor("I8", rows, columns), siblings, WHERE)
+            check_int8(tensor("I8", rows, columns), state_tensors, WHERE)

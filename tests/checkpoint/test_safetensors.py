@@ -40,7 +40,7 @@ def parse(raw: bytes, data: int = 0) -> Header:
     return parse_header(raw, 8 + len(raw) + data, "m.safetensors")
 
 
-def refused(raw: bytes, data: int, words: str) -> None:
+def error_from_response(raw: bytes, data: int, words: str) -> None:
     """Asserts that header bytes are refused, in one line that names the file and says why."""
     with pytest.raises(HeaderError) as caught:
         parse(raw, data)
@@ -103,7 +103,7 @@ def test_a_good_header_is_read() -> None:
     ids=["latin-1", "BOM of UTF-16", "cut inside a character", "surrogate", "overlong"],
 )
 def test_not_utf_8(raw: bytes, byte: int) -> None:
-    refused(raw, 0, f"header is not UTF-8 (byte {byte})")
+    error_from_response(raw, 0, f"header is not UTF-8 (byte {byte})")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_not_utf_8(raw: bytes, byte: int) -> None:
     ids=["empty", "list", "string", "number", "null", "space first", "BOM of UTF-8", "NUL first", "object in a list"],
 )
 def test_what_does_not_start_with_a_brace_is_no_header(raw: bytes) -> None:
-    refused(raw, 0, "header is not a JSON object (it must start with '{')")
+    error_from_response(raw, 0, "header is not a JSON object (it must start with '{')")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_does_not_start_with_a_brace_is_no_header(raw: bytes) -> None:
     ],
 )
 def test_not_json(raw: bytes) -> None:
-    refused(raw, 2, "header is not valid JSON (")
+    error_from_response(raw, 2, "header is not valid JSON (")
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
@@ -146,18 +146,18 @@ def test_not_json(raw: bytes) -> None:
     "form", ['{"a":%s}', '{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,2]}}', '{"__metadata__":{"a":%s}}']
 )
 def test_constants_that_python_takes_for_json_are_not_json(form: str, constant: str) -> None:
-    refused((form % constant).encode(), 2, f"header is not valid JSON ({constant} is not a number)")
+    error_from_response((form % constant).encode(), 2, f"header is not valid JSON ({constant} is not a number)")
 
 
 @pytest.mark.parametrize("deep", [b'{"a":' * 100_000, b'{"a":' + b"[" * 1_000_000, b"{" + b'"a":[{' * 50_000])
 def test_deep_nesting_is_an_error_and_no_crash(deep: bytes) -> None:
-    refused(deep, 0, "header is not valid JSON (")
+    error_from_response(deep, 0, "header is not valid JSON (")
 
 
 @pytest.mark.parametrize("digits", [4301, 1_000_000])
 def test_numbers_of_thousands_of_digits_are_refused_without_being_computed(digits: int) -> None:
     start = time.perf_counter()
-    refused(GOOD.replace(b"[2]", b"[" + b"9" * digits + b"]"), 2, "header is not valid JSON (")
+    error_from_response(GOOD.replace(b"[2]", b"[" + b"9" * digits + b"]"), 2, "header is not valid JSON (")
     assert time.perf_counter() - start < 10
 
 
@@ -172,7 +172,7 @@ def test_numbers_of_thousands_of_digits_are_refused_without_being_computed(digit
     ids=["name", "inside a name", "metadata value", "metadata key"],
 )
 def test_half_a_surrogate_pair_is_refused(raw: bytes) -> None:
-    refused(raw, 2, "half a surrogate pair")
+    error_from_response(raw, 2, "half a surrogate pair")
 
 
 def test_a_whole_surrogate_pair_is_one_character() -> None:
@@ -185,41 +185,41 @@ def test_a_whole_surrogate_pair_is_one_character() -> None:
 
 def test_a_name_that_is_there_twice() -> None:
     entry = b'"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
-    refused(b"{" + entry + b"," + entry + b"}", 2, "'w' is in the header twice")
+    error_from_response(b"{" + entry + b"," + entry + b"}", 2, "'w' is in the header twice")
 
 
 def test_a_name_that_is_there_twice_in_two_spellings() -> None:
     one = b'"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
     two = b'"\\u0077":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}'
-    refused(b"{" + one + b"," + two + b"}", 2, "'w' is in the header twice")
+    error_from_response(b"{" + one + b"," + two + b"}", 2, "'w' is in the header twice")
 
 
 @pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
 def test_a_key_that_is_twice_inside_an_entry(key: str) -> None:
     value = {"dtype": '"U8"', "shape": "[2]", "data_offsets": "[0,2]"}[key]
-    refused(GOOD[:-2] + f',"{key}":{value}}}}}'.encode(), 2, f"'{key}' is in the header twice")
+    error_from_response(GOOD[:-2] + f',"{key}":{value}}}}}'.encode(), 2, f"'{key}' is in the header twice")
 
 
 @pytest.mark.parametrize("raw", [b'{"__metadata__":{},"__metadata__":{}}', b'{"__metadata__":{"k":"1","k":"1"}}'])
 def test_metadata_or_a_key_of_it_twice(raw: bytes) -> None:
-    refused(raw, 0, "is in the header twice")
+    error_from_response(raw, 0, "is in the header twice")
 
 
 @pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
 def test_a_key_that_is_missing(key: str) -> None:
     entry = {k: v for k, v in json.loads(GOOD)["a"].items() if k != key}
-    refused(json.dumps({"a": entry}).encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
+    error_from_response(json.dumps({"a": entry}).encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
 
 
 @pytest.mark.parametrize("key", ["device", "Dtype", "", "__metadata__"])
 def test_a_key_that_nobody_knows(key: str) -> None:
     entry = json.loads(GOOD)["a"] | {key: 1}
-    refused(json.dumps({"a": entry}).encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
+    error_from_response(json.dumps({"a": entry}).encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
 
 
 @pytest.mark.parametrize("entry", ["null", "1", '"U8"', "[]", '["U8",[2],[0,2]]', "true", "{}"])
 def test_an_entry_that_is_no_object_with_the_three_keys(entry: str) -> None:
-    refused(f'{{"a":{entry}}}'.encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
+    error_from_response(f'{{"a":{entry}}}'.encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
 
 
 # Dtypes, shapes, offsets
@@ -229,7 +229,7 @@ def test_an_entry_that_is_no_object_with_the_three_keys(entry: str) -> None:
     "dtype", ['"u8"', '"uint8"', '"U8 "', '""', '"F128"', "8", "null", "[]", "{}", '{"U8":null}', '["U8"]', "true"]
 )
 def test_an_unknown_dtype(dtype: str) -> None:
-    refused(GOOD.replace(b'"U8"', dtype.encode()), 2, "tensor 'a' has an unknown dtype (")
+    error_from_response(GOOD.replace(b'"U8"', dtype.encode()), 2, "tensor 'a' has an unknown dtype (")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_an_unknown_dtype(dtype: str) -> None:
     ],
 )
 def test_a_shape_that_is_no_list_of_sizes(shape: str) -> None:
-    refused(GOOD.replace(b"[2]", shape.encode()), 2, "tensor 'a' has a shape that is not a list of sizes")
+    error_from_response(GOOD.replace(b"[2]", shape.encode()), 2, "tensor 'a' has a shape that is not a list of sizes")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_shape_that_is_no_list_of_sizes(shape: str) -> None:
 def test_a_shape_whose_product_overflows(shape: list[int]) -> None:
     raw = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
     start = time.perf_counter()
-    refused(raw, 0, "is more than 64 bits can count")
+    error_from_response(raw, 0, "is more than 64 bits can count")
     assert time.perf_counter() - start < 10
     assert not library_accepts(pack(raw))
 
@@ -302,7 +302,9 @@ def test_a_zero_before_huge_sizes_makes_an_empty_tensor_as_it_does_for_the_libra
     ],
 )
 def test_data_offsets_that_are_no_begin_and_end(offsets: str) -> None:
-    refused(GOOD.replace(b"[0,2]", offsets.encode()), 2, "tensor 'a' has data_offsets that are not [begin, end]")
+    error_from_response(
+        GOOD.replace(b"[0,2]", offsets.encode()), 2, "tensor 'a' has data_offsets that are not [begin, end]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,13 +314,13 @@ def test_data_offsets_that_are_no_begin_and_end(offsets: str) -> None:
 def test_dtype_times_shape_is_not_what_the_offsets_hold(dtype: str, shape: str, takes: int) -> None:
     raw = GOOD.replace(b'"U8"', f'"{dtype}"'.encode()).replace(b"[2]", shape.encode())
     words = json.dumps(json.loads(shape))
-    refused(raw, 2, f"tensor 'a': {dtype} {words} takes {takes} bytes, its data_offsets hold 2")
+    error_from_response(raw, 2, f"tensor 'a': {dtype} {words} takes {takes} bytes, its data_offsets hold 2")
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F4", 3), ("F6_E2M3", 3), ("F6_E3M2", 2)])
-def test_a_packed_dtype_that_ends_inside_a_byte(dtype: str, shape: int) -> None:
+def test_a_quantized_dtype_that_ends_inside_a_byte(dtype: str, shape: int) -> None:
     raw = GOOD.replace(b'"U8"', f'"{dtype}"'.encode()).replace(b"[2]", f"[{shape}]".encode())
-    refused(raw, 2, f"tensor 'a': {dtype} [{shape}] does not fill whole bytes")
+    error_from_response(raw, 2, f"tensor 'a': {dtype} [{shape}] does not fill whole bytes")
 
 
 def two(a: tuple[int, int], b: tuple[int, int]) -> bytes:
@@ -338,27 +340,29 @@ def two(a: tuple[int, int], b: tuple[int, int]) -> bytes:
     ids=["partly", "in the other order", "the same bytes", "one inside the other"],
 )
 def test_tensors_that_overlap(a: tuple[int, int], b: tuple[int, int], first: str, starts: int, expected: int) -> None:
-    refused(two(a, b), 6, f"tensor '{first}' overlaps the tensor before it (starts at {starts}, expected {expected})")
+    error_from_response(
+        two(a, b), 6, f"tensor '{first}' overlaps the tensor before it (starts at {starts}, expected {expected})"
+    )
 
 
 def test_a_hole_between_two_tensors() -> None:
-    refused(two((0, 2), (3, 6)), 6, "tensor 'b' leaves a hole before it (starts at 3, expected 2)")
+    error_from_response(two((0, 2), (3, 6)), 6, "tensor 'b' leaves a hole before it (starts at 3, expected 2)")
 
 
 def test_a_hole_before_the_first_tensor() -> None:
-    refused(two((1, 2), (2, 6)), 6, "tensor 'a' leaves a hole before it (starts at 1, expected 0)")
+    error_from_response(two((1, 2), (2, 6)), 6, "tensor 'a' leaves a hole before it (starts at 1, expected 0)")
 
 
 def test_an_empty_tensor_makes_no_hole_and_no_overlap_but_must_touch_its_neighbours() -> None:
     assert [t.name for t in parse(two((0, 2), (2, 2)), 2).tensors.values()] == ["a", "b"]
     assert [t.name for t in parse(two((0, 2), (0, 0)), 2).tensors.values()] == ["b", "a"]
-    refused(two((0, 2), (1, 1)), 2, "tensor 'b' overlaps the tensor before it")
-    refused(two((0, 2), (3, 3)), 2, "tensor 'b' leaves a hole before it")
+    error_from_response(two((0, 2), (1, 1)), 2, "tensor 'b' overlaps the tensor before it")
+    error_from_response(two((0, 2), (3, 3)), 2, "tensor 'b' leaves a hole before it")
 
 
 @pytest.mark.parametrize("held", [0, 1, 5])
 def test_truncated_data(held: int) -> None:
-    refused(two((0, 2), (2, 6)), held, f"truncated: the tensors need 6 bytes of data, the file has {held}")
+    error_from_response(two((0, 2), (2, 6)), held, f"truncated: the tensors need 6 bytes of data, the file has {held}")
 
 
 def test_a_truncation_says_what_to_do() -> None:
@@ -369,7 +373,7 @@ def test_a_truncation_says_what_to_do() -> None:
 
 @pytest.mark.parametrize(("raw", "data", "rest"), [(GOOD, 3, 1), (GOOD, 4098, 4096), (b"{}", 7, 7)])
 def test_bytes_left_over(raw: bytes, data: int, rest: int) -> None:
-    refused(raw, data, f"{rest:,} bytes left over after the last tensor")
+    error_from_response(raw, data, f"{rest:,} bytes left over after the last tensor")
 
 
 # Metadata
@@ -379,7 +383,7 @@ def test_bytes_left_over(raw: bytes, data: int, rest: int) -> None:
     "metadata", ["1", '"pt"', "[]", "true", '{"a":1}', '{"a":null}', '{"a":["b"]}', '{"a":{}}', '{"a":"b","c":false}']
 )
 def test_metadata_that_maps_no_strings_to_strings(metadata: str) -> None:
-    refused(b'{"__metadata__":' + metadata.encode() + b"}", 0, "__metadata__ must map strings to strings")
+    error_from_response(b'{"__metadata__":' + metadata.encode() + b"}", 0, "__metadata__ must map strings to strings")
 
 
 @pytest.mark.parametrize(
@@ -406,12 +410,12 @@ def test_metadata_that_is_fine(metadata: str, parsed: dict[str, str]) -> None:
     ids=["dtype", "shape", "name", "name twice", "nested dtype"],
 )
 def test_megabytes_of_nonsense_make_a_short_message(raw: bytes) -> None:
-    refused(raw, 2, "")
+    error_from_response(raw, 2, "")
 
 
 def test_a_long_but_real_name_is_told_in_full() -> None:
     name = "model.language_model.layers.59.mlp.experts.127.down_proj.weight.quant_state.bitsandbytes__nf4"
-    refused(json.dumps({name: {}}).encode(), 0, repr(name))
+    error_from_response(json.dumps({name: {}}).encode(), 0, repr(name))
 
 
 # Round trips

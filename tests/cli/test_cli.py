@@ -31,7 +31,7 @@ from tests.support.folders import LAYERS, hostile, large_checkpoint, rename
 
 
 @pytest.mark.parametrize("verbose", [[], ["--verbose"]], ids=["short", "verbose"])
-@pytest.mark.parametrize(("family", "quant"), [("dense31b", "ragged"), ("e4b", "all"), ("moe26b", "all")])
+@pytest.mark.parametrize(("family", "quant"), [("dense31b", "partial"), ("e4b", "all"), ("moe26b", "all")])
 def test_a_scan_fits_80_columns(run: Cli, pristine: Make, family: str, quant: str, verbose: list[str]) -> None:
     done = run("scan", pristine(family, quant, shards=2), "--vllm", "portable", *verbose)
     assert done.err == "" and done.code == 1
@@ -42,7 +42,7 @@ def test_a_scan_fits_80_columns(run: Cli, pristine: Make, family: str, quant: st
 
 
 def test_a_piped_scan_fits_80_columns_too(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     done = process("scan", source, "--vllm", "portable")
     assert (done.code, done.err) == (1, "")
     assert max(map(len, done.out.splitlines())) <= 80
@@ -56,7 +56,7 @@ def test_a_width_that_is_no_number_is_not_heeded(run: Cli, pristine: Make, monke
 
 
 def test_the_scan_table_says_what_each_range_of_releases_does(run: Cli, pristine: Make) -> None:
-    lines = run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "portable").out.splitlines()
+    lines = run("scan", pristine("dense31b", "partial", shards=2), "--vllm", "portable").out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:2] == "0."}
     assert rows == {
         "0.19.0-0.22.1": ["fails", "7", "BNB103", "BNB104"],
@@ -65,13 +65,13 @@ def test_the_scan_table_says_what_each_range_of_releases_does(run: Cli, pristine
     }
 
 
-def test_a_scan_names_tensors_the_fix_and_the_command_that_mends(run: Cli, pristine: Make) -> None:
-    done = run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "0.22.1")
+def test_a_scan_names_tensors_the_fix_and_the_command_that_fixes(run: Cli, pristine: Make) -> None:
+    done = run("scan", pristine("dense31b", "partial", shards=2), "--vllm", "0.22.1")
     assert "BNB104 fails: K serves as V, but V has no quant state" in done.words
     assert "model.language_model.layers.N.self_attn.k_proj.weight x2" in done.words
     assert "Fix: " in done.words
     assert "Does not load in vLLM 0.22.1." in done.words
-    assert "Mend it: bnbfix repair MODEL --out DIR --vllm 0.22.1" in done.words
+    assert "Repair it: bnbfix repair MODEL --out DIR --vllm 0.22.1" in done.words
 
 
 def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> None:
@@ -88,7 +88,7 @@ def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> N
 def test_a_class_that_some_releases_do_not_know_is_no_failure_of_all(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("unified12b", "skip"), "--vllm", "portable")
     assert "in every release that knows the model." in done.words and "in every release." not in done.words
-    assert "in every release." in run("scan", pristine("dense31b", "ragged", shards=2), "--vllm", "portable").words
+    assert "in every release." in run("scan", pristine("dense31b", "partial", shards=2), "--vllm", "portable").words
 
 
 def test_a_clean_scan_says_so(run: Cli, pristine: Make) -> None:
@@ -104,7 +104,7 @@ FINDING_KEYS = {"code", "severity", "tensors", "releases", "message", "fix", "re
 @pytest.mark.parametrize(
     ("family", "quant", "target"),
     [
-        ("dense31b", "ragged", "portable"),
+        ("dense31b", "partial", "portable"),
         ("dense31b", "skip", "0.32.0"),
         ("e4b", "all", "0.32.0"),
         ("moe26b", "all", "portable"),
@@ -131,8 +131,8 @@ def test_the_json_of_a_scan_has_its_shape(run: Cli, pristine: Make, family: str,
     assert len(doc["findings"]) == len(result.findings)
     for f, found in zip(doc["findings"], result.findings, strict=True):
         assert set(f) >= FINDING_KEYS
-        assert f["severity"] in ("fails", "wrong output", "degraded", "note")
-        assert (f["code"], f["severity"]) == (found.code.value, found.severity.label)
+        assert f["severity"] in ("fails", "wrong", "degraded", "note")
+        assert (f["code"], f["severity"]) == (found.code.value, found.severity)
         assert (f["tensors"], f["message"]) == (list(found.tensors), found.message)
         assert f["releases"] and all(r in table for r in f["releases"])
         assert (f["fix"] is None) == (f["reason"] is not None)
@@ -159,14 +159,14 @@ def test_exit_code_0_clean(run: Cli, pristine: Make) -> None:
 
 
 def test_exit_code_1_findings_remain_and_exit_zero(run: Cli, pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     plain, zero = (run("scan", source, "--vllm", "portable", *o) for o in ([], ["--exit-zero"]))
     assert (plain.code, zero.code) == (1, 0)
     assert plain.out == zero.out
     assert run("scan", source, "--vllm", "portable", "--exit-zero", "--format", "json").code == 0
 
 
-def test_exit_code_1_for_what_no_repair_can_mend(run: Cli, pristine: Make, tmp_path: Path) -> None:
+def test_exit_code_1_for_what_no_repair_can_fix(run: Cli, pristine: Make, tmp_path: Path) -> None:
     done = run("repair", pristine("moe26b", "all"), "--vllm", "0.22.1", "--out", tmp_path / "out")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: cannot be made to load in 0.22.1: ") and "BNB401" in done.err
@@ -317,7 +317,7 @@ def test_a_stdout_that_takes_nothing_ends_in_a_line_at_most(arguments: list[str]
 def test_a_dry_run_shows_shards_config_and_costs_and_writes_nothing(
     run: Cli, checkpoint: Make, tmp_path: Path, out: bool
 ) -> None:
-    source = checkpoint("dense31b", "ragged", shards=2)
+    source = checkpoint("dense31b", "partial", shards=2)
     before = {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.rglob("*")]}
     options = ["--out", tmp_path / "out"] if out else []
     done = run("repair", source, "--vllm", "portable", "--dry-run", *options)
@@ -352,7 +352,7 @@ def test_a_dry_run_names_what_else_is_written_if_anything(run: Cli, checkpoint: 
 
 
 def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     done = run("repair", source, "--vllm", "portable", "--dry-run", "--format", "json")
     plan = bnbfix.plan_repair(source, "portable")
     assert (done.code, done.err) == (0, "")
@@ -371,7 +371,7 @@ def test_a_dry_run_with_nothing_to_do_says_so(run: Cli, pristine: Make) -> None:
 
 
 def test_repair_verify_scan_and_repair_again(run: Cli, pristine: Make, tmp_path: Path) -> None:
-    source, out = pristine("dense31b", "ragged", shards=2), tmp_path / "out"
+    source, out = pristine("dense31b", "partial", shards=2), tmp_path / "out"
     done = run("repair", source, "--vllm", "portable", "--out", out)
     assert (done.code, done.err) == (0, "")
     assert f"Wrote{out}," in "".join(done.out.split()) and "for portable." in done.words
@@ -490,19 +490,19 @@ def test_bf16_on_the_command_line(run: Cli, pristine: Make, tmp_path: Path) -> N
 
 
 def test_a_dry_run_of_bf16_fits_80_columns(run: Cli, pristine: Make) -> None:
-    done = run("repair", pristine("dense31b", "ragged", shards=2), "--bf16", "--dry-run", "--max-shard-size", "1MB")
+    done = run("repair", pristine("dense31b", "partial", shards=2), "--bf16", "--dry-run", "--max-shard-size", "1MB")
     rows = [line.split() for line in done.out.splitlines() if line.startswith("model-0")]
     assert (done.code, done.err) == (0, "")
     assert len(rows) > 2 and max(map(len, done.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("flag", "action"), [("dequantize", "dequantize"), ("quantize", "quantize")])
-def test_ragged_on_the_command_line(run: Cli, pristine: Make, flag: str, action: str) -> None:
-    source = pristine("e4b", "ragged")
-    done = run("repair", source, "--vllm", "0.32.0", "--ragged", flag, "--dry-run", "--format", "json")
+def test_partially_quantized_on_the_command_line(run: Cli, pristine: Make, flag: str, action: str) -> None:
+    source = pristine("e4b", "partial")
+    done = run("repair", source, "--vllm", "0.32.0", "--partial-groups", flag, "--dry-run", "--format", "json")
     assert (done.code, done.err) == (0, "")
     assert {e["action"] for e in done.json["edits"]} == {action, "config"}
-    words = run("repair", source, "--vllm", "0.32.0", "--ragged", flag, "--dry-run").words
+    words = run("repair", source, "--vllm", "0.32.0", "--partial-groups", flag, "--dry-run").words
     assert ("quantized to NF4, which loses precision" in words) == (flag == "quantize")
 
 
@@ -595,7 +595,7 @@ def test_releases_in_json_is_the_table(run: Cli) -> None:
     done = run("releases", "--format", "json")
     assert (done.code, done.err, done.json["schema"]) == (0, "", 1)
     path = Path(vllm_releases.__file__).with_name("releases.json")
-    want = [row | {"packed": sorted(row["packed"])} for row in json.loads(path.read_text())["ranges"]]
+    want = [row | {"quantized": sorted(row["quantized"])} for row in json.loads(path.read_text())["ranges"]]
     assert done.json["ranges"] == want
 
 
@@ -604,7 +604,7 @@ def test_every_code_is_explained(run: Cli, code: Code) -> None:
     done = run("explain", code.value)
     assert (done.code, done.err) == (0, "")
     assert done.words.startswith(f"{code.value}: {code.explanation.title}")
-    assert code.explanation.why in done.words and f"Mend: {code.explanation.mend}" in done.words
+    assert code.explanation.why in done.words and f"Changes: {code.explanation.fix}" in done.words
     assert all(url in done.words for url in code.explanation.upstream)
     assert max(map(len, done.out.splitlines())) <= 80
     assert run("explain", code.value.lower()).out == done.out
@@ -676,19 +676,22 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
 
 
 def loaded(**changes: Any) -> dict[str, Any]:
-    """What the engine answers of two parameters, one of them packed."""
-    found = [{"name": "a.weight", "packed": True, "states": 1}, {"name": "b.weight", "packed": False, "states": 0}]
+    """What the engine answers of two parameters, one of them quantized."""
+    found = [
+        {"name": "a.weight", "quantized": True, "states": 1},
+        {"name": "b.weight", "quantized": False, "states": 0},
+    ]
     return {"parameters": found, "finite": True, "forward": True} | changes
 
 
-UNBOUND = [{"name": "x.7.weight\x1b[31m", "packed": True, "states": 0}]
-K_PLAIN = [{"name": "model.layers.1.self_attn.qkv_proj.weight", "packed": True, "states": 3}]
+UNBOUND = [{"name": "x.7.weight\x1b[31m", "quantized": True, "states": 0}]
+K_PLAIN = [{"name": "model.layers.1.self_attn.qkv_proj.weight", "quantized": True, "states": 3}]
 
 
 @pytest.mark.parametrize(
     ("given", "ok", "words"),
     [
-        (loaded(), True, "loads it: 2 parameters came in, 1 of them packed; it ran forward."),
+        (loaded(), True, "loads it: 2 parameters came in, 1 of them quantized; it ran forward."),
         (loaded(parameters=UNBOUND), False, r"have no quant state: x.N.weight\x1b[31m vLLM 0.32.0"),
         (loaded(parameters=K_PLAIN), False, "were quantized while loading: model.layers.N.self_attn.qkv_proj.weight"),
         (loaded(finite=False), False, "does not run it: the forward pass gave no finite numbers"),
@@ -705,7 +708,7 @@ def test_load_tells_what_the_engine_did(
     ok: bool,
     words: str,
 ) -> None:
-    bnbfix.repair(pristine("text", "ragged", shards=2), tmp_path / "out", "0.32.0", device="cpu")
+    bnbfix.repair(pristine("text", "partial", shards=2), tmp_path / "out", "0.32.0", device="cpu")
     answer(given)
     done = run("verify", tmp_path / "out", "--load")
     assert (done.code, done.err) == (0 if ok else 1, "")
@@ -736,8 +739,8 @@ def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
     model = read_model(checkpoint.config)
     row = vllm_releases.find_range(release)
     assert row is not None
-    found = {p.module: p.packed for p in parameters(projections(checkpoint), model, row, checkpoint.skip_modules)}
-    modules = [{"name": name, "packed": packed} for name, packed in (found | changes).items()]
+    found = {p.module: p.quantized for p in parameters(projections(checkpoint), model, row, checkpoint.skip_modules)}
+    modules = [{"name": name, "quantized": quantized} for name, quantized in (found | changes).items()]
     return {"modules": modules, "skips": {"lm_head": ["lm_head"], "no\x1bsuch": []}}
 
 
@@ -748,7 +751,7 @@ def test_probe_agrees_with_the_table(run: Cli, pristine: Make, answer: Callable[
     assert (done.code, done.err) == (0, "")
     assert "vLLM 0.32.0, transformers 5.14.1; the table's row is 0.32.0-" in done.words
     assert "skip entry lm_head: names 1 module" in done.words
-    assert r"skip entry no\x1bsuch: not understood" in done.words
+    assert r"skip entry no\x1bsuch: not wrap_errors" in done.words
     assert done.words.endswith("The table agrees with this vLLM.")
     assert max(map(len, done.out.splitlines())) <= 80 and harmless(done.out)
     doc = run("releases", "--probe", source, "--format", "json").json
@@ -759,14 +762,14 @@ def test_probe_tells_where_the_table_is_wrong(
     run: Cli, pristine: Make, answer: Callable[[dict[str, Any]], None]
 ) -> None:
     source = pristine("dense31b", "all")
-    name = next(m["name"] for m in probed(source, "0.32.0")["modules"] if m["packed"])
+    name = next(m["name"] for m in probed(source, "0.32.0")["modules"] if m["quantized"])
     answer(probed(source, "0.32.0", **{name: False}))
     done = run("releases", "--probe", source)
     assert (done.code, done.err) == (1, "")
-    assert f"{name}: the table says packed, vLLM an ordinary parameter" in done.words
-    assert done.words.endswith("The table disagrees with this vLLM; its row needs mending.")
+    assert f"{name}: the table says quantized, vLLM an ordinary parameter" in done.words
+    assert done.words.endswith("The table disagrees with this vLLM; its row needs fix_text.")
     doc = run("releases", "--probe", source, "--format", "json").json
-    assert doc["disagreements"] == [{"module": name, "table": "packed", "vllm": "an ordinary parameter"}]
+    assert doc["disagreements"] == [{"module": name, "table": "quantized", "vllm": "an ordinary parameter"}]
 
 
 def test_a_vllm_that_cannot_build_the_model_is_an_error(
@@ -848,22 +851,22 @@ def test_memory_that_is_not_known_refuses_nothing(
     assert ok or done.err.startswith("error: the machine is too small to load it: 0.0 GB of weights, 0.0 GB")
 
 
-def test_an_unquantized_output_may_have_nothing_packed_in_the_engine(
+def test_an_unquantized_output_may_have_nothing_quantized_in_the_engine(
     run: Cli, pristine: Make, tmp_path: Path, answer: Callable[[dict[str, Any]], None]
 ) -> None:
     bnbfix.repair(pristine("text", "single", shards=2), tmp_path / "out", "0.32.0", device="cpu", bf16=True)
     answer(loaded())
     done = run("verify", tmp_path / "out", "--load")
     assert done.code == 1 and "were quantized while loading: a.weight" in done.words
-    answer(loaded(parameters=[{"name": "a.weight", "packed": False, "states": 0}]))
+    answer(loaded(parameters=[{"name": "a.weight", "quantized": False, "states": 0}]))
     assert run("verify", tmp_path / "out", "--load").code == 0
 
 
 @pytest.mark.parametrize(
-    ("release", "name", "packed", "table", "vllm"),
+    ("release", "name", "quantized", "table", "vllm"),
     [
         ("0.32.0", "model.layers.0.experts", True, None, None),
-        ("0.32.0", "model.layers.0.experts", False, "packed", "an ordinary parameter"),
+        ("0.32.0", "model.layers.0.experts", False, "quantized", "an ordinary parameter"),
         ("0.32.0", "model.layers.0.moe.experts", True, "experts under experts", "another prefix"),
         ("0.27.1", "model.layers.0.moe.experts", True, None, None),
         ("0.27.1", "model.layers.0.experts", True, "experts under moe.experts", "another prefix"),
@@ -875,12 +878,12 @@ def test_probe_tells_where_experts_lie_otherwise(
     monkeypatch: pytest.MonkeyPatch,
     release: str,
     name: str,
-    packed: bool,
+    quantized: bool,
     table: str | None,
     vllm: str | None,
 ) -> None:
     source = pristine("moe26b", "all")
-    told = probed(source, release, **{name: packed})
+    told = probed(source, release, **{name: quantized})
     told["modules"] = [m for m in told["modules"] if ".experts" not in m["name"] or m["name"] == name]
     monkeypatch.setattr(installed, "find_installed", lambda: Installed(release, None))
     monkeypatch.setattr(installed, "ask", lambda *_: {"versions": VERSIONS, "error": None} | told)
@@ -1007,7 +1010,7 @@ def test_a_scan_of_2000_tensors_imports_neither_torch_nor_bitsandbytes_nor_numpy
 
 
 def test_a_dry_run_imports_neither_torch_nor_bitsandbytes_nor_numpy(pristine: Make) -> None:
-    arguments = ("repair", pristine("dense31b", "ragged", shards=2), "--vllm", "portable", "--dry-run")
+    arguments = ("repair", pristine("dense31b", "partial", shards=2), "--vllm", "portable", "--dry-run")
     done = process(*arguments, runner=("-c", IMPORTED))
     assert (done.code, done.err) == (0, "\n") and "dequantized" in done.out
 

@@ -22,7 +22,7 @@ import pytest
 from bnbfix.errors import InputError, OutputError
 from bnbfix.report.json import render_lines
 from bnbfix.report.lines import Layout, Span
-from bnbfix.report.outcome import Outcome
+from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.scan_table import table
 from bnbfix.report.terminal import write_file, write_lines
 from tests.support.build import Make
@@ -45,7 +45,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_one_that_fails_does_not_stop_the_rest(run: Cli, pristine: Make, broken: Path) -> None:
-    bad, good, other = pristine("dense31b", "ragged", shards=2), pristine("e4b", "all"), pristine("dense31b", "bf16")
+    bad, good, other = pristine("dense31b", "partial", shards=2), pristine("e4b", "all"), pristine("dense31b", "bf16")
     done = run("scan", broken, bad, other, good, "--vllm", "0.32.0")
     assert done.code == 2
     assert done.out.splitlines()[-1] == "4 models: 1 loads, 1 wrong, 1 skipped, 1 error"
@@ -73,7 +73,7 @@ def test_the_exit_code_of_several(
 ) -> None:
     models = {
         "good": pristine("e4b", "all"),
-        "bad": pristine("dense31b", "ragged", shards=2),
+        "bad": pristine("dense31b", "partial", shards=2),
         "broken": broken,
         "other": pristine("dense31b", "bf16"),
     }
@@ -89,7 +89,7 @@ def test_an_error_of_a_single_model_is_told_once(run: Cli) -> None:
 
 
 def test_models_come_from_stdin_too_each_once(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = pristine("e4b", "all"), pristine("dense31b", "ragged", shards=2)
+    a, b = pristine("e4b", "all"), pristine("dense31b", "partial", shards=2)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{a}\n  # {a}\n{b}\n{a}\n"))
     done = run("scan", b, "--from", "-", "--vllm", "0.32.0", "--quiet")
     assert done.out == f"{b}: wrong BNB102 BNB103\n{a}: loads\n2 models: 1 loads, 1 wrong\n"
@@ -106,8 +106,8 @@ def test_a_list_that_cannot_be_read_is_a_usage_error(run: Cli, tmp_path: Path, t
 
 
 def test_lines_come_as_they_are_known() -> None:
-    def outcomes() -> Iterator[Outcome]:
-        yield Outcome("first", error=InputError("no"))
+    def outcomes() -> Iterator[ScanOutcome]:
+        yield ScanOutcome("first", error=InputError("no"))
         raise RuntimeError("asked for more")
 
     assert json.loads(next(render_lines(outcomes())))["model"] == "first"
@@ -147,7 +147,7 @@ def test_every_format_writes_to_a_stdout_that_knows_ascii_alone(
 def test_output_writes_the_document_to_a_file_and_the_table_to_stdout(
     run: Cli, pristine: Make, tmp_path: Path, format: str
 ) -> None:
-    source, out = pristine("dense31b", "ragged", shards=2), tmp_path / "out"
+    source, out = pristine("dense31b", "partial", shards=2), tmp_path / "out"
     arguments = ("scan", source, "--vllm", "portable")
     done = run(*arguments, "--format", format, "--output", out)
     assert (done.code, done.err) == (1, "")
@@ -180,13 +180,13 @@ def test_an_error_is_in_the_document_too(run: Cli, broken: Path, format: str) ->
 
 
 def test_the_map_in_the_terminal(run: Cli, pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     done = run("scan", source, "--vllm", "portable", "--map")
     lines = done.out.splitlines()
-    assert "  q      P!PPPP" in lines and "  v      P!=PP=" in lines and "  ! in conflict; a repair mends it" in lines
+    assert "  q      Q!QQQQ" in lines and "  v      Q!=QQ=" in lines and "  ! in conflict; a repair fixes it" in lines
     assert max(map(len, lines)) <= 80
-    assert "P!PPPP" not in run("scan", source, "--vllm", "portable", "--format", "html").out
-    assert "P!PPPP" not in run("scan", source, "--vllm", "portable", "--verbose").out
+    assert "Q!QQQQ" not in run("scan", source, "--vllm", "portable", "--format", "html").out
+    assert "Q!QQQQ" not in run("scan", source, "--vllm", "portable", "--verbose").out
 
 
 # Which findings count
@@ -205,7 +205,7 @@ def test_select_ignore_and_fail_on(run: Cli, pristine: Make) -> None:
     assert (code("--select", "BNB2,BNB3"), code("--select", "bnb1"), code("--ignore", "BNB3,BNB1")) == (0, 1, 0)
     done = run("scan", source, "--vllm", "0.28.0", "--ignore", "BNB107")
     assert "Degraded in vLLM 0.28.0. 1 finding left out by --select or --ignore." in done.words
-    assert "Mend it" not in done.words and "BNB107 degraded" not in done.words
+    assert "Repair it" not in done.words and "BNB107 degraded" not in done.words
     assert run("scan", source, "--select", "XYZ").err.startswith("error: --select 'XYZ' begins no finding's code")
 
 
@@ -221,13 +221,13 @@ def test_a_damaged_quant_state_can_be_ignored_alone(run: Cli, checkpoint: Make) 
 def test_the_environment_sets_options_and_the_command_line_wins(
     run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     monkeypatch.setenv("BNBFIX_VLLM", "0.32.0")
     monkeypatch.setenv("BNBFIX_FORMAT", "jsonl")
     monkeypatch.setenv("BNBFIX_IGNORE", "BNB3,BNB103")
     monkeypatch.setenv("BNBFIX_FAIL_ON", "fails")
     done = run("scan", source)
-    assert done.code == 0  # wrong output is less than fails
+    assert done.code == 0  # wrong is less than fails
     assert (done.json["target"], [f["code"] for f in done.json["findings"]]) == ("0.32.0", ["BNB102"])
     done = run("scan", source, "--vllm", "0.22.1", "--format", "table", "--fail-on", "degraded", "--ignore", "BNB3")
     assert done.code == 1 and "BNB103 fails" in done.words
@@ -262,7 +262,7 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_long_names_are_broken_in_the_summary() -> None:
-    long = Outcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
+    long = ScanOutcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
     for width in (40, 80, 200):
         lines = ["".join(s.text for s in line) for line in table([long], Layout(width), several=True, with_map=False)]
         assert max(len(line.rstrip()) for line in lines) <= width
@@ -321,7 +321,7 @@ def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> Non
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
-    source = str(pristine("dense31b", "ragged", shards=2))
+    source = str(pristine("dense31b", "partial", shards=2))
     command = [sys.executable, "-m", "bnbfix", "scan", source, "--vllm", "0.22.1"]
     with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as child:
         os.close(follower)

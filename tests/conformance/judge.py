@@ -2,7 +2,7 @@
 
     python judge.py FOLDER ANSWER.json --weights BF16-FOLDER [--reference reference.npz]
 
-Weights: every parameter of the engine, unpacked, against the bf16 original it should come from. Outputs: the log
+Weights: every parameter of the engine, dequantized, against the bf16 original it should come from. Outputs: the log
 probabilities of every position and token against transformers in float32 (reference.py). The pictures are one red and
 one blue square, which must give different answers, each the right one.
 """
@@ -23,7 +23,7 @@ from bnbfix.engines.vllm import worker as vllm_worker
 os.environ.update({k: os.environ.get(k, v) for k, v in vllm_worker.ENVIRONMENT.items()})
 
 EXACT = 1e-3  # relative error of an ordinary parameter
-ROUNDED = 0.2  # of a packed one: 4-bit rounding gives 0.07 to 0.15, a wrong matrix more than 0.5
+ROUNDED = 0.2  # of a quantized one: 4-bit rounding gives 0.07 to 0.15, a wrong matrix more than 0.5
 TOLERANCE = 3.0  # of outputs, as a multiple of what bfloat16 costs transformers itself
 TOLERANCE_INT8 = 5.0  # LLM.int8 rounds activations too
 
@@ -66,8 +66,8 @@ def originals(name: str, have: set[str]) -> list[str]:
     return [name]
 
 
-def unpacked(p: Any) -> Any:
-    """A parameter's values in float32; None when it is packed and not every row has its quant state."""
+def dequantized(p: Any) -> Any:
+    """A parameter's values in float32; None when it is quantized and not every row has its quant state."""
     import torch
 
     data, states = p.data, getattr(p, "bnb_quant_state", None)
@@ -93,7 +93,7 @@ def unpacked(p: Any) -> Any:
 
 
 def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
-    """Counts of packed, exact and rounded parameters, and the names of wrong and of re-quantized ones."""
+    """Counts of quantized, exact and rounded parameters, and the names of wrong and of re-quantized ones."""
     import torch
     from safetensors.torch import load_file
 
@@ -105,17 +105,17 @@ def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
     for f in sorted(folder.glob("*.safetensors")):
         plain |= {canonical(k) for k, v in load_file(f).items() if v.is_floating_point() and v.dim() >= 2}
     plain -= {n.rsplit(".", 1)[0] for n in plain if n.endswith(".absmax")}
-    out: dict[str, Any] = {"packed": 0, "exact": 0, "rounded": 0, "wrong": [], "requantized": [], "unknown": []}
+    out: dict[str, Any] = {"quantized": 0, "exact": 0, "rounded": 0, "wrong": [], "requantized": [], "unknown": []}
     for name, p in model.named_parameters():
         sources = originals(canonical(name), set(want))
         if not all(s in want for s in sources):
             out["unknown"].append(name)
             continue
-        packed = p.data.dtype in (torch.uint8, torch.int8)
-        out["packed"] += packed
-        if packed and any(s in plain for s in sources):
+        quantized = p.data.dtype in (torch.uint8, torch.int8)
+        out["quantized"] += quantized
+        if quantized and any(s in plain for s in sources):
             out["requantized"].append(name)
-        values, true = unpacked(p), torch.cat([want[s].float().reshape(-1) for s in sources])
+        values, true = dequantized(p), torch.cat([want[s].float().reshape(-1) for s in sources])
         if values is None or values.numel() < true.numel():
             out["wrong"].append(name)
             continue

@@ -5,7 +5,7 @@
 
 For each prompt its token ids, the log probabilities at every position, and what transformers' own bfloat16 run of the
 same weights differs by, which is the unit that tolerances are in. With `--as-saved` the log probabilities alone, in
-bfloat16, with bitsandbytes unpacking what is packed: what the folder says of itself, quantized or not. Needs
+bfloat16, with bitsandbytes dequantizing what is quantized: what the folder says of itself, quantized or not. Needs
 transformers 5.13 or newer.
 """
 

@@ -5,7 +5,7 @@
     python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
     python tests/conformance/run.py --bf16                what `repair --bf16` writes, in a vLLM without bitsandbytes
                                                           and in transformers
-    python tests/conformance/run.py --ragged quantize     what `repair --ragged quantize` writes
+    python tests/conformance/run.py --partial quantize     what `repair --partial quantize` writes
     python tests/conformance/run.py --releases 0.27.1 --cells dense31b-all,moe26b-skip
     python tests/conformance/run.py --results tests/conformance/RESULTS.md
 
@@ -41,12 +41,12 @@ from judge import TOLERANCE_INT8
 import bnbfix
 
 FAMILIES = ("dense31b", "e4b", "e4b-noshared", "e2b", "moe26b", "unified12b")
-QUANTS = ("all", "skip", "mixed", "ragged", "fp4", "single", "storage-bf16", "int8")
+QUANTS = ("all", "skip", "mixed", "partial", "fp4", "single", "storage-bf16", "int8")
 NEW_CONFIG = "+per-layer-config"  # a checkpoint whose config.json has the newer form
 CELLS = [f"{f}-{q}" for f in FAMILIES for q in QUANTS] + [f"dense31b-skip{NEW_CONFIG}", f"e4b-all{NEW_CONFIG}"]
 SMOKE = [
     "dense31b-all",
-    "dense31b-ragged",
+    "dense31b-partial",
     "dense31b-storage-bf16",
     "e4b-noshared-skip",
     "moe26b-skip",
@@ -98,7 +98,9 @@ BF16 = Way(
         "unified12b-all",
     ],
 )
-RAGGED = Way("ragged", {"ragged": "quantize"}, "--ragged quantize", [f"{family}-ragged" for family in FAMILIES])
+PARTIAL_GROUPS = Way(
+    "partial", {"partial_groups": "quantize"}, "--partial quantize", [f"{family}-partial" for family in FAMILIES]
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def run_in(python: Path, *command: object, PYTHONPATH: str = "", **more: str) ->
 
 
 def ask(python: Path, folder: Path, truth: Path, answers: Path, without_bnb: bool = False) -> dict[str, Any] | None:
-    """What judge.py says of a folder; None when it takes too long. `without_bnb`: nothing there can unpack weights."""
+    """What judge.py says of a folder; None when it takes too long. `without_bnb`: nothing there can dequantize weights."""
     with tempfile.TemporaryDirectory() as scratch:
         answer, without = Path(scratch) / "answer.json", {}
         if without_bnb:
@@ -253,7 +255,7 @@ def judge(
     off += [f"{len(w[k])} {k}" for k in ("wrong", "requantized") if w[k]]
     shares = [o["mean"] / o["allowed"] for k, o in outputs.items() if k != "red against blue"]
     within = max((s for s in shares if s <= 1), default=0)
-    weights = f"{w['exact']} exact, {w['rounded']} 4 bit, {w['packed']} packed"
+    weights = f"{w['exact']} exact, {w['rounded']} 4 bit, {w['quantized']} quantized"
     good = f"{weights}, outputs within {within:.0%} of the tolerance{own}"
     return Seen("loads" if r["ok"] else "wrong", ", ".join(off) or good)
 
@@ -302,23 +304,23 @@ def run_way(work: Path, release: str, name: str, python: Path, referee: Path, wa
 
 
 def in_transformers(work: Path, source: Path, full: Path, python: Path) -> Seen:
-    """Is `full` to transformers what the source is, which bitsandbytes unpacks as it runs?
+    """Is `full` to transformers what the source is, which bitsandbytes dequantizes as it runs?
 
     Both calculate in bfloat16 with the same kernels, so the same weights give the same bits: no difference is allowed.
     LLM.int8 rounds what goes into each weight too, which is why it has the tolerance that it has in vLLM.
     """
-    unpacked, plain = (
+    dequantized, plain = (
         np.load(asked_of_transformers(work / "as-saved", folder, python, "--as-saved")) for folder in (source, full)
     )
     noise = np.load(reference(work, full, python))
     factor = TOLERANCE_INT8 if quantization(source)["load_in_8bit"] else 0
     words, right = [], True
     for key in plain.files:
-        prompt, apart = key.removesuffix(".logp"), np.abs(plain[key] - unpacked[key])
+        prompt, apart = key.removesuffix(".logp"), np.abs(plain[key] - dequantized[key])
         mean, allowed = float(apart.mean()), factor * float(noise[f"{prompt}.noise"])
         right = right and mean <= allowed
         words.append(f"{prompt} {mean:.4f}" + (f" of {allowed:.4f}" if allowed else ""))
-    same = all(np.array_equal(plain[key], unpacked[key]) for key in plain.files)
+    same = all(np.array_equal(plain[key], dequantized[key]) for key in plain.files)
     prompts = ", ".join(key.removesuffix(".logp") for key in plain.files)
     return Seen(
         "loads" if right else "wrong", f"as the source to the last bit ({prompts})" if same else ", ".join(words)
@@ -387,11 +389,11 @@ def main() -> None:
     parser.add_argument("--boundaries", action="store_true", help="every release, some cells")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--bf16", action="store_const", dest="way", const=BF16, help="judge `repair --bf16`")
-    ways.add_argument("--ragged", choices=["quantize"], help="judge `repair --ragged quantize`")
+    ways.add_argument("--partial-groups", choices=["quantize"], help="judge `repair --partial quantize`")
     parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--results", type=Path, help="write the table to this markdown file")
     a = parser.parse_args()
-    way: Way | None = RAGGED if a.ragged else a.way
+    way: Way | None = PARTIAL_GROUPS if a.partially_quantized else a.way
     default = SMOKE_RELEASES if a.smoke else WAY_RELEASES if way else list(venvs.PINS["releases"])
     releases = a.releases.split(",") if a.releases else default
     default = SMOKE if a.smoke else BOUNDARIES if a.boundaries else way.cells if way else CELLS

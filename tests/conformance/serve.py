@@ -37,9 +37,9 @@ import bnbfix
 START_SECONDS = 300
 TOKENS = 6
 TIE = 0.25  # how much less likely than transformers' best a token may be, as a natural logarithm
-NAME = "mended"
-# vLLM calls what a package registers here in each of its processes: this puts `bear_with_a_cpu` into all of them.
-PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.engines.vllm.worker:bear_with_a_cpu\n"
+NAME = "repaired"
+# vLLM calls what a package registers here in each of its processes: this puts `patch_vllm_for_cpu` into all of them.
+PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.engines.vllm.worker:patch_vllm_for_cpu\n"
 # Its command line asks for the version of a distribution named vllm, which the CPU build is not.
 ENTRY = """
 from importlib import metadata
@@ -209,13 +209,13 @@ def main() -> None:
     a = parser.parse_args()
     folder, bad = a.venvs or a.work / "venvs", 0
     referee = venvs.build("0.27.1", folder / "0.27.1")
-    source = tiny_gemma4.make(a.work / "served" / "source", "dense31b", "ragged", shards=2)
+    source = tiny_gemma4.make(a.work / "served" / "source", "dense31b", "partial", shards=2)
     for release in a.releases:
         python = venvs.build(release, folder / release)
-        mended, full = a.work / "served" / release, a.work / "served" / f"{release}-bf16"
-        bnbfix.repair(source, mended, vllm=release, overwrite=True)
-        bnbfix.repair(mended, full, vllm=release, bf16=True, overwrite=True)
-        got = answers(python, mended, a.work / f"serve-{release}.log")
+        repaired, full = a.work / "served" / release, a.work / "served" / f"{release}-bf16"
+        bnbfix.repair(source, repaired, vllm=release, overwrite=True)
+        bnbfix.repair(repaired, full, vllm=release, bf16=True, overwrite=True)
+        got = answers(python, repaired, a.work / f"serve-{release}.log")
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1"}
         command = [str(referee), "-W", "ignore", str(HERE / "serve.py"), "--check", str(full), json.dumps(got)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

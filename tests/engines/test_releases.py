@@ -37,12 +37,12 @@ NAMES = [
 ]
 VALUES = {
     "evidence": {"run", "read"},
-    "plain_into_packed": {"fails", "requantized"},
+    "unquantized_in_quantized": {"fails", "requantized"},
     "k_eq_v": {"needs_v", "copies_k", "refuses_v"},
     "kv_shared": {"needs_kv", "q_alone"},
     "moe": {None, "moe.experts", "experts"},
     "per_layer_config": {"ignored", "refused", "read"},
-    "pixel_projection": {"plain", "shim", "needs_transformers_5_13", "safe"},
+    "pixel_projection": {"unquantized", "shim", "needs_transformers_5_13", "safe"},
     "plugin": {"none", "refused", "required"},
 }
 
@@ -68,12 +68,12 @@ def test_rows_are_sorted_and_leave_no_minor_release_out() -> None:
 @pytest.mark.parametrize("row", ranges(), ids=NAMES)
 def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
     assert {name: getattr(row, name) in values for name, values in VALUES.items()} == dict.fromkeys(VALUES, True)
-    assert set(VALUES) | {"first", "last", "families", "packed"} == {f.name for f in fields(ReleaseRange)}
+    assert set(VALUES) | {"first", "last", "families", "quantized"} == {f.name for f in fields(ReleaseRange)}
     assert set(row.families) <= {f.name for f in FAMILIES}
-    assert row.packed <= {role for role, _ in ROLES}
-    assert ("expert" in row.packed) == (row.moe is not None)
-    assert {"attention", "mlp", "per_layer"} <= row.packed
-    assert not row.packed & {"router", "lm_head", "other", "fused_experts"}, "no release packs these"
+    assert row.quantized <= {role for role, _ in ROLES}
+    assert ("expert" in row.quantized) == (row.moe is not None)
+    assert {"attention", "mlp", "per_layer"} <= row.quantized
+    assert not row.quantized & {"router", "lm_head", "other", "fused_experts"}, "no release quantizes these"
 
 
 @pytest.mark.parametrize("trait", sorted(set(VALUES) - {"evidence"}))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bnbfix.rules.skip_list import Matches, cover, honoured, transformers_skips, vllm_skips
+from bnbfix.rules.skip_list import Matches, matching_entries, shortest_prefixes, transformers_skips, vllm_skips
 
 V_QKV = "language_model.model.layers.3.self_attn.qkv_proj"
 V_TOWER = "vision_tower.encoder.layers.0.self_attn.qkv_proj"
@@ -83,17 +83,17 @@ def test_an_entry_that_is_no_regex_counts_as_plain_text(entry: str) -> None:
 
 def test_honoured_keeps_the_order_of_the_list() -> None:
     entries = ("qkv_proj", "o_proj", "model.language_model", "language_model.model.layers.3", "layers")
-    assert honoured(entries, V_QKV, vllm_skips) == ("qkv_proj", "language_model.model.layers.3", "layers")
-    assert honoured(entries, HF_Q, transformers_skips) == ("model.language_model",)
-    assert honoured((), HF_Q, transformers_skips) == ()
+    assert matching_entries(entries, V_QKV, vllm_skips) == ("qkv_proj", "language_model.model.layers.3", "layers")
+    assert matching_entries(entries, HF_Q, transformers_skips) == ("model.language_model",)
+    assert matching_entries((), HF_Q, transformers_skips) == ()
 
 
-def covered(plain: list[str], packed: list[str], matches: Matches) -> list[str]:
-    return cover(plain, matches, lambda entry: any(matches(entry, module) for module in packed))
+def covered(plain: list[str], quantized: list[str], matches: Matches) -> list[str]:
+    return shortest_prefixes(plain, matches, lambda entry: any(matches(entry, module) for module in quantized))
 
 
 @pytest.mark.parametrize(
-    ("plain", "packed", "expected"),
+    ("plain", "quantized", "expected"),
     [
         ([], ["a.b"], []),
         (["vision_tower.x", "vision_tower.y.z"], ["layers.0.mlp"], ["vision_tower"]),
@@ -105,10 +105,10 @@ def covered(plain: list[str], packed: list[str], matches: Matches) -> list[str]:
 )
 @pytest.mark.parametrize("matches", [vllm_skips, transformers_skips])
 def test_cover_takes_the_shortest_prefixes(
-    plain: list[str], packed: list[str], expected: list[str], matches: Matches
+    plain: list[str], quantized: list[str], expected: list[str], matches: Matches
 ) -> None:
-    assert covered(plain, packed, matches) == expected
-    assert covered(plain[::-1], packed[::-1], matches) == expected
+    assert covered(plain, quantized, matches) == expected
+    assert covered(plain[::-1], quantized[::-1], matches) == expected
 
 
 def test_layer_1_is_not_named_by_what_names_layer_10_too() -> None:
@@ -118,9 +118,9 @@ def test_layer_1_is_not_named_by_what_names_layer_10_too() -> None:
 
 
 def test_an_entry_is_refused_for_whatever_the_caller_names() -> None:
-    assert cover(["a.b.c"], vllm_skips, lambda entry: entry != "a.b.c") == ["a.b.c"]
-    assert cover(["a.b.c"], vllm_skips, lambda entry: entry == "a") == ["a.b"]
-    assert cover(["a.b.c"], vllm_skips, lambda entry: True) == []
+    assert shortest_prefixes(["a.b.c"], vllm_skips, lambda entry: entry != "a.b.c") == ["a.b.c"]
+    assert shortest_prefixes(["a.b.c"], vllm_skips, lambda entry: entry == "a") == ["a.b"]
+    assert shortest_prefixes(["a.b.c"], vllm_skips, lambda entry: True) == []
 
 
 LINEARS = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "per_layer_projection"]
@@ -152,12 +152,12 @@ MODULES = st.one_of(
 @given(states=st.dictionaries(MODULES, st.booleans(), min_size=1, max_size=40))
 @example(states={f"model.layers.{n}.{linear}": n == 1 for n in range(20) for linear in LINEARS})
 @example(states={f"model.layers.{n}.{linear}": n != 1 for n in range(20) for linear in LINEARS})
-def test_cover_names_every_plain_module_and_no_packed_one(matches: Matches, states: dict[str, bool]) -> None:
+def test_cover_names_every_plain_module_and_no_quantized_one(matches: Matches, states: dict[str, bool]) -> None:
     plain = [module for module, is_plain in states.items() if is_plain]
-    packed = [module for module, is_plain in states.items() if not is_plain]
-    entries = tuple(covered(plain, packed, matches))
-    assert [m for m in plain if not honoured(entries, m, matches)] == []
-    assert [m for m in packed if honoured(entries, m, matches)] == []
+    quantized = [module for module, is_plain in states.items() if not is_plain]
+    entries = tuple(covered(plain, quantized, matches))
+    assert [m for m in plain if not matching_entries(entries, m, matches)] == []
+    assert [m for m in quantized if matching_entries(entries, m, matches)] == []
     assert all(any(m == e or m.startswith(e + ".") for m in plain) for e in entries), "every entry is a prefix"
     assert len(set(entries)) == len(entries)
 

@@ -114,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work, source = Path(folder) / "work", Path(folder) / "source"
         work.mkdir()
-        in_child(lambda: print(tiny_gemma4.make(source, "dense31b", "ragged", shards=4).name), None)
+        in_child(lambda: print(tiny_gemma4.make(source, "dense31b", "partial", shards=4).name), None)
         seen = kill(source, work, a.kills, random.Random(a.seed))
     for what, count in seen.most_common():
         print(f"{count:5} {what}")

@@ -49,7 +49,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(pristine: Make) -> Path:
-    return pristine("text", "ragged", shards=2)
+    return pristine("text", "partial", shards=2)
 
 
 class Failing:
@@ -226,7 +226,7 @@ def test_a_second_repair_to_one_destination_refuses(source: Path, tmp_path: Path
 
 @pytest.mark.parametrize("change", ["other plan", "other source", "spoilt file", "spoilt journal"])
 def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(checkpoint: Make, tmp_path: Path, change: str) -> None:
-    source, target = checkpoint("dense31b", "ragged", shards=2), "0.22.1"
+    source, target = checkpoint("dense31b", "partial", shards=2), "0.22.1"
     left = 2
 
     def interrupt(n: int) -> None:
@@ -259,7 +259,7 @@ def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(checkpoint: Mak
 @pytest.mark.parametrize("moment", ["while it is written", "before the end"])
 @pytest.mark.parametrize("change", ["replaced", "touched", "shortened", "removed"])
 def test_a_source_that_changes_is_noticed(checkpoint: Make, tmp_path: Path, change: str, moment: str) -> None:
-    source = checkpoint("dense31b", "ragged", shards=2)
+    source = checkpoint("dense31b", "partial", shards=2)
     victim = source / "model-00001-of-00002.safetensors"
     seen = 0
 
@@ -298,7 +298,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up(pristine: Make, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bnbfix.writer.write.check_space", lambda plan, out: None)  # others fill it after the check
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     with pytest.raises(OutputError, match="No space left on device"):
         bnbfix.repair(source, tiny_disk / "out", vllm="0.22.1", device="cpu")
     assert list(tiny_disk.iterdir()) == []

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX
-from tests.fuzz.memory import packed
-from tests.support.build import Raw, Tensors, plain
+from tests.fuzz.memory import quantized
+from tests.support.build import Raw, Tensors, zeros
 from tests.support.surgery import pack
 
 Files = dict[str, bytes]
@@ -25,16 +25,16 @@ def checkpoint(tensors: Tensors, skip: object = None, **keys: object) -> Files:
         "layer_types": ["sliding_attention", "full_attention"],
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": skip},
     }
-    return {CONFIG: json.dumps(config | keys).encode(), SHARD: packed(tensors | one_packed())}
+    return {CONFIG: json.dumps(config | keys).encode(), SHARD: quantized(tensors | one_quantized())}
 
 
-def one_packed() -> Tensors:
-    """A packed weight."""
+def one_quantized() -> Tensors:
+    """A quantized weight."""
     state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 16]}).encode()
     return {
-        Q: plain(64, 1, dtype="U8"),
-        Q + ".absmax": plain(2, dtype="F32"),
-        Q + ".quant_map": plain(16, dtype="F32"),
+        Q: zeros(64, 1, dtype="U8"),
+        Q + ".absmax": zeros(2, dtype="F32"),
+        Q + ".quant_map": zeros(16, dtype="F32"),
         Q + ".quant_state.bitsandbytes__nf4": Raw("U8", (len(state),), state),
     }
 
@@ -55,7 +55,7 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
     def n(count: int) -> int:
         return max(2, int(count * scale))
 
-    weight = plain(1, 1)
+    weight = zeros(1, 1)
     layers = n(10_000)
     kinds = ["sliding_attention", "full_attention"] * (layers // 2)
     return {
@@ -74,7 +74,7 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
             | {SHARD: pack('{"a":{"dtype":"U8","shape":[' + "1" * n(24_000_000) + '],"data_offsets":[0,1]}}', b"x")}
         ),
         "many shards": lambda: (
-            {f"{i}.safetensors": packed({f"m{i}": weight}) for i in range(n(20_000))} | checkpoint({})
+            {f"{i}.safetensors": quantized({f"m{i}": weight}) for i in range(n(20_000))} | checkpoint({})
         ),
         "an index of tensors": lambda: indexed(
             json.dumps({"weight_map": {f"m{i}": INDEXED for i in range(n(1_000_000))}}).encode()
@@ -106,21 +106,21 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
             {}, per_layer_config={str(i): {"head_dim": 1} for i in range(n(90_000))}
         ),
         "weights": lambda: checkpoint(numbered("model.layers.{}.mlp.up_proj.weight", n(200_000), weight)),
-        "ragged groups": lambda: checkpoint(
+        "partially quantized groups": lambda: checkpoint(
             numbered("model.layers.{}.mlp.up_proj.weight", n(700), weight)
             | {
                 name.replace(".0.self_attn.q_proj", f".{i}.mlp.gate_proj"): t
                 for i in range(1, n(700) + 1)
-                for name, t in one_packed().items()
+                for name, t in one_quantized().items()
             }
         ),
         "experts": lambda: checkpoint(
             numbered("model.layers.0.experts.{}.gate_proj.weight", n(90_000), weight), enable_moe_block=True
         ),
-        "siblings of nothing": lambda: checkpoint(numbered("m.{}.weight.absmax", n(150_000))),
+        "quant-state tensors of nothing": lambda: checkpoint(numbered("m.{}.weight.absmax", n(150_000))),
         "states of nothing": lambda: checkpoint(numbered("m.{}.weight.quant_state.bitsandbytes__nf4", n(150_000))),
         "the same tensors everywhere": lambda: (
-            checkpoint({}) | {f"{i}.safetensors": packed(numbered("m.{}", n(20_000), weight)) for i in range(7)}
+            checkpoint({}) | {f"{i}.safetensors": quantized(numbered("m.{}", n(20_000), weight)) for i in range(7)}
         ),
         "long names": lambda: checkpoint(numbered("model.layers.0." + "a." * n(10_000) + "{}", n(1_000), weight)),
     }

@@ -18,14 +18,14 @@ import tiny_gemma4
 import torch
 
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
-from bnbfix.checkpoint.quant_state import SIBLING_SUFFIXES
+from bnbfix.checkpoint.quant_state import FOUR_BIT_SUFFIXES
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import BnbfixError, InputError, NotApplicable, QuantStateError, Unrepairable
 from bnbfix.planner.plan import Options, plan_checkpoint
 from bnbfix.rules.scan import scan_checkpoint
 from tests.fuzz import structure
 from tests.fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading
-from tests.fuzz.memory import MemorySource, packed
+from tests.fuzz.memory import MemorySource, quantized
 from tests.support.build import Raw as Tensor
 from tests.support.build import read_tensors
 from tests.support.surgery import pack
@@ -41,7 +41,7 @@ TINY = {
 }
 CORPUS = (
     ("text", "single", 1),
-    ("text", "ragged", 2),
+    ("text", "partial", 2),
     ("text", "skip", 2),
     ("text", "int8", 1),
     ("moe", "skip", 1),
@@ -150,7 +150,7 @@ def outcome(r: Random, files: Files) -> str:
     except BnbfixError as e:
         return refused(e)
     if r.random() < 0.25:
-        options = r.choice([None, None, Options(bf16=True, max_shard_size=50_000), Options(ragged="quantize")])
+        options = r.choice([None, None, Options(bf16=True, max_shard_size=50_000), Options(partial_groups="quantize")])
         try:
             plan = plan_checkpoint(source, target, options)
         except (QuantStateError, Unrepairable) as e:
@@ -239,7 +239,7 @@ def quant_state(r: Random) -> str:
             doc = structure.mutate(r, doc, structure.some_node(r, doc), STATE_VALUES, STATE_KEYS) if doc else doc
         raw = structure.write_json(doc).encode()
     parts[name] = Tensor("U8", (len(raw),), raw)
-    files = corpus()[which] | {shard: packed(parts)}
+    files = corpus()[which] | {shard: quantized(parts)}
     ended = outcome(r, files)
     if ended == "accepted":
         judge_by_bitsandbytes(files, name.split(".quant_state.")[0])
@@ -249,20 +249,20 @@ def quant_state(r: Random) -> str:
 def judge_by_bitsandbytes(files: Files, name: str) -> None:
     weight = open_checkpoint(MemorySource(files)).weights.get(name)
     if weight is not None and weight.state is not None:
-        judge_reading(weight, siblings(weight, files))
+        judge_reading(weight, state_tensors(weight, files))
 
 
-def siblings(weight: Weight, files: Files) -> dict[str, torch.Tensor]:
-    """The siblings of a weight as torch tensors, by full name."""
+def state_tensors(weight: Weight, files: Files) -> dict[str, torch.Tensor]:
+    """The quant-state tensors of a weight as torch tensors, by full name."""
     kinds = {"U8": torch.uint8, "F32": torch.float32}
     out = {}
-    for suffix, t in weight.siblings.items():
+    for suffix, t in weight.state_tensors.items():
         raw = bytearray(files[t.shard][t.offset : t.offset + t.info.nbytes])
         out[weight.name + suffix] = torch.frombuffer(raw, dtype=kinds[t.info.dtype]).reshape(t.info.shape)
     return out
 
 
-ENDINGS = (*SIBLING_SUFFIXES, ".SCB", ".weight_format", ".weight", ".weight.x")
+ENDINGS = (*FOUR_BIT_SUFFIXES, ".SCB", ".weight_format", ".weight", ".weight.x")
 DTYPES = (("U8", 1), ("I8", 1), ("BF16", 2), ("F16", 2), ("F32", 4), ("F64", 8))
 
 
@@ -273,7 +273,7 @@ def layout(r: Random) -> str:
     for _ in range(r.choice([1, 1, 2, 3])):
         if parts:
             change_layout(r, parts)
-    return outcome(r, corpus()[which] | {shard: packed(parts)})
+    return outcome(r, corpus()[which] | {shard: quantized(parts)})
 
 
 def change_layout(r: Random, parts: dict[str, Tensor]) -> None:

@@ -69,14 +69,14 @@ def judge_checkpoint(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None
 
 def judge_state(weight: Weight, files: Mapping[str, bytes]) -> None:
     """The sizes that bitsandbytes' kernels rely on, from the JSON and the tensors themselves."""
-    at = weight.siblings
+    at = weight.state_tensors
     suffix = next(s for s in at if ".quant_state." in s)
     raw = files[at[suffix].shard][at[suffix].offset :][: at[suffix].info.nbytes]
     said = json.loads(raw)
     blocks = math.ceil(math.prod(said["shape"]) / said["blocksize"])
     nested = "nested_blocksize" in said
     want = {
-        "packed": (math.ceil(math.prod(said["shape"]) / 2), weight.tensor.info.nbytes),
+        "quantized": (math.ceil(math.prod(said["shape"]) / 2), weight.tensor.info.nbytes),
         "absmax": (blocks * (1 if nested else 4), at[".absmax"].info.nbytes),
         "map": (16 * 4, at[".quant_map"].info.nbytes),
     }
@@ -92,7 +92,7 @@ def judge_state(weight: Weight, files: Mapping[str, bytes]) -> None:
 
 
 def judge_reading(weight: Weight, parts: Mapping[str, object]) -> None:
-    """bitsandbytes reads the same numbers out of the siblings (`parts`: tensors by full name) as bnbfix does."""
+    """bitsandbytes reads the same numbers out of the quant-state tensors (`parts`: tensors by full name) as bnbfix does."""
     theirs, ours = QuantState.from_dict(dict(parts), "cpu"), weight.state
     assert ours is not None
     nested = theirs.state2 if theirs.nested else None

@@ -17,9 +17,9 @@ class MemorySource:
 
     content: Mapping[str, bytes]
     name = "memory"
-    stamp = ""
+    fingerprint = ""
     origin = None
-    outside = frozenset[str]()
+    external_links = frozenset[str]()
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -42,7 +42,7 @@ class MemorySource:
         """It cannot change."""
 
 
-def packed(parts: Mapping[str, Tensor]) -> bytes:
+def quantized(parts: Mapping[str, Tensor]) -> bytes:
     """The file of these tensors."""
     header: dict[str, Any] = {}
     at = 0

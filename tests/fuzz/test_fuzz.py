@@ -110,7 +110,7 @@ def test_the_corpus_is_what_the_library_and_bnbfix_read() -> None:
     for files in corpus():
         opened = open_checkpoint(MemorySource(files))
         judge_checkpoint(opened, files)
-        assert not opened.damaged and any(w.packed for w in opened.weights.values())
+        assert not opened.damaged and any(w.quantized for w in opened.weights.values())
 
 
 def test_a_crash_a_hang_and_a_lie_that_gets_through_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

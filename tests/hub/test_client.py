@@ -18,12 +18,12 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from bnbfix.errors import HubError, InputError, UsageError
 from bnbfix.hub import client as hub_client
 from bnbfix.hub import source as hub
-from bnbfix.hub.client import Again, NoAnswer, asked_for, commit, patiently, silence
+from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, retry, silence
 from bnbfix.hub.source import KEPT, HubSource
 
 SHA = "a" * 40
 TOKEN = "hf_NobodyMaySeeThis"
-ASKED = asked_for("org/parts", None)
+ASKED = describe_request("org/parts", None)
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ def source(**files: int) -> HubSource:
 
 
 def listing(monkeypatch: pytest.MonkeyPatch, sha: Any, **sizes: Any) -> HubSource:
-    siblings = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
-    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=siblings))
+    state_tensors = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
+    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=state_tensors))
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     return HubSource.open("org/parts")
 
@@ -174,14 +174,14 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 def test_a_name_that_cannot_be_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="org/parts: is no name that a model on the Hub can have"):
-        patiently(raising(HFValidationError("no")), ASKED)
+        retry(raising(HFValidationError("no")), ASKED)
 
 
 def test_what_no_cache_has_is_told_with_its_reason() -> None:
     error = LocalEntryNotFoundError("huggingface_hub's own words")
     error.__cause__ = TimeoutError(f"timed out with {TOKEN}")
     with pytest.raises(HubError, match=r"no answer from https?://\S+ \(timed out with \*\*\*\)"):
-        patiently(raising(error), ASKED)
+        retry(raising(error), ASKED)
 
 
 def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
@@ -190,10 +190,10 @@ def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
 
     def work() -> None:
         tries.append(1)
-        raise Again(HubError("busy"), 3600)
+        raise RetryableError(HubError("busy"), 3600)
 
     with pytest.raises(HubError, match="busy"):
-        patiently(work, ASKED, stop=stop)
+        retry(work, ASKED, stop=stop)
     assert len(tries) == 1
 
 

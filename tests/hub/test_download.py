@@ -17,8 +17,8 @@ import pytest
 
 import bnbfix
 from bnbfix.planner.plan import RECORD
-from bnbfix.writer.download import inputs, streaming_peak
-from bnbfix.writer.staging import fetched_folder, hold
+from bnbfix.writer.download import peak_streaming_bytes, source_files_by_output
+from bnbfix.writer.staging import fetched_folder, lock_directory
 from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN
@@ -59,23 +59,23 @@ def repo(hub: Hub, source: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def mended(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def repaired(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Its repair from the folder."""
-    out = tmp_path_factory.mktemp("mended") / "out"
+    out = tmp_path_factory.mktemp("repaired") / "out"
     bnbfix.repair(pristine("dense31b", "skip", shards=4), out, "0.22.1", device="cpu")
     return contents(out)
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
 def test_a_repair_of_a_repo_equals_the_repair_of_its_folder(
-    hub: Hub, source: Path, repo: str, mended: dict[str, bytes], tmp_path: Path, stream: list[str]
+    hub: Hub, source: Path, repo: str, repaired: dict[str, bytes], tmp_path: Path, stream: list[str]
 ) -> None:
     out = tmp_path / "out"
     done = hub.run("repair", repo, "--out", out, *TARGET, *stream, token=TOKEN)
     assert (done.code, done.err) == (0, "")
     assert {s.authorization for s in hub.server.seen if s.origin == "hub"} == {f"Bearer {TOKEN}"}
     assert {s.authorization for s in hub.server.seen if s.origin == "cdn"} == {None}
-    assert contents(out) == mended
+    assert contents(out) == repaired
     assert os.listdir(tmp_path) == ["out"]
     sha = hub.server.repos[repo].refs["main"]
     assert json.loads((out / RECORD).read_text())["source"] == {"repo": repo, "revision": sha}
@@ -120,7 +120,7 @@ def test_an_etag_cannot_lead_a_download_out_of_the_cache(
 
 def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str, tmp_path: Path) -> None:
     folder = fetched_folder(tmp_path / "out")
-    lock = hold(folder, tmp_path / "out")
+    lock = lock_directory(folder, tmp_path / "out")
     (folder / "model.safetensors").write_bytes(b"half of it")
     done = hub.run("repair", repo, "--out", tmp_path / "out", "--stream")
     assert done.code == 2 and "another repair is writing there" in done.err
@@ -194,8 +194,8 @@ def test_a_stream_that_fails_leaves_nothing(hub: Hub, repo: str, tmp_path: Path)
 
 def test_a_stream_keeps_a_file_until_its_last_use(hub: Hub, pristine: Make, tmp_path: Path) -> None:
     # Weights of one shard have their quant states in the next: both are read for the first, and the second again.
-    source, repo = pristine("dense31b", "ragged", shards=17), f"org/parted-{next(NUMBERS)}"
-    uses = Counter(f for read in inputs(bnbfix.plan_repair(source, "0.22.1")).values() for f in read)
+    source, repo = pristine("dense31b", "partial", shards=17), f"org/parted-{next(NUMBERS)}"
+    uses = Counter(f for read in source_files_by_output(bnbfix.plan_repair(source, "0.22.1")).values() for f in read)
     assert max(uses.values()) > 1
     hub.server.add(repo, source)
     done = hub.run("repair", repo, *TARGET, "--out", tmp_path / "out", "--stream")
@@ -263,15 +263,15 @@ def test_streaming_never_has_all_of_the_source_on_disk(
     assert peaks["whole"] >= size + out
     assert peaks["stream"] < size + out - size // 4
     plan = bnbfix.plan_repair(source, "0.22.1")
-    sizes = {f: plan.checkpoint.source.files[f] for read in inputs(plan).values() for f in read}
-    assert out < peaks["stream"] <= streaming_peak(plan, sizes) + (1 << 16)  # and the texts
+    sizes = {f: plan.checkpoint.source.files[f] for read in source_files_by_output(plan).values() for f in read}
+    assert out < peaks["stream"] <= peak_streaming_bytes(plan, sizes) + (1 << 16)  # and the texts
     with capsys.disabled():
         print(f"\nmost bytes on disk: {peaks['stream']:,} streaming, {peaks['whole']:,} not; {size:,} + {out:,}")
 
 
 def test_the_inputs_of_a_plan_are_what_its_files_are_made_from(source: Path) -> None:
     plan = bnbfix.plan_repair(source, "0.22.1")
-    read = inputs(plan)
+    read = source_files_by_output(plan)
     assert set(read) == {s.name for s in plan.shards} | set(plan.copied)
     assert {f for files in read.values() for f in files} <= set(plan.checkpoint.source.files)
     assert all(read[name] == (name,) for name in plan.copied)
@@ -282,7 +282,7 @@ def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) ->
     have = plan.checkpoint.tensors
     split = {e.name for e in plan.edits if e.action == "quantize"}
     assert len(split) == 12
-    made_of = inputs(plan)
+    made_of = source_files_by_output(plan)
     for name in split:
         stem = name.rpartition("_proj")[0].removesuffix("gate_up").removesuffix("down")
         holding = {s.name for s in plan.shards for t in s.tensors if t.info.name.startswith(f"{stem}0.")}
@@ -368,7 +368,7 @@ import bnbfix
 from bnbfix.writer import download as supply
 
 plan, real = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage
-download, output = sum(supply.to_fetch(plan).values()), plan.bytes_written + supply.SLACK
+download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK
 try:
     for free, stream in ((output + download, False), (output + download - 1, False), (output + download // 2, True)):
         shutil.disk_usage = lambda path: namedtuple("Usage", "free")(free)
@@ -401,7 +401,7 @@ from bnbfix.writer import download as supply
 
 plan, usage, stat = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage, os.stat
 out = Path(sys.argv[2])
-download, output = sum(supply.to_fetch(plan).values()), plan.bytes_written + supply.SLACK
+download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK
 def disk(path):  # the output's folder lies on a disk of its own
     return 1 if str(path).startswith(str(out.parent)) else 2
 try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bnbfix.hub.refusals import Asked, refusal
+from bnbfix.hub.refusals import HubRequest, hub_error
 from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN, FakeHub
@@ -146,7 +146,7 @@ def test_what_passes_is_waited_for(hub: Hub, repo: str, fault: dict[str, Any]) -
 
 
 def test_the_first_failure_stops_the_rest(hub: Hub, pristine: Make) -> None:
-    hub.server.add("org/shards", pristine("dense31b", "ragged", shards=12))
+    hub.server.add("org/shards", pristine("dense31b", "partial", shards=12))
     hub.server.fault(418)
     done = hub.run("scan", "org/shards")
     assert (done.code, done.err.count("error:")) == (2, 1)
@@ -251,5 +251,5 @@ def test_the_token_follows_no_redirect(hub: Hub, repo: str, tmp_path: Any) -> No
 @pytest.mark.parametrize("authorized", [False, True])
 def test_every_refusal_has_words(status: int, code: str | None, authorized: bool) -> None:
     for file in (None, "f"):
-        e = refusal(status, code, Asked("https://hub", "org/name", "rev", authorized, file))
+        e = hub_error(status, code, HubRequest("https://hub", "org/name", "rev", authorized, file))
         assert e.exit_code == 2 and str(e).startswith("org/name: ") and len(str(e)) < 200

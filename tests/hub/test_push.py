@@ -32,7 +32,7 @@ def source(hub: Hub, checkpoint: Make) -> str:
 
 @pytest.fixture
 def to() -> str:
-    return f"me/mended-{next(NUMBERS)}"
+    return f"me/repaired-{next(NUMBERS)}"
 
 
 def repair(hub: Hub, source: str | Path, out: Path, *more: str, token: str | None = TOKEN) -> Ran:

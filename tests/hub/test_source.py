@@ -14,7 +14,7 @@ import pytest
 import bnbfix
 from bnbfix.checkpoint.checkpoint import HEADER_GUESS
 from bnbfix.errors import UsageError
-from bnbfix.hub.byte_ranges import GAP, merge, misfit
+from bnbfix.hub.byte_ranges import GAP, content_range_error, merge_ranges
 from bnbfix.hub.resolve import open_source, parse_repo
 from bnbfix.report.json import scan_document
 from tests.support.build import Make
@@ -46,7 +46,7 @@ def scanned(hub: Hub, *arguments: str, token: str | None = None) -> dict[str, An
 @pytest.fixture
 def tiny(hub: Hub, pristine: Make) -> str:
     """A repo with a small checkpoint in two shards."""
-    hub.server.add("org/tiny", pristine("dense31b", "ragged", shards=2))
+    hub.server.add("org/tiny", pristine("dense31b", "partial", shards=2))
     return "org/tiny"
 
 
@@ -54,7 +54,7 @@ def tiny(hub: Hub, pristine: Make) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "quant", "shards"), [("dense31b", "ragged", 3), ("e4b", "all", 1), ("moe26b", "all", 2)]
+    ("family", "quant", "shards"), [("dense31b", "partial", 3), ("e4b", "all", 1), ("moe26b", "all", 2)]
 )
 def test_a_scan_of_a_repo_finds_what_a_scan_of_its_folder_finds(
     hub: Hub, pristine: Make, family: str, quant: str, shards: int
@@ -224,7 +224,7 @@ def test_contradicting_revisions() -> None:
 
 @pytest.mark.parametrize("access", ["private", "gated"])
 def test_the_token_opens_a_repo_and_stays_with_the_hub(hub: Hub, pristine: Make, access: str) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     hub.server.add(f"org/{access}", source, access=access)
     assert scanned(hub, f"org/{access}", token=TOKEN) == found(source)
     assert {s.authorization for s in hub.server.seen if s.origin == "hub"} == {f"Bearer {TOKEN}"}
@@ -233,7 +233,7 @@ def test_the_token_opens_a_repo_and_stays_with_the_hub(hub: Hub, pristine: Make,
 
 def test_signed_addresses_that_run_out_are_asked_for_again(hub: Hub, tiny: str, pristine: Make) -> None:
     hub.server.fault(403, "model-00001", after=1, times=1)
-    assert scanned(hub, tiny) == found(pristine("dense31b", "ragged", shards=2))
+    assert scanned(hub, tiny) == found(pristine("dense31b", "partial", shards=2))
 
 
 # The cache
@@ -244,8 +244,8 @@ DOWNLOAD = "import sys, huggingface_hub as h; [h.hf_hub_download(sys.argv[1], f)
 
 def test_files_in_the_local_cache_are_not_asked_for(hub: Hub, pristine: Make) -> None:
     cached = "org/cached"
-    hub.server.add(cached, pristine("dense31b", "ragged", shards=2))
-    files = sorted(p.name for p in pristine("dense31b", "ragged", shards=2).iterdir())
+    hub.server.add(cached, pristine("dense31b", "partial", shards=2))
+    files = sorted(p.name for p in pristine("dense31b", "partial", shards=2).iterdir())
     shards = [f for f in files if f.endswith(".safetensors")]
     assert hub.run(cached, *shards, script=DOWNLOAD).code == 0
     hub.server.reset()
@@ -273,7 +273,7 @@ def test_offline_without_a_cache(hub: Hub, tiny: str, tmp_path: Path) -> None:
 
 
 def test_near_ranges_are_merged_and_far_ones_are_not() -> None:
-    spans = merge([(1000, 10), (0, 100), (1010 + GAP, 5), (1015 + 2 * GAP + 1, 1), (1002, 2)])
+    spans = merge_ranges([(1000, 10), (0, 100), (1010 + GAP, 5), (1015 + 2 * GAP + 1, 1), (1002, 2)])
     assert [(s.offset, s.length) for s in spans] == [(0, 1015 + GAP), (1016 + 2 * GAP, 1)]
     assert sorted(m[0] for s in spans for m in s.members) == [0, 1, 2, 3, 4]
 
@@ -281,7 +281,7 @@ def test_near_ranges_are_merged_and_far_ones_are_not() -> None:
 def test_spans_cut_back_into_what_was_asked() -> None:
     data = bytes(range(256)) * 40
     asked = [(5, 3), (9000, 20), (0, 0), (4, 10), (8190, 1)]
-    cut = {i: part for s in merge(asked, 100) for i, part in s.cut(data[s.offset : s.offset + s.length])}
+    cut = {i: part for s in merge_ranges(asked, 100) for i, part in s.cut(data[s.offset : s.offset + s.length])}
     assert [cut[i] for i in range(5)] == [data[a : a + n] for a, n in asked]
 
 
@@ -301,7 +301,7 @@ def test_spans_cut_back_into_what_was_asked() -> None:
     ],
 )
 def test_content_range(value: str | None, words: str | None) -> None:
-    said = misfit(value, 10, 10, 100)
+    said = content_range_error(value, 10, 10, 100)
     assert said is None if words is None else words in (said or "")
 
 

@@ -21,10 +21,10 @@ from bnbfix.checkpoint.quant_state import DTYPES, NestedState, QuantState
 from bnbfix.errors import QuantStateError, UsageError
 from bnbfix.kernels import bnb as kernels
 from bnbfix.kernels import reference as decode
-from bnbfix.kernels.bnb import PackedTensor, choose_device, resolve_device
-from tests.support.packed import (
+from bnbfix.kernels.bnb import QuantizedTensor, choose_device, resolve_device
+from tests.support.quantized import (
     WIDTH,
-    Packed,
+    Quantized,
     blocksizes,
     decoded_bytes,
     differences,
@@ -34,7 +34,7 @@ from tests.support.packed import (
     naive_bytes,
     nested_states,
     quant_types,
-    random_packed,
+    random_weight,
     states,
 )
 
@@ -46,8 +46,8 @@ from tests.support.packed import (
 @example(QuantState("nf4", 64, "float32", (7, 9), None), 0, 1)
 @example(QuantState("nf4", 64, "bfloat16", (1, 1), NestedState(256, 0.5)), 1, 1)
 def test_every_shape_equals_the_independent_decode(state: QuantState, seed: int, chunk_bytes: int) -> None:
-    packed = random_packed(state, seed)
-    assert differences(kernel_bytes(packed, chunk_bytes=chunk_bytes), decoded_bytes(packed), packed) == []
+    quantized = random_weight(state, seed)
+    assert differences(kernel_bytes(quantized, chunk_bytes=chunk_bytes), decoded_bytes(quantized), quantized) == []
 
 
 small = st.one_of(
@@ -61,10 +61,10 @@ small = st.one_of(
 @given(st.builds(QuantState, quant_types, blocksizes, dtypes, small, nested_states), st.integers(0, 2**32 - 1))
 @example(QuantState("fp4", 32, "float32", (3, 100), None), 0)
 def test_every_shape_equals_a_naive_decode(state: QuantState, seed: int) -> None:
-    packed = random_packed(state, seed)
-    want = naive_bytes(packed)
-    assert differences(kernel_bytes(packed, chunk_bytes=512), want, packed) == []
-    assert differences(decoded_bytes(packed), want, packed) == []
+    quantized = random_weight(state, seed)
+    want = naive_bytes(quantized)
+    assert differences(kernel_bytes(quantized, chunk_bytes=512), want, quantized) == []
+    assert differences(decoded_bytes(quantized), want, quantized) == []
 
 
 @st.composite
@@ -77,31 +77,33 @@ def whole_rows(draw: st.DrawFn) -> QuantState:
 @examples(80)
 @given(whole_rows(), st.integers(0, 2**32 - 1), st.integers(1, 20_000))
 def test_whole_rows_of_blocks_equal_bitsandbytes_on_the_whole_tensor(state: QuantState, seed: int, chunk: int) -> None:
-    packed = random_packed(state, seed)
-    got, want = kernel_bytes(packed, chunk_bytes=chunk), bitsandbytes_bytes(packed, "cpu")
+    quantized = random_weight(state, seed)
+    got, want = kernel_bytes(quantized, chunk_bytes=chunk), bitsandbytes_bytes(quantized, "cpu")
     if state.quant_type == "fp4":  # the sign of code 8's zero depends on bitsandbytes' kernel; here it never does
         dtype = getattr(torch, state.dtype)
         a, b = (torch.frombuffer(bytearray(x), dtype=dtype) for x in (got, want))
-        zeros = torch.from_numpy(packed.codes == 8)
+        zeros = torch.from_numpy(quantized.codes == 8)
         assert torch.all(a[zeros] == 0) and torch.all(b[zeros] == 0)
         got, want = (x.masked_fill(zeros, 0.0).view(torch.uint8).numpy().tobytes() for x in (a, b))
-    assert differences(got, want, packed) == []
+    assert differences(got, want, quantized) == []
 
 
-def bitsandbytes_bytes(packed: Packed, device: str) -> bytes:
+def bitsandbytes_bytes(quantized: Quantized, device: str) -> bytes:
     """bitsandbytes' decode of the whole tensor at once."""
-    state = packed.state
+    state = quantized.state
 
     def floats(data: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.float32).to(device)
 
     nested = None
-    absmax = floats(packed.absmax) if state.nested is None else torch.tensor(list(packed.absmax), dtype=torch.uint8)
+    absmax = (
+        floats(quantized.absmax) if state.nested is None else torch.tensor(list(quantized.absmax), dtype=torch.uint8)
+    )
     if state.nested is not None:
-        assert packed.nested_absmax is not None and packed.nested_quant_map is not None
+        assert quantized.nested_absmax is not None and quantized.nested_quant_map is not None
         nested = bnb.QuantState(
-            absmax=floats(packed.nested_absmax),
-            code=floats(packed.nested_quant_map),
+            absmax=floats(quantized.nested_absmax),
+            code=floats(quantized.nested_quant_map),
             blocksize=state.nested.blocksize,
             dtype=torch.float32,
         )
@@ -115,29 +117,29 @@ def bitsandbytes_bytes(packed: Packed, device: str) -> bytes:
         code=bnb.get_4bit_type(state.quant_type, device=device),
         offset=torch.tensor(state.nested.offset, dtype=torch.float32).to(device) if state.nested else None,
     )
-    column = torch.frombuffer(bytearray(packed.raw), dtype=torch.uint8).view(-1, 1).to(device)
+    column = torch.frombuffer(bytearray(quantized.raw), dtype=torch.uint8).view(-1, 1).to(device)
     with torch.compiler.set_stance("force_eager"):
         out = bnb.dequantize_4bit(column, whole)
-    assert tuple(out.shape) == state.shape or packed.state.packed_bytes == 1
+    assert tuple(out.shape) == state.shape or quantized.state.quantized_nbytes == 1
     return out.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_bitsandbytes_packs_comes_back_close_to_what_it_was(quant_type: str, nested: bool) -> None:
+def test_what_bitsandbytes_quantizes_comes_back_close_to_what_it_was(quant_type: str, nested: bool) -> None:
     weight = torch.randn((48, 128), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     raw, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
     doc = state.as_dict(packed=False)
     inner = NestedState(doc["nested_blocksize"], float(doc["nested_offset"])) if nested else None
     ours = QuantState(quant_type, doc["blocksize"], "bfloat16", (48, 128), inner)
-    packed = Packed(
+    quantized = Quantized(
         ours,
         raw.numpy().tobytes(),
         doc["absmax"].numpy().tobytes(),
         doc["nested_absmax"].numpy().tobytes() if nested else None,
         doc["nested_quant_map"].numpy().tobytes() if nested else None,
     )
-    values = torch.frombuffer(bytearray(kernel_bytes(packed)), dtype=torch.bfloat16).view(48, 128)
+    values = torch.frombuffer(bytearray(kernel_bytes(quantized)), dtype=torch.bfloat16).view(48, 128)
     error = (values.float() - weight.float()).abs().mean() / weight.float().abs().mean()
     assert 0.01 < error < 0.2
     assert torch.equal(values, bnb.dequantize_4bit(raw, state))
@@ -165,32 +167,32 @@ def test_extreme_scales_equal_a_naive_decode(
 ) -> None:
     for dtype in DTYPES:
         for shape, size in (((4, 64), 64), ((3, 100), 32), ((7, 9), 64), ((2, 1030), 2048)):
-            packed = random_packed(QuantState(quant_type, size, dtype, shape, None), 3, scales)
-            want = naive_bytes(packed)
-            assert differences(kernel_bytes(packed), want, packed) == [], (dtype, shape)
-            assert differences(decoded_bytes(packed), want, packed) == [], (dtype, shape)
+            quantized = random_weight(QuantState(quant_type, size, dtype, shape, None), 3, scales)
+            want = naive_bytes(quantized)
+            assert differences(kernel_bytes(quantized), want, quantized) == [], (dtype, shape)
+            assert differences(decoded_bytes(quantized), want, quantized) == [], (dtype, shape)
     assert [str(w.message) for w in recwarn] == []
 
 
 def test_code_8_of_fp4_is_plus_zero_wherever_it_stands() -> None:
     state = QuantState("fp4", 32, "float32", (3, 100), None)
-    packed = replace(random_packed(state, scales=(2.0,)), raw=b"\x88" * state.packed_bytes)
-    assert kernel_bytes(packed) == bytes(300 * 4)
+    quantized = replace(random_weight(state, scales=(2.0,)), raw=b"\x88" * state.quantized_nbytes)
+    assert kernel_bytes(quantized) == bytes(300 * 4)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_torchs_default_dtype_changes_nothing(quant_type: str, default: torch.dtype) -> None:
     state = QuantState(quant_type, 64, "float32", (33, 50), NestedState(32, 0.123456789))
-    packed = random_packed(state, 5)
-    want = kernel_bytes(packed)
+    quantized = random_weight(state, 5)
+    want = kernel_bytes(quantized)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        got = kernel_bytes(packed)
+        got = kernel_bytes(quantized)
     finally:
         torch.set_default_dtype(before)
-    assert differences(got, want, packed) == []
+    assert differences(got, want, quantized) == []
 
 
 def test_a_code_table_that_bitsandbytes_cached_under_bfloat16_changes_nothing() -> None:
@@ -203,48 +205,48 @@ def test_a_code_table_that_bitsandbytes_cached_under_bfloat16_changes_nothing() 
         "from bnbfix.checkpoint.quant_state import QuantState\nimport numpy as np\n"
         "for size, count in ((64, 1001), (4096, 8192)):\n"
         "    state = QuantState('nf4', size, 'float32', (count,), None)\n"
-        "    raw = np.random.default_rng(0).bytes(state.packed_bytes); scales = np.full(state.blocks, 1.1, '<f4')\n"
-        "    packed = kernels.PackedTensor(state, lambda at, n: raw[at:at + n], scales.tobytes(), None, None)\n"
-        "    got = b''.join(kernels.dequantize(packed, 'cpu'))\n"
+        "    raw = np.random.default_rng(0).bytes(state.quantized_nbytes); scales = np.full(state.blocks, 1.1, '<f4')\n"
+        "    quantized = kernels.QuantizedTensor(state, lambda at, n: raw[at:at + n], scales.tobytes(), None, None)\n"
+        "    got = b''.join(kernels.dequantize(quantized, 'cpu'))\n"
         "    assert got == decode.decode_chunk(state, raw, scales)[:len(got)], size\n"
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_short_read_never_reaches_the_kernel() -> None:
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (8, 64), None))
-    short = replace(packed.tensor, read=lambda offset, length: packed.raw[offset : offset + length // 2])
-    with pytest.raises(QuantStateError, match="a read of 256 packed bytes came back with 128"):
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (8, 64), None))
+    short = replace(quantized.tensor, read=lambda offset, length: quantized.raw[offset : offset + length // 2])
+    with pytest.raises(QuantStateError, match="a read of 256 quantized bytes came back with 128"):
         list(kernels.dequantize(short, "cpu"))
 
 
 @examples(60)
 @given(states, st.integers(1, 30_000))
 def test_chunks_and_reads_are_bounded_and_cover_every_byte_once(state: QuantState, chunk_bytes: int) -> None:
-    packed, width = random_packed(state), WIDTH[state.dtype]
+    quantized, width = random_weight(state), WIDTH[state.dtype]
     limit = max(chunk_bytes, state.blocksize * width)
-    sizes = [chunk.nbytes for chunk in kernels.dequantize(packed.tensor, "cpu", chunk_bytes)]
+    sizes = [chunk.nbytes for chunk in kernels.dequantize(quantized.tensor, "cpu", chunk_bytes)]
     assert max(sizes) <= limit
     assert sum(sizes) == state.numel * width
     at = 0
-    for offset, length in packed.reads:
+    for offset, length in quantized.reads:
         assert offset == at and 0 < length <= -(-limit // width // 2)
         at += length
-    assert at == state.packed_bytes
+    assert at == state.quantized_nbytes
 
 
 def test_nothing_is_read_ahead_of_the_chunk_that_is_asked_for() -> None:
     state = QuantState("nf4", 64, "bfloat16", (64, 64), None)
-    packed = random_packed(state)
-    chunks = kernels.dequantize(packed.tensor, "cpu", 1024)
-    assert packed.reads == []
+    quantized = random_weight(state)
+    chunks = kernels.dequantize(quantized.tensor, "cpu", 1024)
+    assert quantized.reads == []
     next(chunks)
-    assert packed.reads == [(0, 256)]
+    assert quantized.reads == [(0, 256)]
 
 
 def test_a_gpu_has_the_next_chunk_under_way_while_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, log = random_packed(QuantState("nf4", 64, "bfloat16", (31, 64), None)), []
-    on_cpu = kernels._torch(packed.tensor, 64, "cpu")
+    quantized, log = random_weight(QuantState("nf4", 64, "bfloat16", (31, 64), None)), []
+    on_cpu = kernels._torch(quantized.tensor, 64, "cpu")
 
     def start(raw: bytes, first: int, rows: int) -> Callable[[], memoryview]:
         log.append(f"start {first}")
@@ -255,9 +257,9 @@ def test_a_gpu_has_the_next_chunk_under_way_while_one_is_used(monkeypatch: pytes
 
         return wait
 
-    monkeypatch.setattr(kernels, "_torch", lambda packed, size, device: start)
+    monkeypatch.setattr(kernels, "_torch", lambda quantized, size, device: start)
     chunks = []
-    for chunk in kernels.dequantize(packed.tensor, "cuda:0", 1024):
+    for chunk in kernels.dequantize(quantized.tensor, "cuda:0", 1024):
         log.append("use")
         chunks.append(bytes(chunk))
     assert log == [
@@ -274,18 +276,18 @@ def test_a_gpu_has_the_next_chunk_under_way_while_one_is_used(monkeypatch: pytes
         "wait 24",
         "use",
     ]
-    assert b"".join(chunks) == kernel_bytes(packed)
+    assert b"".join(chunks) == kernel_bytes(quantized)
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 20 MiB.", "no kernel image\nSearch", ""])
 def test_what_a_gpu_fails_with_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    def fails(packed: PackedTensor, device: str) -> torch.Tensor:
+    def fails(quantized: QuantizedTensor, device: str) -> torch.Tensor:
         raise torch.OutOfMemoryError(words)
 
     monkeypatch.setattr(kernels, "_absmax", fails)
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (31, 64), None)).tensor
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (31, 64), None)).tensor
     with pytest.raises(UsageError) as e:
-        list(kernels.dequantize(packed, "cuda:1"))
+        list(kernels.dequantize(quantized, "cuda:1"))
     assert str(e.value) == f"--device cuda:1: {words.partition(chr(10))[0] or 'OutOfMemoryError'}"
     assert "--device cpu" in str(e.value.hint)
 
@@ -337,8 +339,8 @@ def test_quantizing_in_chunks_equals_bitsandbytes_on_the_whole_tensor(
         nested_blocksize=256 if nested else None,
     )
     with torch.compiler.set_stance("force_eager"):
-        packed, state = bnb.quantize_4bit(values, blocksize=size, compress_statistics=nested, quant_type="nf4")
-    assert made.weight == as_bytes(packed)
+        quantized, state = bnb.quantize_4bit(values, blocksize=size, compress_statistics=nested, quant_type="nf4")
+    assert made.weight == as_bytes(quantized)
     assert made.absmax == as_bytes(state.absmax)
     assert made.quant_map == as_bytes(state.code)
     if not nested:
@@ -473,7 +475,7 @@ def test_quantize_is_not_misled_by_tables_that_others_made_under_bfloat16() -> N
         return kernels.quantize([as_bytes(values)], "bfloat16", "cpu", blocksize=64, nested_blocksize=256)
 
     right = made()
-    kernels._forget_tables()
+    kernels._clear_code_caches()
     torch.set_default_dtype(torch.bfloat16)
     try:
         bnb.name2qmap.clear()
@@ -588,25 +590,27 @@ def test_cuda_equals_the_cpu() -> None:
     for quant_type, dtype, nested, (shape, size) in product(
         ("nf4", "fp4"), DTYPES, (None, NestedState(256, 0.25)), shapes
     ):
-        packed = random_packed(QuantState(quant_type, size, dtype, shape, nested), 9)
-        assert differences(kernel_bytes(packed, "cuda:0", 4096), kernel_bytes(packed), packed) == [], packed.state
+        quantized = random_weight(QuantState(quant_type, size, dtype, shape, nested), 9)
+        assert differences(kernel_bytes(quantized, "cuda:0", 4096), kernel_bytes(quantized), quantized) == [], (
+            quantized.state
+        )
 
 
 @pytest.mark.cuda
 @needs_cuda
 def test_chunks_from_cuda_stay_valid_while_others_come() -> None:
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (4096, 1024), NestedState(256, 0.25)))
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (4096, 1024), NestedState(256, 0.25)))
     for chunk_bytes in (4096, 100_000, 4 << 20):
-        chunks = list(kernels.dequantize(packed.tensor, "cuda:0", chunk_bytes))
-        assert b"".join(chunks) == kernel_bytes(packed), chunk_bytes
+        chunks = list(kernels.dequantize(quantized.tensor, "cuda:0", chunk_bytes))
+        assert b"".join(chunks) == kernel_bytes(quantized), chunk_bytes
 
 
 @pytest.mark.cuda
 @needs_cuda
 def test_cuda_equals_a_naive_decode_at_extreme_scales() -> None:
     for quant_type, dtype, scales in product(("nf4", "fp4"), DTYPES, EXTREMES):
-        packed = random_packed(QuantState(quant_type, 32, dtype, (3, 100), None), 3, scales)
-        assert differences(kernel_bytes(packed, "cuda:0"), naive_bytes(packed), packed) == [], (dtype, scales)
+        quantized = random_weight(QuantState(quant_type, 32, dtype, (3, 100), None), 3, scales)
+        assert differences(kernel_bytes(quantized, "cuda:0"), naive_bytes(quantized), quantized) == [], (dtype, scales)
 
 
 @pytest.mark.cuda
@@ -614,5 +618,5 @@ def test_cuda_equals_a_naive_decode_at_extreme_scales() -> None:
 @pytest.mark.parametrize("scale", [2.0, -2.0])
 def test_code_8_of_fp4_has_the_same_sign_on_cuda(scale: float) -> None:
     state = QuantState("fp4", 64, "float32", (5, 100), None)
-    packed = replace(random_packed(state, scales=(scale,)), raw=b"\x88" * state.packed_bytes)
-    assert kernel_bytes(packed, "cuda:0") == kernel_bytes(packed)
+    quantized = replace(random_weight(state, scales=(scale,)), raw=b"\x88" * state.quantized_nbytes)
+    assert kernel_bytes(quantized, "cuda:0") == kernel_bytes(quantized)

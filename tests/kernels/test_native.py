@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bnbfix.checkpoint.quant_state import NestedState, QuantState
 from bnbfix.kernels import bnb as kernels
 from bnbfix.kernels import native
-from tests.support.packed import Packed, differences, examples, kernel_bytes, random_packed, states
+from tests.support.quantized import Quantized, differences, examples, kernel_bytes, random_weight, states
 
 here = pytest.mark.skipif(native.load() is None, reason="this release of bitsandbytes is called through torch")
 
@@ -30,10 +30,10 @@ def asked_again() -> Iterator[None]:
     native.load.cache_clear()
 
 
-def through_torch(packed: Packed, chunk_bytes: int) -> bytes:
+def through_torch(quantized: Quantized, chunk_bytes: int) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "load", lambda: None)
-        return kernel_bytes(packed, "cpu", chunk_bytes)
+        return kernel_bytes(quantized, "cpu", chunk_bytes)
 
 
 @here
@@ -41,31 +41,33 @@ def through_torch(packed: Packed, chunk_bytes: int) -> bytes:
 @given(states, st.integers(0, 2**32 - 1), st.integers(1, 100_000))
 @example(QuantState("fp4", 4096, "float16", (3, 5000), NestedState(256, 0.25)), 1, 4 << 20)
 def test_with_and_without_torch_is_the_same_to_the_bit(state: QuantState, seed: int, chunk_bytes: int) -> None:
-    packed = random_packed(state, seed)
-    assert kernels._native(packed.tensor, min(state.blocksize, kernels.KERNEL_BLOCK)) is not None
-    assert differences(kernel_bytes(packed, "cpu", chunk_bytes), through_torch(packed, chunk_bytes), packed) == []
+    quantized = random_weight(state, seed)
+    assert kernels._native(quantized.tensor, min(state.blocksize, kernels.KERNEL_BLOCK)) is not None
+    assert (
+        differences(kernel_bytes(quantized, "cpu", chunk_bytes), through_torch(quantized, chunk_bytes), quantized) == []
+    )
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1e-39), (float("nan"), 1e-39), (-1e-37,)])
 def test_scales_of_which_the_kernel_would_lose_values_go_through_torch(scales: tuple[float, ...]) -> None:
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
-    assert kernels._native(packed.tensor, 64) is None
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
+    assert kernels._native(quantized.tensor, 64) is None
 
 
 @here
 @pytest.mark.parametrize("scales", [(1.0, 0.0), (float("nan"), float("inf")), (-1.0, -0.0)])
 def test_other_scales_do_not(scales: tuple[float, ...]) -> None:
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
-    assert kernels._native(packed.tensor, 64) is not None
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
+    assert kernels._native(quantized.tensor, 64) is not None
 
 
 @here
 def test_threads_change_no_bit() -> None:
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (999, 640), NestedState(256, 0.1)))
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (999, 640), NestedState(256, 0.1)))
     made = set()
     for count in (1, 2, 3):
         kernels.use_threads(count)
-        made.add(kernel_bytes(packed))
+        made.add(kernel_bytes(quantized))
     kernels.use_threads(1)
     assert len(made) == 1
 
@@ -84,8 +86,8 @@ def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest
 def test_a_release_whose_signatures_nobody_read_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "version", lambda name: "0.51.0")
     assert native.load() is None
-    packed = random_packed(QuantState("nf4", 64, "bfloat16", (8, 64), None))
-    assert kernel_bytes(packed) == through_torch(packed, 4 << 20)
+    quantized = random_weight(QuantState("nf4", 64, "bfloat16", (8, 64), None))
+    assert kernel_bytes(quantized) == through_torch(quantized, 4 << 20)
 
 
 @pytest.mark.usefixtures("asked_again")
@@ -132,8 +134,8 @@ def test_decoding_imports_neither_torch_nor_bitsandbytes() -> None:
     code = (
         "import sys\nfrom bnbfix.kernels import bnb as kernels\nfrom bnbfix.checkpoint.quant_state import QuantState\n"
         "state = QuantState('nf4', 64, 'bfloat16', (2, 64), None)\nkernels.use_threads(1)\n"
-        "packed = kernels.PackedTensor(state, lambda at, n: bytes(range(n)), b'\\0\\0\\x80?' * 2, None, None)\n"
-        "print(b''.join(kernels.dequantize(packed, kernels.resolve_device('cpu'))).hex())\n"
+        "quantized = kernels.QuantizedTensor(state, lambda at, n: bytes(range(n)), b'\\0\\0\\x80?' * 2, None, None)\n"
+        "print(b''.join(kernels.dequantize(quantized, kernels.resolve_device('cpu'))).hex())\n"
         "print({'torch', 'bitsandbytes'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -36,17 +36,17 @@ def experts(tensors: Tensors) -> list[str]:
 
 
 def take(tensors: Tensors, name: str) -> torch.Tensor:
-    """The values of a packed weight, which goes with its siblings."""
-    siblings = {n.removeprefix(name + "."): tensors.pop(n) for n in list(tensors) if n.startswith(name + ".")}
-    return bnb.dequantize_4bit(tensors.pop(name), bnb.QuantState.from_dict(siblings, device=torch.device("cpu")))
+    """The values of a quantized weight, which goes with its quant-state tensors."""
+    state_tensors = {n.removeprefix(name + "."): tensors.pop(n) for n in list(tensors) if n.startswith(name + ".")}
+    return bnb.dequantize_4bit(tensors.pop(name), bnb.QuantState.from_dict(state_tensors, device=torch.device("cpu")))
 
 
-def packed(name: str, values: torch.Tensor, quant_type: str) -> Tensors:
+def quantized(name: str, values: torch.Tensor, quant_type: str) -> Tensors:
     data, state = bnb.quantize_4bit(values, compress_statistics=True, quant_type=quant_type)
     return {name: data} | {f"{name}.{k}": t for k, t in state.as_dict(packed=True).items()}
 
 
-def repacked(source: Path, out: Path, pack: Callable[[int, str, torch.Tensor], Tensors]) -> Tensors:
+def requantized(source: Path, out: Path, pack: Callable[[int, str, torch.Tensor], Tensors]) -> Tensors:
     """Writes the checkpoint anew, each expert of layer 3 as `pack` makes it, and returns their values by name."""
     shutil.copytree(source, out)
     tensors, values = load_file(out / FILE), {}
@@ -58,12 +58,12 @@ def repacked(source: Path, out: Path, pack: Callable[[int, str, torch.Tensor], T
     return values
 
 
-def plain(i: int, name: str, values: torch.Tensor) -> Tensors:
+def unquantized(i: int, name: str, values: torch.Tensor) -> Tensors:
     return {name: values.to(torch.bfloat16)}
 
 
 def fp4(i: int, name: str, values: torch.Tensor) -> Tensors:
-    return packed(name, values, "fp4")
+    return quantized(name, values, "fp4")
 
 
 def raw(t: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
@@ -71,24 +71,27 @@ def raw(t: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 
 @pytest.mark.parametrize(
-    ("pack", "code", "target", "prefix"),
-    [(plain, Code.PLAIN_IN_PACKED, "0.27.1", "moe.experts"), (fp4, Code.FP4_EXPERTS, "0.32.0", "experts")],
+    ("change", "code", "target", "prefix"),
+    [
+        (unquantized, Code.UNQUANTIZED_IN_QUANTIZED, "0.27.1", "moe.experts"),
+        (fp4, Code.FP4_EXPERTS, "0.32.0", "experts"),
+    ],
     ids=["plain", "fp4"],
 )
 def test_experts_one_by_one_are_quantized_as_bitsandbytes_does(
-    one_by_one: Path, tmp_path: Path, pack: Callable[..., Tensors], code: Code, target: str, prefix: str
+    one_by_one: Path, tmp_path: Path, change: Callable[..., Tensors], code: Code, target: str, prefix: str
 ) -> None:
-    values = repacked(one_by_one, tmp_path / "source", pack)
+    values = requantized(one_by_one, tmp_path / "source", change)
     assert not bnbfix.scan(tmp_path / "source", target).ok
     result = bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm=target, device="cpu")
-    quantized = {e.name: e for e in result.plan.edits if e.action == "quantize"}
-    assert set(quantized) == set(values) and len(values) == 4 * 3
-    assert {e.code for e in quantized.values()} == {code}
-    assert all("loses precision" in e.detail for e in quantized.values()), "and it is said"
+    edits = {e.name: e for e in result.plan.edits if e.action == "quantize"}
+    assert set(edits) == set(values) and len(values) == 4 * 3
+    assert {e.code for e in edits.values()} == {code}
+    assert all("loses precision" in e.detail for e in edits.values()), "and it is said"
     before, after = load_file(tmp_path / "source" / FILE), load_file(tmp_path / "out" / FILE)
     want = {n.replace(".experts.", f".{prefix}."): t for n, t in before.items() if not n.startswith(tuple(values))}
     for name, value in values.items():
-        want |= packed(name.replace(".experts.", f".{prefix}."), value, "nf4")
+        want |= quantized(name.replace(".experts.", f".{prefix}."), value, "nf4")
     assert set(after) == set(want)
     for name, t in want.items():
         if ".quant_state." in name:  # the same JSON, padded
@@ -99,7 +102,7 @@ def test_experts_one_by_one_are_quantized_as_bitsandbytes_does(
 
 
 def test_a_spoilt_expert_that_was_fp4_is_found(one_by_one: Path, tmp_path: Path) -> None:
-    values = repacked(one_by_one, tmp_path / "source", fp4)
+    values = requantized(one_by_one, tmp_path / "source", fp4)
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
     name = next(iter(values))
     data = bytearray((tmp_path / "out" / FILE).read_bytes())
@@ -112,11 +115,11 @@ def test_a_spoilt_expert_that_was_fp4_is_found(one_by_one: Path, tmp_path: Path)
     assert [(p.tensor, "4-bit rounding" in p.message) for p in found] == [(None, False), (name, True)]
 
 
-def test_packed_and_plain_experts_are_joined_in_full_precision(one_by_one: Path, tmp_path: Path) -> None:
+def test_quantized_and_plain_experts_are_joined_in_full_precision(one_by_one: Path, tmp_path: Path) -> None:
     def mixed(i: int, name: str, values: torch.Tensor) -> Tensors:
-        return plain(i, name, values) if i % 2 else packed(name, values, "nf4")
+        return unquantized(i, name, values) if i % 2 else quantized(name, values, "nf4")
 
-    values = repacked(one_by_one, tmp_path / "source", mixed)
+    values = requantized(one_by_one, tmp_path / "source", mixed)
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.22.1", device="cpu", bf16=True)
     after = load_file(next((tmp_path / "out").glob("*.safetensors")))
     stem = "model.language_model.layers.3.experts"
@@ -150,16 +153,16 @@ def test_int8_experts_one_by_one_are_joined_in_the_dtype_of_the_model(one_by_one
 @pytest.mark.parametrize(
     "other",
     [
-        lambda values: packed("", values.to(torch.float16), "nf4"),
+        lambda values: quantized("", values.to(torch.float16), "nf4"),
         lambda values: {"": values.float()},
         lambda values: {"": values.to(torch.bfloat16)[1:]},
     ],
-    ids=["packed-f16", "plain-f32", "shape"],
+    ids=["quantized-f16", "plain-f32", "shape"],
 )
 def test_experts_that_differ_are_not_joined(
     one_by_one: Path, tmp_path: Path, other: Callable[[torch.Tensor], Tensors]
 ) -> None:
-    repacked(
+    requantized(
         one_by_one,
         tmp_path / "source",
         lambda i, name, values: {name + n: t for n, t in (other(values) if i == 4 else {"": values}).items()},

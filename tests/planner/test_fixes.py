@@ -22,39 +22,39 @@ from bnbfix.models import gemma4
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
 from bnbfix.planner.plan import Options, Plan, PlannedSource, plan_checkpoint
 from bnbfix.rules.rule import Code
-from bnbfix.rules.skip_list import honoured, transformers_skips
+from bnbfix.rules.skip_list import matching_entries, transformers_skips
 from bnbfix.rules.weights import hf_linears
 from tests.support.build import (
     SHARD,
     Make,
     Tensors,
     copy_weight,
+    dequantize_weight,
     drop_weight,
     json_of,
     opened,
-    plain,
     planned,
     read_tensors,
     scan,
     set_skip,
-    siblings,
+    state_tensors,
     tensors_of,
-    unpack,
     write_index,
     write_tensors,
+    zeros,
 )
 
 FAMILIES = ("dense31b", "e4b", "e4b-noshared", "e2b", "moe26b", "unified12b", "text")
-QUANTS = ("all", "skip", "mixed", "ragged", "fp4", "single", "storage-bf16")
+QUANTS = ("all", "skip", "mixed", "partial", "fp4", "single", "storage-bf16")
 TARGETS = ("0.22.1", "0.27.1", "0.32.0", "portable")
 REFUSED = {("unified12b", "0.22.1"), ("moe26b", "0.22.1"), ("moe26b", "portable")}
 # Every family and every quantization; all of both for the two families that need the most.
 ALSO = {
-    "e4b": ("all", "skip", "ragged"),
-    "e2b": ("ragged",),
+    "e4b": ("all", "skip", "partial"),
+    "e2b": ("partial",),
     "moe26b": ("all", "skip", "mixed", "fp4"),
-    "unified12b": ("all", "skip", "ragged"),
-    "text": ("all", "ragged", "single"),
+    "unified12b": ("all", "skip", "partial"),
+    "text": ("all", "partial", "single"),
 }
 PAIRS = [(f, q) for f in FAMILIES for q in ALSO.get(f, QUANTS)]
 CELLS = [(f, q, t) for f, q in PAIRS for t in TARGETS if (f, t) not in REFUSED]
@@ -110,7 +110,7 @@ def test_a_repair_of_a_repaired_checkpoint_has_nothing_to_do(family: str, quant:
 
 
 @pytest.mark.parametrize(("family", "target"), sorted(REFUSED))
-@pytest.mark.parametrize("quant", ["all", "skip", "mixed", "ragged", "storage-bf16"])
+@pytest.mark.parametrize("quant", ["all", "skip", "mixed", "partial", "storage-bf16"])
 def test_what_no_edit_makes_load_is_refused(family: str, target: str, quant: str, pristine: Make) -> None:
     with pytest.raises(Unrepairable) as caught:
         planned(pristine(family, quant), target)
@@ -126,16 +126,16 @@ def test_every_tensor_stays_or_changes_as_its_edit_says(family: str, quant: str,
         assert (plan.edits, plan.shards, plan.texts, plan.copied) == ((), (), {}, ())
         return
     source, out = plan.checkpoint, made(plan)
-    unpacked, retyped, quantized = of(plan, "dequantize"), of(plan, "retype"), of(plan, "quantize")
+    dequantized, retyped, quantized = of(plan, "dequantize"), of(plan, "retype"), of(plan, "quantize")
     gone = {*of(plan, "drop"), *quantized}
-    for name in unpacked:
-        gone |= set(source.weights[name].sibling_names().values())
+    for name in dequantized:
+        gone |= set(source.weights[name].state_tensor_names().values())
     for name, t in source.tensors.items():
         if name in gone:
             assert name not in out
             continue
         op, info = out[name].op, out[name].info
-        if name in unpacked:
+        if name in dequantized:
             weight = source.weights[name]
             assert op == Dequantize((weight,), "BF16"), "in the dtype that the quant state names"
             assert (info.dtype, info.shape) == ("BF16", weight.shape)
@@ -166,17 +166,17 @@ def test_nothing_is_quantized_but_experts(family: str, quant: str, target: str, 
 
 
 def assert_both_readers_agree(plan: Plan) -> None:
-    """What is packed in the output is packed to vLLM and to transformers, and what is plain is plain."""
+    """What is quantized in the output is quantized to vLLM and to transformers, and what is plain is plain."""
     checkpoint = after(plan)
     new, model = checkpoint.skip_modules, gemma4.read_model(checkpoint.config)
     members = projections(checkpoint)
     for release in plan.target.ranges:
         if model.family.name in release.families:
             for p in parameters(members, model, release, new):
-                assert {m.packed for m in p.members} == {p.packed}, (release.name, p.module)
+                assert {m.quantized for m in p.members} == {p.quantized}, (release.name, p.module)
     for m in hf_linears(members, model):
-        entries = honoured(new, gemma4.hf_module(model, m.place.module), transformers_skips)
-        assert bool(entries) != m.packed or (m.place.role == "lm_head" and not new), (m.weight.name, entries)
+        entries = matching_entries(new, gemma4.hf_module(model, m.place.module), transformers_skips)
+        assert bool(entries) != m.quantized or (m.place.role == "lm_head" and not new), (m.weight.name, entries)
     assert len(set(new)) == len(new)
 
 
@@ -246,29 +246,34 @@ def test_the_newer_form_stays_where_it_is_read(pristine: Make) -> None:
 TOWER = r"model\.(vision_tower\..*(linear|input_proj)\.weight|embed_vision\.\w+\.weight)"
 AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight)"
 K_EQ_V_QK = r"model\.(language_model\.)?layers\.[25]\.self_attn\.[qk]_proj\.weight"
-RAGGED = rf"{L}(1\.self_attn\.[kv]_proj|3\.mlp\.up_proj)\.weight"
+PARTIAL_GROUPS = rf"{L}(1\.self_attn\.[kv]_proj|3\.mlp\.up_proj)\.weight"
 
 
 @pytest.mark.parametrize(
     ("family", "quant", "target", "expected"),
     [
-        ("dense31b", "all", "0.22.1", {TOWER: Code.PACKED_IN_PLAIN}),
-        ("dense31b", "all", "portable", {TOWER: Code.PACKED_IN_PLAIN, K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V}),
-        ("dense31b", "all", "0.28.0", {r".*\.input_proj\.weight": Code.PACKED_PIXELS}),
+        ("dense31b", "all", "0.22.1", {TOWER: Code.QUANTIZED_IN_UNQUANTIZED}),
+        ("dense31b", "all", "portable", {TOWER: Code.QUANTIZED_IN_UNQUANTIZED, K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V}),
+        ("dense31b", "all", "0.28.0", {r".*\.input_proj\.weight": Code.QUANTIZED_PIXEL_PROJECTION}),
         ("dense31b", "skip", "0.22.1", {}),
         ("dense31b", "skip", "0.32.0", {}),
         ("dense31b", "skip", "portable", {K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V}),
         ("dense31b", "mixed", "0.27.1", {}),
-        ("dense31b", "ragged", "0.22.1", {RAGGED: Code.RAGGED_GROUP}),
-        ("dense31b", "ragged", "0.32.0", {RAGGED: Code.RAGGED_GROUP}),
-        ("dense31b", "ragged", "portable", {RAGGED: Code.RAGGED_GROUP, K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V}),
-        ("e4b", "all", "0.22.1", {f"{TOWER}|{AUDIO}": Code.PACKED_IN_PLAIN}),
-        ("e4b", "all", "portable", {f"{TOWER}|{AUDIO}": Code.PACKED_IN_PLAIN}),
-        ("e4b", "ragged", "portable", {RAGGED: Code.RAGGED_GROUP}),
+        ("dense31b", "partial", "0.22.1", {PARTIAL_GROUPS: Code.PARTIALLY_QUANTIZED}),
+        ("dense31b", "partial", "0.32.0", {PARTIAL_GROUPS: Code.PARTIALLY_QUANTIZED}),
+        (
+            "dense31b",
+            "partial",
+            "portable",
+            {PARTIAL_GROUPS: Code.PARTIALLY_QUANTIZED, K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V},
+        ),
+        ("e4b", "all", "0.22.1", {f"{TOWER}|{AUDIO}": Code.QUANTIZED_IN_UNQUANTIZED}),
+        ("e4b", "all", "portable", {f"{TOWER}|{AUDIO}": Code.QUANTIZED_IN_UNQUANTIZED}),
+        ("e4b", "partial", "portable", {PARTIAL_GROUPS: Code.PARTIALLY_QUANTIZED}),
         ("e4b-noshared", "skip", "portable", {}),
-        ("unified12b", "all", "0.32.0", {r".*\.embedding_projection\.weight": Code.PACKED_IN_PLAIN}),
-        ("unified12b", "all", "portable", {r".*\.embedding_projection\.weight": Code.PACKED_IN_PLAIN}),
-        ("moe26b", "all", "0.27.1", {r".*\.router\.proj\.weight": Code.PACKED_IN_PLAIN}),
+        ("unified12b", "all", "0.32.0", {r".*\.embedding_projection\.weight": Code.QUANTIZED_IN_UNQUANTIZED}),
+        ("unified12b", "all", "portable", {r".*\.embedding_projection\.weight": Code.QUANTIZED_IN_UNQUANTIZED}),
+        ("moe26b", "all", "0.27.1", {r".*\.router\.proj\.weight": Code.QUANTIZED_IN_UNQUANTIZED}),
         ("text", "all", "0.22.1", {}),
         ("text", "fp4", "portable", {K_EQ_V_QK: Code.K_EQ_V_WITHOUT_V}),
     ],
@@ -321,7 +326,7 @@ HF_LIST = [
         ),
         (
             "dense31b",
-            "ragged",
+            "partial",
             "0.27.1",
             [
                 L + "1.self_attn.q_proj",
@@ -420,7 +425,7 @@ def fix(source: Path, target: str, **options: Any) -> Plan:
 def test_a_donor_of_another_form_is_dequantized_for_a_plain_q(checkpoint: Make) -> None:
     source = checkpoint("e4b-noshared", "all")
     with tensors_of(source) as tensors:
-        unpack(tensors, L + "4.self_attn.q_proj.weight")
+        dequantize_weight(tensors, L + "4.self_attn.q_proj.weight")
     plan = fix(source, "0.27.1")
     for part in ("k_proj", "v_proj"):
         donor = plan.checkpoint.weights[f"{L}2.self_attn.{part}.weight"]
@@ -431,18 +436,18 @@ def test_a_donor_of_another_form_is_dequantized_for_a_plain_q(checkpoint: Make) 
 
 
 @pytest.mark.parametrize("dropped", [("k_proj", "v_proj"), ("v_proj",), ("k_proj",)])
-def test_without_a_packed_donor_the_whole_group_becomes_plain(dropped: tuple[str, ...], checkpoint: Make) -> None:
+def test_without_a_quantized_donor_the_whole_group_becomes_plain(dropped: tuple[str, ...], checkpoint: Make) -> None:
     source = checkpoint("e4b", "all")
     with tensors_of(source) as tensors:
         for layer in (1, 3):
-            unpack(tensors, f"{L}{layer}.self_attn.v_proj.weight")
+            dequantize_weight(tensors, f"{L}{layer}.self_attn.v_proj.weight")
         for part in dropped:
             drop_weight(tensors, f"{L}5.self_attn.{part}.weight")
     plan = fix(source, "0.27.1")
     kept = {f"{L}5.self_attn.{p}.weight" for p in ("q_proj", "k_proj", "v_proj") if p not in dropped}
     asked = {n for n, code in of(plan, "dequantize").items() if code is Code.SHARED_WITHOUT_KV}
     if "v_proj" in dropped:
-        assert asked == kept, "v has no packed donor"
+        assert asked == kept, "v has no quantized donor"
         assert {n: made(plan)[n].info.dtype for n in kept} == dict.fromkeys(kept, "BF16")
     else:
         assert asked == set() and isinstance(made(plan)[f"{L}5.self_attn.k_proj.weight"].op, Copy)
@@ -464,7 +469,7 @@ def explicit_v(source: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["0.32.0", "portable"])
-def test_an_explicit_v_goes_with_its_siblings(target: str, checkpoint: Make) -> None:
+def test_an_explicit_v_goes_with_its_state_tensors(target: str, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     explicit_v(source)
     plan = fix(source, target)
@@ -489,22 +494,22 @@ def test_an_explicit_v_stays_where_it_is_needed(checkpoint: Make) -> None:
     assert fix(source, "0.22.1").nothing_to_do
 
 
-def test_a_packed_lm_head_is_dequantized_and_named_in_a_list_that_is_there(checkpoint: Make) -> None:
+def test_a_quantized_lm_head_is_dequantized_and_named_in_a_list_that_is_there(checkpoint: Make) -> None:
     source = checkpoint("text", "all")
     with tensors_of(source) as tensors:
         copy_weight(tensors, "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
     plan = fix(source, "0.27.1")
-    assert of(plan, "dequantize") == {"lm_head.weight": Code.PACKED_LM_HEAD}
+    assert of(plan, "dequantize") == {"lm_head.weight": Code.QUANTIZED_LM_HEAD}
     assert skip_list(plan) == [], "without a list transformers leaves lm_head alone"
     set_skip(source, "model.vision_tower")
     assert skip_list(fix(source, "0.27.1")) == ["model.vision_tower", "lm_head"]
 
 
-def test_an_entry_that_names_a_packed_module_makes_room_for_the_plain_ones_it_named(checkpoint: Make) -> None:
+def test_an_entry_that_names_a_quantized_module_makes_room_for_the_plain_ones_it_named(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "mixed")
     old = ["first", "language_model.model.layers", "lm_head", "model.vision_tower", "embed_vision", "last"]
     set_skip(source, *old)
-    assert Code.PACKED_BUT_SKIPPED in {f.code for f in scan(source, "0.27.1").findings}
+    assert Code.QUANTIZED_BUT_SKIPPED in {f.code for f in scan(source, "0.27.1").findings}
     plan = fix(source, "0.27.1")
     assert skip_list(plan) == [
         "first",
@@ -533,38 +538,38 @@ def twelve_layers(source: Path) -> None:
             tensors[name.replace(f".{layer}.", f".{layer + 6}.", 1)] = tensors[name]
 
 
-def test_an_entry_for_one_reader_does_not_name_a_packed_module_to_the_other(checkpoint: Make) -> None:
+def test_an_entry_for_one_reader_does_not_name_a_quantized_module_to_the_other(checkpoint: Make) -> None:
     source = checkpoint("text", "all")
     twelve_layers(source)
     with tensors_of(source) as tensors:
         for name in [n for n in tensors if re.fullmatch(r"model\.layers\.1\..*_proj\.weight", n)]:
-            unpack(tensors, name)
+            dequantize_weight(tensors, name)
     plan = fix(source, "0.32.0")
     assert transformers_skips("model.layers.1", "model.layers.10.mlp"), "which is why that entry will not do"
     assert skip_list(plan) == ["model.layers.1.mlp", "model.layers.1.self_attn", "lm_head"]
 
 
-def test_statistics_without_a_weight_are_dropped_with_whatever_else_is_mended(checkpoint: Make) -> None:
+def test_statistics_without_a_weight_are_dropped_with_whatever_else_is_repaired(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     with tensors_of(source) as tensors:
         weight = L + "0.mlp.up_proj.weight"
-        strays = {f"{L}9.mlp.up_proj.weight{suffix}": t for suffix, t in siblings(tensors, weight).items()}
+        strays = {f"{L}9.mlp.up_proj.weight{suffix}": t for suffix, t in state_tensors(tensors, weight).items()}
         tensors |= strays
     plan = fix(source, "0.32.0")
-    assert of(plan, "drop") == dict.fromkeys(strays, Code.ORPHANS)
+    assert of(plan, "drop") == dict.fromkeys(strays, Code.ORPHANED_STATE_TENSORS)
     assert not set(strays) & set(made(plan))
 
 
 def test_statistics_alone_are_no_reason_to_repair(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     with tensors_of(source) as tensors:
-        tensors[L + "9.mlp.up_proj.weight.absmax"] = plain(4, dtype="F32")
+        tensors[L + "9.mlp.up_proj.weight.absmax"] = zeros(4, dtype="F32")
     assert fix(source, "0.32.0").nothing_to_do
 
 
 def test_a_shard_of_nothing_but_strays_is_left_out_and_out_of_the_index(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
-    write_tensors(source / "strays.safetensors", {L + "9.mlp.up_proj.weight.absmax": plain(4, dtype="F32")})
+    write_tensors(source / "strays.safetensors", {L + "9.mlp.up_proj.weight.absmax": zeros(4, dtype="F32")})
     write_index(source)
     plan = fix(source, "0.32.0")
     assert [s.name for s in plan.shards] == ["model.safetensors"]
@@ -576,7 +581,7 @@ def test_a_shard_of_nothing_but_strays_is_left_out_and_out_of_the_index(checkpoi
 def test_of_a_tensor_in_two_shards_the_one_that_the_index_names_is_kept(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     name = "model.language_model.norm.weight"
-    write_tensors(source / "other.safetensors", {name: plain(128), L + "0.other": plain(4)})
+    write_tensors(source / "other.safetensors", {name: zeros(128), L + "0.other": zeros(4)})
     write_index(source)
     with json_of(source, "model.safetensors.index.json") as doc:
         doc["weight_map"][name] = "model.safetensors"
@@ -616,7 +621,7 @@ def test_a_damaged_quant_state_stops_a_repair(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     with tensors_of(source) as tensors:
         del tensors[L + "1.self_attn.k_proj.weight.quant_map"]
-    with pytest.raises(QuantStateError, match=r"1\.self_attn\.k_proj\.weight: its sibling quant_map"):
+    with pytest.raises(QuantStateError, match=r"1\.self_attn\.k_proj\.weight: its quant-state tensor quant_map"):
         fix(source, "0.32.0")
 
 
@@ -631,10 +636,10 @@ def test_a_config_that_the_older_keys_cannot_say_is_refused(checkpoint: Make) ->
 
 
 @pytest.mark.parametrize("target", ["0.27.1", "0.32.0"])
-def test_a_ragged_group_is_quantized_where_the_user_asks(target: str, pristine: Make) -> None:
-    plan = planned(pristine("dense31b", "ragged"), target, Options(ragged="quantize"))
+def test_a_partially_quantized_group_is_quantized_where_the_user_asks(target: str, pristine: Make) -> None:
+    plan = planned(pristine("dense31b", "partial"), target, Options(partial_groups="quantize"))
     assert of(plan, "quantize") == dict.fromkeys(
-        [L + "1.self_attn.q_proj.weight", L + "3.mlp.gate_proj.weight"], Code.RAGGED_GROUP
+        [L + "1.self_attn.q_proj.weight", L + "3.mlp.gate_proj.weight"], Code.PARTIALLY_QUANTIZED
     )
     assert of(plan, "dequantize") == {}
     assert not [e for e in skip_list(plan) if "layers" in e], "nothing of the language model is plain any more"
@@ -643,20 +648,20 @@ def test_a_ragged_group_is_quantized_where_the_user_asks(target: str, pristine: 
 def test_a_group_that_gets_a_copied_member_is_dequantized_even_where_the_user_asks(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     with tensors_of(source) as tensors:
-        unpack(tensors, L + "2.self_attn.k_proj.weight")
-        unpack(tensors, L + "5.self_attn.q_proj.weight")
-    plan = fix(source, "0.22.1", ragged="quantize")
-    assert of(plan, "quantize") == {L + "5.self_attn.q_proj.weight": Code.RAGGED_GROUP}
-    assert of(plan, "dequantize")[L + "2.self_attn.q_proj.weight"] is Code.RAGGED_GROUP
+        dequantize_weight(tensors, L + "2.self_attn.k_proj.weight")
+        dequantize_weight(tensors, L + "5.self_attn.q_proj.weight")
+    plan = fix(source, "0.22.1", partial_groups="quantize")
+    assert of(plan, "quantize") == {L + "5.self_attn.q_proj.weight": Code.PARTIALLY_QUANTIZED}
+    assert of(plan, "dequantize")[L + "2.self_attn.q_proj.weight"] is Code.PARTIALLY_QUANTIZED
     assert set(of(plan, "insert")) == {L + "5.self_attn.v_proj.weight"}
 
 
 def test_a_group_that_gets_a_shared_member_is_dequantized_even_where_the_user_asks(checkpoint: Make) -> None:
     source = checkpoint("e4b", "all")
     with tensors_of(source) as tensors:
-        unpack(tensors, L + "4.self_attn.q_proj.weight")
+        dequantize_weight(tensors, L + "4.self_attn.q_proj.weight")
         drop_weight(tensors, L + "4.self_attn.k_proj.weight")
-    plan = fix(source, "0.27.1", ragged="quantize")
+    plan = fix(source, "0.27.1", partial_groups="quantize")
     assert of(plan, "quantize") == {}
     assert set(of(plan, "dequantize")) == {L + "4.self_attn.v_proj.weight"}
     assert made(plan)[L + "4.self_attn.k_proj.weight"].info.dtype == "BF16"
@@ -664,7 +669,7 @@ def test_a_group_that_gets_a_shared_member_is_dequantized_even_where_the_user_as
 
 @pytest.fixture(scope="module")
 def mixed(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensors, Tensors]]:
-    """By family: a folder to write in, every tensor with all projections packed, and every tensor in full precision."""
+    """By family: a folder to write in, every tensor with all projections quantized, and every tensor in full precision."""
     out = {}
     for family in ("dense31b", "e4b", "text"):
         folder = Path(shutil.copytree(pristine(family, "all"), tmp_path_factory.mktemp("mixed") / family))
@@ -675,31 +680,31 @@ def mixed(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("family", ["dense31b", "e4b", "text"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_mixture_of_packed_and_plain_with_any_skip_list_is_mended(
+def test_any_mixture_of_quantized_and_plain_with_any_skip_list_is_repaired(
     family: str, data: st.DataObject, mixed: dict[str, tuple[Path, Tensors, Tensors]]
 ) -> None:
-    folder, packed, full = mixed[family]
-    linear = sorted(n for n in full if n + ".quant_map" in packed)
+    folder, quantized, full = mixed[family]
+    linear = sorted(n for n in full if n + ".quant_map" in quantized)
     model = gemma4.read_model(opened(folder).config)
     modules = [gemma4.vllm_module(model, gemma4.place(n), fused=True) for n in linear]
     modules += [n.removesuffix(".weight") for n in linear]
     prefixes = sorted({m.rsplit(".", n)[0] for m in modules for n in range(4)} | {m.split(".")[-1] for m in modules})
     plain_ones = data.draw(st.sets(st.sampled_from(linear)), label="plain")
     set_skip(folder, *data.draw(st.lists(st.sampled_from(prefixes), max_size=4, unique=True), label="skip"))
-    gone = {n for n in packed for name in plain_ones if n == name or n.startswith(name + ".")}
-    shared = [n for n in packed if re.search(r"layers\.[45]\.self_attn\.(k_proj|v_proj|k_norm)\.weight$", n)]
+    gone = {n for n in quantized for name in plain_ones if n == name or n.startswith(name + ".")}
+    shared = [n for n in quantized if re.search(r"layers\.[45]\.self_attn\.(k_proj|v_proj|k_norm)\.weight$", n)]
     if family == "e4b":
         lost = data.draw(st.sets(st.sampled_from(shared)), label="lost")
-        gone |= {n for n in packed for name in lost if n == name or n.startswith(name + ".")}
+        gone |= {n for n in quantized for name in lost if n == name or n.startswith(name + ".")}
         plain_ones -= lost
-    kept = {n: t for n, t in packed.items() if n not in gone}
+    kept = {n: t for n, t in quantized.items() if n not in gone}
     write_tensors(folder / SHARD, kept | {n: full[n] for n in plain_ones})
-    target, ragged = data.draw(st.sampled_from(TARGETS)), data.draw(st.sampled_from(["dequantize", "quantize"]))
-    plan = fix(folder, target, ragged=ragged)
+    target, partial_groups = data.draw(st.sampled_from(TARGETS)), data.draw(st.sampled_from(["dequantize", "quantize"]))
+    plan = fix(folder, target, partial_groups=partial_groups)
     if plan.nothing_to_do:
         return  # all is well in vLLM; transformers may have been at odds with this list before
     assert_both_readers_agree(plan)
-    if ragged == "dequantize":
+    if partial_groups == "dequantize":
         assert not of(plan, "quantize")
     assert {n for n, code in of(plan, "dequantize").items() if n in plain_ones} == set()
 
@@ -711,7 +716,7 @@ def test_what_bitsandbytes_cannot_quantize_makes_its_group_plain_even_where_the_
     source = checkpoint("dense31b", "all")
     with tensors_of(source) as tensors:
         drop_weight(tensors, L + "0.mlp.up_proj.weight")
-        tensors[L + "0.mlp.up_proj.weight"] = plain(256, 128, dtype=dtype)
-    plan = fix(source, "0.27.1", ragged="quantize")
+        tensors[L + "0.mlp.up_proj.weight"] = zeros(256, 128, dtype=dtype)
+    plan = fix(source, "0.27.1", partial_groups="quantize")
     assert of(plan, "quantize") == {}
-    assert of(plan, "dequantize") == {L + "0.mlp.gate_proj.weight": Code.RAGGED_GROUP}
+    assert of(plan, "dequantize") == {L + "0.mlp.gate_proj.weight": Code.PARTIALLY_QUANTIZED}

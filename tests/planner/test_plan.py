@@ -31,20 +31,20 @@ from tests.support.build import (
     copy_weight,
     json_of,
     opened,
-    plain,
     planned,
     read_tensors,
     scan,
     tensors_of,
     write_tensors,
+    zeros,
 )
 
 L = "model.language_model.layers."
 TARGETS = ("0.22.1", "0.27.1", "0.32.0", "portable")
 REFUSED = {("unified12b", "0.22.1"), ("moe26b", "0.22.1"), ("moe26b", "portable")}
 KINDS = [
-    *((family, quant, 1) for family in ("dense31b", "text") for quant in ("all", "ragged", "single", "storage-bf16")),
-    *((family, "ragged", 3) for family in ("dense31b", "e4b-noshared", "unified12b", "moe26b")),
+    *((family, quant, 1) for family in ("dense31b", "text") for quant in ("all", "partial", "single", "storage-bf16")),
+    *((family, "partial", 3) for family in ("dense31b", "e4b-noshared", "unified12b", "moe26b")),
     ("e4b-noshared", "all", 1),
     ("unified12b", "all", 7),
     ("moe26b", "all", 1),
@@ -147,11 +147,11 @@ def test_a_plan_for_the_output_has_nothing_to_do(
 @pytest.mark.parametrize(
     ("family", "quant", "target", "options"),
     [
-        ("dense31b", "ragged", "portable", {}),
+        ("dense31b", "partial", "portable", {}),
         ("e4b-noshared", "all", "0.22.1", {}),
         ("moe26b", "fp4", "0.27.1", {}),
         ("unified12b", "storage-bf16", "0.32.0", {}),
-        ("dense31b", "ragged", "0.32.0", {"ragged": "quantize"}),
+        ("dense31b", "partial", "0.32.0", {"partial_groups": "quantize"}),
         ("moe26b", "int8", "0.22.1", {"bf16": True, "max_shard_size": 300_000}),
     ],
 )
@@ -169,9 +169,9 @@ def test_a_plan_does_not_depend_on_the_order_of_sets(pristine: Make) -> None:
     code = """if True:
         import sys
         from bnbfix import plan_repair
-        plans = [plan_repair(p, "0.27.1", ragged=r) for p in sys.argv[1:] for r in ("dequantize", "quantize")]
+        plans = [plan_repair(p, "0.27.1", partial_groups=r) for p in sys.argv[1:] for r in ("dequantize", "quantize")]
         print([(p.edits, p.shards, p.texts, p.copied, p.remaining) for p in plans])"""
-    sources = [str(pristine(family, "ragged", shards=3)) for family in ("dense31b", "e4b-noshared")]
+    sources = [str(pristine(family, "partial", shards=3)) for family in ("dense31b", "e4b-noshared")]
     said = {
         subprocess.run(
             [sys.executable, "-c", code, *sources],
@@ -190,7 +190,7 @@ def test_a_plan_does_not_depend_on_the_order_of_sets(pristine: Make) -> None:
 @pytest.mark.parametrize("shards", [3, 17])
 def test_the_number_of_shards_changes_neither_edits_nor_tensors(family: str, shards: int, pristine: Make) -> None:
     target = "0.27.1"
-    one, many = (planned(pristine(family, "ragged", shards=n), target) for n in (1, shards))
+    one, many = (planned(pristine(family, "partial", shards=n), target) for n in (1, shards))
     assert many.edits == one.edits
     assert many.texts[CONFIG] == one.texts[CONFIG]
     a, b = ({n: (t.info.dtype, t.info.shape, type(t.op)) for n, t in made(p).items()} for p in (one, many))
@@ -198,14 +198,14 @@ def test_the_number_of_shards_changes_neither_edits_nor_tensors(family: str, sha
     assert {s.name for s in many.shards} == set(many.checkpoint.shards) and len(many.shards) > 2
 
 
-def test_siblings_in_another_shard_are_read_there_and_dropped_there(pristine: Make) -> None:
-    plan = planned(pristine("dense31b", "ragged", shards=17), "portable")
+def test_state_tensors_in_another_shard_are_read_there_and_dropped_there(pristine: Make) -> None:
+    plan = planned(pristine("dense31b", "partial", shards=17), "portable")
     dequantized = [t for t in made(plan).values() if isinstance(t.op, Dequantize)]
     parted = {
         s.info.name: s.shard
         for t in dequantized
         for w in t.op.weights
-        for s in w.siblings.values()
+        for s in w.state_tensors.values()
         if s.shard != w.tensor.shard
     }
     assert parted, "some of what is dequantized has its quant state elsewhere"
@@ -215,15 +215,15 @@ def test_siblings_in_another_shard_are_read_there_and_dropped_there(pristine: Ma
         assert not next(s for s in plan.shards if s.name == shard).copied
 
 
-def test_a_copy_and_all_its_siblings_lie_in_the_shard_of_its_donor(pristine: Make) -> None:
+def test_a_copy_and_all_its_state_tensors_lie_in_the_shard_of_its_donor(pristine: Make) -> None:
     plan = planned(pristine("dense31b", "skip", shards=17), "0.22.1")
     shard_of = {t.info.name: shard.name for shard in plan.shards for t in shard.tensors}
     scattered = 0
     for layer in (2, 5):
         k, v = (f"{L}{layer}.self_attn.{part}_proj.weight" for part in "kv")
         weight = plan.checkpoint.weights[k]
-        assert {shard_of[n] for n in (v, *(v + suffix for suffix in weight.siblings))} == {weight.tensor.shard}
-        scattered += len({s.shard for s in weight.siblings.values()} | {weight.tensor.shard}) > 1
+        assert {shard_of[n] for n in (v, *(v + suffix for suffix in weight.state_tensors))} == {weight.tensor.shard}
+        scattered += len({s.shard for s in weight.state_tensors.values()} | {weight.tensor.shard}) > 1
     touched = {shard.name for shard in plan.shards if not shard.copied}
     assert touched == {plan.checkpoint.weights[f"{L}{n}.self_attn.k_proj.weight"].tensor.shard for n in (2, 5)}
     assert len(touched) < len(plan.shards), "and the others are copied as they are"
@@ -252,7 +252,7 @@ def test_bytes_read_are_those_of_every_tensor_once_and_of_copies_again(pristine:
 
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b-noshared", "unified12b"])
-@pytest.mark.parametrize("quant", ["all", "ragged"])
+@pytest.mark.parametrize("quant", ["all", "partial"])
 def test_an_older_prefix_gets_the_same_plan_under_its_own_names(family: str, quant: str, pristine: Make) -> None:
     new = planned(pristine(family, quant), "portable")
     old = planned(pristine(family, quant, prefix="language_model.model."), "portable")
@@ -267,7 +267,7 @@ def test_an_older_prefix_gets_the_same_plan_under_its_own_names(family: str, qua
 
 
 def test_a_text_only_checkpoint_is_mended_under_its_own_names(pristine: Make) -> None:
-    plan = planned(pristine("text", "ragged"), "portable")
+    plan = planned(pristine("text", "partial"), "portable")
     assert all(n.startswith("model.") and "language_model" not in n for n in made(plan))
     assert list(after(plan).skip_modules)[-11:] == [
         "model.layers.1.self_attn.qkv_proj",
@@ -285,11 +285,11 @@ def test_a_text_only_checkpoint_is_mended_under_its_own_names(pristine: Make) ->
 
 
 OUTPUTS = [
-    ("dense31b", "ragged", 3, "portable"),
+    ("dense31b", "partial", 3, "portable"),
     ("dense31b", "all", 1, "0.22.1"),
     ("dense31b", "storage-bf16", 1, "portable"),
     ("e4b-noshared", "all", 1, "0.22.1"),
-    ("unified12b", "ragged", 3, "0.32.0"),
+    ("unified12b", "partial", 3, "0.32.0"),
     ("moe26b", "all", 1, "0.32.0"),
     ("text", "single", 1, "0.22.1"),
 ]
@@ -329,8 +329,8 @@ def test_the_planned_source_reads_what_stays_as_the_source_has_it(plan: Plan) ->
 
 def test_the_planned_source_comes_from_where_the_source_does(plan: Plan) -> None:
     source, out = plan.checkpoint.source, PlannedSource(plan)
-    assert (out.name, out.origin, out.stamp) == (source.name, source.origin, source.stamp)
-    assert out.outside == frozenset(), "a plan makes no links"
+    assert (out.name, out.origin, out.fingerprint) == (source.name, source.origin, source.fingerprint)
+    assert out.external_links == frozenset(), "a plan makes no links"
     assert all(out.local_path(name) is None for name in out.files), "and nothing lies on disk yet"
 
 
@@ -349,7 +349,7 @@ def test_the_planned_source_has_no_bytes_for_what_is_not_made_yet(plan: Plan) ->
 
 
 def test_reads_inside_headers_texts_and_tensors_begin_and_end_where_asked(pristine: Make) -> None:
-    plan = planned(pristine("dense31b", "ragged", shards=3), "portable")
+    plan = planned(pristine("dense31b", "partial", shards=3), "portable")
     out = PlannedSource(plan)
     shard = next(s for s in plan.shards if not s.copied)
     t = next(t for t in shard.tensors if isinstance(t.op, Copy) and t.info.nbytes > 100)
@@ -363,7 +363,7 @@ def test_reads_inside_headers_texts_and_tensors_begin_and_end_where_asked(pristi
 
 @pytest.mark.parametrize(
     ("family", "quant", "shards", "target"),
-    [("dense31b", "ragged", 3, "portable"), ("dense31b", "storage-bf16", 1, "0.22.1"), ("moe26b", "all", 1, "0.27.1")],
+    [("dense31b", "partial", 3, "portable"), ("dense31b", "storage-bf16", 1, "0.22.1"), ("moe26b", "all", 1, "0.27.1")],
 )
 def test_what_is_written_is_what_was_planned(
     family: str, quant: str, shards: int, target: str, pristine: Make, tmp_path: Path
@@ -380,12 +380,14 @@ def test_what_is_written_is_what_was_planned(
         assert (tmp_path / "out" / shard.name).read_bytes()[: len(shard.header)] == shard.header
 
 
-def test_siblings_of_a_dequantized_weight_go_from_another_shard_and_two_shards_get_an_index(checkpoint: Make) -> None:
-    source = checkpoint("dense31b", "ragged")
+def test_state_tensors_of_a_dequantized_weight_go_from_another_shard_and_two_shards_get_an_index(
+    checkpoint: Make,
+) -> None:
+    source = checkpoint("dense31b", "partial")
     name = L + "1.self_attn.k_proj.weight"
     with tensors_of(source) as tensors:
         moved = {n: tensors.pop(n) for n in list(tensors) if n.startswith(name + ".")}
-    write_tensors(source / "other.safetensors", {**moved, L + "0.other": plain(4)})
+    write_tensors(source / "other.safetensors", {**moved, L + "0.other": zeros(4)})
     plan = fix(source, "0.27.1")
     names = set(made(plan))
     assert len(moved) == 5 and not names & set(moved) and name in names
@@ -394,7 +396,7 @@ def test_siblings_of_a_dequantized_weight_go_from_another_shard_and_two_shards_g
 
 
 def test_the_index_keeps_what_else_it_says(checkpoint: Make) -> None:
-    source = checkpoint("dense31b", "ragged", shards=3)
+    source = checkpoint("dense31b", "partial", shards=3)
     with json_of(source, INDEX) as index:
         index["metadata"] |= {"total_parameters": 7, "total_size": 1}
         index["extra"] = "ü"
@@ -466,7 +468,7 @@ def test_bf16_in_one_file_needs_no_index_and_takes_none_along(pristine: Make) ->
 
 def test_bf16_keeps_an_index_where_a_file_lies_about_that_the_old_one_left_out(checkpoint: Make) -> None:
     source = checkpoint("text", "all", shards=3)
-    write_tensors(source / "stray.safetensors", {"model.norm.weight": plain(128), "model.stray": plain(4)})
+    write_tensors(source / "stray.safetensors", {"model.norm.weight": zeros(128), "model.stray": zeros(4)})
     plan = fix(source, "0.32.0", bf16=True)
     assert [s.name for s in plan.shards] == ["model.safetensors"] and "stray.safetensors" in plan.copied
     assert json.loads(plan.texts[INDEX])["weight_map"] == dict.fromkeys(made(plan), "model.safetensors")

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bnbfix
-from tests.support.build import Raw, Tensors, json_of, read_tensors, siblings, write_index, write_tensors
+from tests.support.build import Raw, Tensors, json_of, read_tensors, state_tensors, write_index, write_tensors
 
 INDEX = "model.safetensors.index.json"
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
@@ -53,14 +53,14 @@ FP4 = tuple(s * v + 0.0 for s in (1, -1) for v in (0, 0.0052083333, 0.6666667, 1
 
 
 def decoded(tensors: Tensors, name: str) -> Raw:
-    """A packed weight in bfloat16, by nothing but the bytes of its tensors."""
-    own = siblings(tensors, name)
+    """A quantized weight in bfloat16, by nothing but the bytes of its tensors."""
+    own = state_tensors(tensors, name)
     ((suffix, raw),) = [(s, t.data) for s, t in own.items() if ".quant_state." in s]
     said = json.loads(raw)
     assert said["dtype"] == "bfloat16"
     table = np.array(NF4 if suffix.endswith("nf4") else FP4, np.float32)
-    packed = np.frombuffer(tensors[name].data, np.uint8)
-    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+    quantized = np.frombuffer(tensors[name].data, np.uint8)
+    codes = np.stack([quantized >> 4, quantized & 15], axis=1).reshape(-1)
     scales = np.frombuffer(own[".absmax"].data, "<f4" if "nested_blocksize" not in said else "u1")
     if "nested_blocksize" in said:
         nested = np.frombuffer(own[".nested_quant_map"].data, "<f4")[scales]
@@ -108,15 +108,15 @@ def everything(folder: Path) -> Tensors:
 
 def wrong_tensors(source: Tensors, output: Tensors) -> list[str]:
     """Names of tensors that are neither kept to the byte, nor decoded, nor a copy of some tensor of the source's."""
-    packed = {name.split(".quant_state.")[0] for name in source if ".quant_state." in name}
-    values = {name: decoded(source, name) for name in packed}
+    quantized = {name.split(".quant_state.")[0] for name in source if ".quant_state." in name}
+    values = {name: decoded(source, name) for name in quantized}
     wrong = []
     for name, t in source.items():
         weight = name.split(".weight.")[0] + ".weight" if ".weight." in name else name
-        if name not in output:  # siblings go with their weight's packing, and nothing else goes
+        if name not in output:  # quant-state tensors go with their weight's quantization, and nothing else goes
             fine = weight != name and output.get(weight) == values[weight]
         else:
-            fine = output[name] == t or (name in packed and output[name] == values[name])
+            fine = output[name] == t or (name in quantized and output[name] == values[name])
         if not fine:
             wrong.append(name)
     known = [*source.values(), *values.values()]
@@ -184,9 +184,9 @@ def test_the_model_of_what_should_be_there_finds_what_is_not(tmp_path: Path) -> 
     _, source = made("small-text", "all")
     name = "model.layers.0.mlp.up_proj.weight"
     value = decoded(source, name)
-    unpacked = {n: t for n, t in source.items() if not n.startswith(name)} | {name: value}
-    assert wrong_tensors(source, source) == [] == wrong_tensors(source, unpacked)
+    dequantized = {n: t for n, t in source.items() if not n.startswith(name)} | {name: value}
+    assert wrong_tensors(source, source) == [] == wrong_tensors(source, dequantized)
     assert wrong_tensors(source, {n: t for n, t in source.items() if n != name + ".absmax"}) == [name + ".absmax"]
     assert wrong_tensors(source, source | {"x": Raw("U8", (1,), b"x")}) == ["x"]
     one_bit = Raw(value.dtype, value.shape, bytes([value.data[0] ^ 1]) + value.data[1:])
-    assert name in wrong_tensors(source, unpacked | {name: one_bit})
+    assert name in wrong_tensors(source, dequantized | {name: one_bit})

@@ -19,7 +19,7 @@ from bnbfix.report import github as report_github
 from bnbfix.report import json as report_json
 from bnbfix.report import markdown as report_markdown
 from bnbfix.report import sarif as report_sarif
-from bnbfix.report.outcome import Outcome, examine, read_names
+from bnbfix.report.outcome import ScanOutcome, read_names, scan_models
 from bnbfix.rules.rule import Code, Severity
 from bnbfix.rules.scan import Finding
 from bnbfix.rules.selection import Selection, findings_code, worst
@@ -59,7 +59,7 @@ def test_fail_on_is_the_least_severity_that_counts(severity: Severity) -> None:
     for level in Severity:
         assert findings_code(found, level) == (1 if severity >= level else 0)
     assert findings_code(found, None) == 0
-    assert findings_code(found) == (0 if severity is Severity.NOTE else 1)
+    assert findings_code(found) == (1 if severity.counts else 0)
 
 
 def test_a_damaged_quant_state_is_2_whatever_fails() -> None:
@@ -80,8 +80,8 @@ def test_a_list_of_models_has_comments_and_blank_lines() -> None:
 
 
 def test_selection_leaves_the_verdicts_alone(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
-    (o,) = examine([str(source)], resolve_target("portable"), Selection.parse(ignore=["BNB"]))
+    source = pristine("dense31b", "partial", shards=2)
+    (o,) = scan_models([str(source)], resolve_target("portable"), Selection.parse(ignore=["BNB"]))
     whole = scan(source)
     assert o.result is not None and o.result.findings == () and o.left_out == len(whole.findings) > 0
     assert (o.result.verdict, o.result.releases) == (whole.verdict, whole.releases)
@@ -100,7 +100,7 @@ def test_one_that_fails_does_not_stop_the_rest(pristine: Make, tmp_path: Path) -
 
 
 def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     found = outcomes(source, tmp_path / "nowhere")
     whole = json.loads("".join(report_json.render(found, several=True)))
     assert whole["schema"] == 1
@@ -124,7 +124,7 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
 # SARIF
 
 
-def sarif(found: list[Outcome], here: Path = Path("/")) -> dict[str, Any]:
+def sarif(found: list[ScanOutcome], here: Path = Path("/")) -> dict[str, Any]:
     doc = report_sarif.document(found, here)
     jsonschema.Draft4Validator(json.loads(SCHEMA.read_text("utf-8"))).validate(doc)
     return doc
@@ -133,7 +133,7 @@ def sarif(found: list[Outcome], here: Path = Path("/")) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "quant"),
     [
-        ("dense31b", "ragged"),
+        ("dense31b", "partial"),
         ("e4b", "all"),
         ("moe26b", "all"),
         ("unified12b", "all"),
@@ -150,19 +150,19 @@ def test_sarif_follows_the_schema_and_tells_every_finding(pristine: Make, family
     assert [r["ruleId"] for r in run["results"]] == [f.code.value for f in findings]
     for r, f in zip(run["results"], findings, strict=True):
         assert rules[r["ruleIndex"]]["id"] == r["ruleId"]
-        assert r["level"] == {3: "error", 2: "error", 1: "warning", 0: "note"}[f.severity]
+        assert r["level"] == {"fails": "error", "wrong": "error", "degraded": "warning", "note": "note"}[f.severity]
         named = [x["fullyQualifiedName"] for at in r["locations"] for x in at.get("logicalLocations", ())]
         assert sorted(named) == sorted(f.tensors)
     for rule in rules:
         e = Code(rule["id"]).explanation
-        assert e.why in rule["help"]["text"] and e.mend in rule["help"]["markdown"]
+        assert e.why in rule["help"]["text"] and e.fix in rule["help"]["markdown"]
         assert rule.get("helpUri") == (e.upstream[0] if e.upstream else None)
     prints = [r["partialFingerprints"]["primaryLocationLineHash"] for r in run["results"]]
     assert len(set(prints)) == len(prints)
 
 
 def test_sarif_names_files_of_the_model(pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     shards = [p.name for p in source.glob("*.safetensors")]
 
     def uris(here: Path) -> tuple[set[str], set[str | None], dict[str, Any]]:
@@ -202,7 +202,7 @@ def test_sarif_notes_models_that_could_not_be_scanned(pristine: Make, tmp_path: 
 
 
 def test_sarif_of_hostile_names_is_harmless(pristine: Make) -> None:
-    doc = sarif([evil(o) for o in outcomes(pristine("dense31b", "ragged", shards=2))])
+    doc = sarif([evil(o) for o in outcomes(pristine("dense31b", "partial", shards=2))])
     texts = list(strings(doc))
     assert all(text.replace("\n", "").isprintable() for text in texts)
     assert r"model.\x1b[31m\x07\r\n<script>" in "".join(texts) and any("%1B" in text for text in texts)
@@ -228,7 +228,7 @@ def test_annotations_are_escaped_as_github_reads_them() -> None:
 
 
 def test_every_finding_is_one_annotation_in_one_line(pristine: Make, tmp_path: Path) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     found = outcomes(source, tmp_path / "nowhere", pristine("dense31b", "bf16"))
     for case in (found, [evil(found[0])]):
         text = "".join(report_github.render(case))
@@ -244,12 +244,12 @@ def test_every_finding_is_one_annotation_in_one_line(pristine: Make, tmp_path: P
 
 
 def test_markdown_tells_the_matrix_the_findings_and_the_command(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     text = "".join(report_markdown.render(outcomes(source)))
     assert "| 0.19.0-0.22.1 | \u274c fails | 7 | BNB103 BNB104 |" in text
     assert "### BNB104 fails: K serves as V, but V has no quant state" in text
     assert "- `model.language_model.layers.N.self_attn.k_proj.weight x2`" in text
-    assert "Mend it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
+    assert "Repair it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
     assert "## Summary" not in text
     text = "".join(report_markdown.render(outcomes(source, "/nowhere", pristine("e4b", "all"), target="0.32.0")))
     assert "| `/nowhere` | \u26d4 error | no such folder |" in text
@@ -257,7 +257,7 @@ def test_markdown_tells_the_matrix_the_findings_and_the_command(pristine: Make) 
 
 
 def test_markdown_of_hostile_names_is_text(pristine: Make) -> None:
-    found = outcomes(pristine("dense31b", "ragged", shards=2))
+    found = outcomes(pristine("dense31b", "partial", shards=2))
     bad = replace(found[0], result=None, error=InputError(EVIL, where=EVIL))
     for case in ([evil(found[0])], [bad, bad]):
         text = "".join(report_markdown.render(case))

@@ -15,10 +15,10 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.models.gemma4 import read_model
 from bnbfix.report import html as report_html
-from bnbfix.report.layer_map import Cell, Grid, Row, Section, State, draw
+from bnbfix.report.layer_map import Cell, LayerMap, Row, Section, State, build_layer_map
 from bnbfix.report.lines import Layout
-from bnbfix.report.outcome import Outcome, mended
-from bnbfix.report.report_map import map_lines
+from bnbfix.report.outcome import ScanOutcome, repaired
+from bnbfix.report.report_map import layer_map_lines
 from bnbfix.rules.rule import Code
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import Make, copy_weight, opened, tensors_of
@@ -27,13 +27,13 @@ from tests.support.outcomes import EVIL, evil, outcomes
 L = "model.language_model.layers."
 
 
-def grid_of(source: Path, target: str = "portable") -> Grid:
+def grid_of(source: Path, target: str = "portable") -> LayerMap:
     checkpoint = opened(source)
     findings = scan_checkpoint(checkpoint, resolve_target(target)).findings
-    return draw(checkpoint, read_model(checkpoint.config), findings, mended(LocalSource.open(source)))
+    return build_layer_map(checkpoint, read_model(checkpoint.config), findings, repaired(LocalSource.open(source)))
 
 
-def section(grid: Grid, title: str) -> Section:
+def section(grid: LayerMap, title: str) -> Section:
     return next(s for s in grid.sections if s.title == title)
 
 
@@ -46,7 +46,7 @@ def marks(section: Section) -> list[str]:
 
 
 def test_the_map_of_31b_has_layers_down_and_modules_across(pristine: Make) -> None:
-    grid = grid_of(pristine("dense31b", "ragged", shards=2))
+    grid = grid_of(pristine("dense31b", "partial", shards=2))
     language = section(grid, "language model")
     assert language.columns == ("q", "k", "v", "o", "gate", "up", "down", "norms")
     assert [(r.label, r.kind) for r in language.rows] == [
@@ -57,21 +57,21 @@ def test_the_map_of_31b_has_layers_down_and_modules_across(pristine: Make) -> No
         ("4", "sliding"),
         ("5", "full"),
     ]
-    assert marks(language) == ["PPPPPPP.", "!!!PPPP.", "P!=PPPP.", "PPPP!!P.", "PPPPPPP.", "P!=PPPP."]
-    assert language.rows[1].cells["q"] == Cell(State.FIXABLE, "BF16", (Code.RAGGED_GROUP,))
+    assert marks(language) == ["QQQQQQQ.", "!!!QQQQ.", "Q!=QQQQ.", "QQQQ!!Q.", "QQQQQQQ.", "Q!=QQQQ."]
+    assert language.rows[1].cells["q"] == Cell(State.FIXABLE, "BF16", (Code.PARTIALLY_QUANTIZED,))
     assert language.rows[2].cells["v"] == Cell(State.ABSENT, "K serves as V")
     assert language.rows[0].cells["norms"].note == "7 BF16"
     assert marks(section(grid, "vision tower")) == ["!!!!!!!."] * 2
     around = {r.label: r.cells[""].state for r in section(grid, "around the layers").rows}
     assert around["embed_vision.embedding_projection"] is State.FIXABLE
-    assert around["language_model.embed_tokens"] is State.PLAIN
+    assert around["language_model.embed_tokens"] is State.UNQUANTIZED
     assert sum(grid.counts().values()) == sum(len(r.cells) for s in grid.sections for r in s.rows)
 
 
 def test_the_map_depends_on_the_target(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     old, new = (section(grid_of(source, t), "language model") for t in ("0.22.1", "0.32.0"))
-    assert (marks(old)[2], marks(new)[2]) == ("P!=PPPP.", "PP=PPPP.")
+    assert (marks(old)[2], marks(new)[2]) == ("Q!=QQQQ.", "QQ=QQQQ.")
 
 
 def test_the_map_has_audio_inputs_and_shared_layers(pristine: Make) -> None:
@@ -80,7 +80,7 @@ def test_the_map_has_audio_inputs_and_shared_layers(pristine: Make) -> None:
     assert language.columns[-3:] == ("input gate", "input proj", "norms")
     assert [r.kind for r in language.rows][-2:] == ["sliding, shared", "full, shared"]
     assert language.rows[4].cells["k"] == Cell(State.ABSENT, "K and V are layer 2's")
-    assert marks(language)[4:] == ["P==PPPPPP."] * 2
+    assert marks(language)[4:] == ["Q==QQQQQQ."] * 2
     assert audio.columns == (
         "q",
         "k",
@@ -106,7 +106,7 @@ def test_what_is_missing_is_a_conflict_of_its_cell(pristine: Make) -> None:
 def test_the_map_of_a_mixture_has_router_and_experts(pristine: Make) -> None:
     language = section(grid_of(pristine("moe26b", "all"), "0.32.0"), "language model")
     assert language.columns == ("q", "k", "v", "o", "gate", "up", "down", "router", "experts", "norms")
-    assert set(marks(language)) == {"PPPPPPP!!.", "PP=PPPP!!."}
+    assert set(marks(language)) == {"QQQQQQQ!!.", "QQ=QQQQ!!."}
     assert language.rows[0].cells["experts"] == Cell(State.FIXABLE, "2 BF16", (Code.FUSED_EXPERTS,))
 
 
@@ -115,10 +115,10 @@ def test_what_no_repair_mends_looks_otherwise(pristine: Make) -> None:
     assert set(marks(language)[0][:7]) == {"X"}
 
 
-def test_the_map_of_a_repaired_checkpoint_shows_what_was_mended(pristine: Make, tmp_path: Path) -> None:
-    bnbfix.repair(pristine("dense31b", "ragged", shards=2), tmp_path / "out", "0.22.1", device="cpu")
+def test_the_map_of_a_repaired_checkpoint_shows_what_was_repaired(pristine: Make, tmp_path: Path) -> None:
+    bnbfix.repair(pristine("dense31b", "partial", shards=2), tmp_path / "out", "0.22.1", device="cpu")
     language = section(grid_of(tmp_path / "out", "0.22.1"), "language model")
-    assert marks(language) == ["PPPPPPP.", ".MMPPPP.", "PPMPPPP.", "PPPP.MP.", "PPPPPPP.", "PPMPPPP."]
+    assert marks(language) == ["QQQQQQQ.", ".RRQQQQ.", "QQRQQQQ.", "QQQQ.RQ.", "QQQQQQQ.", "QQRQQQQ."]
     assert language.rows[1].cells["k"].note == "BF16"
 
 
@@ -126,7 +126,7 @@ def test_the_map_of_a_repaired_checkpoint_shows_what_was_mended(pristine: Make, 
 def test_a_record_that_is_none_is_no_record(checkpoint: Make, text: str) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "bnbfix.json").write_text(text)
-    assert mended(LocalSource.open(source)) == frozenset()
+    assert repaired(LocalSource.open(source)) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_record_that_is_none_is_no_record(checkpoint: Make, text: str) -> None
 )
 def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, quant: str) -> None:
     checkpoint = opened(pristine(family, quant))
-    grid = draw(checkpoint, read_model(checkpoint.config), ())
+    grid = build_layer_map(checkpoint, read_model(checkpoint.config), ())
     notes = [c.note for s in grid.sections for r in s.rows for c in r.cells.values() if c.state is not State.ABSENT]
     counted = [sum(int(p.split()[0]) for p in n.split(", ")) if " " in n else 1 for n in notes]
     assert sum(counted) == len(checkpoint.weights)
@@ -143,14 +143,14 @@ def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, q
 # The map in a terminal
 
 
-def text_map(grid: Grid, width: int = 80) -> list[str]:
-    return ["".join(span.text for span in line).rstrip() for line in map_lines(grid, Layout(width))]
+def text_map(grid: LayerMap, width: int = 80) -> list[str]:
+    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, Layout(width))]
 
 
-def tall(layers: int) -> Grid:
+def tall(layers: int) -> LayerMap:
     kinds = ["full" if i % 6 == 5 else "sliding" for i in range(layers)]
-    rows = tuple(Row(str(i), kind, {"q": Cell(State.PACKED, "nf4")}) for i, kind in enumerate(kinds))
-    return Grid((Section("language model", ("q", "norms"), rows),))
+    rows = tuple(Row(str(i), kind, {"q": Cell(State.QUANTIZED, "nf4")}) for i, kind in enumerate(kinds))
+    return LayerMap((Section("language model", ("q", "norms"), rows),))
 
 
 def test_60_layers_fit_a_terminal_of_80_columns() -> None:
@@ -158,15 +158,15 @@ def test_60_layers_fit_a_terminal_of_80_columns() -> None:
     assert max(map(len, lines)) <= 80 and all(line.isascii() for line in lines)
     assert lines[0] == "language model, layers 0 to 59"
     assert lines[1].split() == ["0", "10", "20", "30", "40", "50"]
-    assert lines[2].index("|") == lines[3].index("P") + 5 and lines[2].count("|") == 10
-    assert lines[3].split() == ["q", "P" * 60] and lines[1].index("0") == lines[3].index("P")
+    assert lines[2].index("|") == lines[3].index("Q") + 5 and lines[2].count("|") == 10
+    assert lines[3].split() == ["q", "Q" * 60] and lines[1].index("0") == lines[3].index("Q")
 
 
 @pytest.mark.parametrize(("width", "blocks"), [(80, 2), (40, 4), (200, 1)])
 def test_more_layers_go_below_one_another(width: int, blocks: int) -> None:
     lines = text_map(tall(120), width)
     assert max(map(len, lines)) <= width
-    assert "".join(line.split()[1] for line in lines if line.startswith("  q")) == "P" * 120
+    assert "".join(line.split()[1] for line in lines if line.startswith("  q")) == "Q" * 120
     assert sum(line.startswith("language model, layers") for line in lines) == blocks
 
 
@@ -204,14 +204,14 @@ class Page(HTMLParser):
         return (attributes for name, attributes in self.tags if name == tag)
 
 
-def page(*found: Outcome) -> Page:
+def page(*found: ScanOutcome) -> Page:
     text = "".join(report_html.render(found))
     assert text.isascii() and text.startswith("<!DOCTYPE html>")
     return Page(text)
 
 
 def test_the_page_shows_the_matrix_the_map_and_the_findings(pristine: Make) -> None:
-    found = outcomes(pristine("dense31b", "ragged", shards=2), grid=True)
+    found = outcomes(pristine("dense31b", "partial", shards=2), grid=True)
     p = page(*found)
     for words in ("0.19.0-0.22.1", "Does not load in every release.", "language model, 6 layers", "K serves as V, but"):
         assert words in p.text
@@ -220,11 +220,11 @@ def test_the_page_shows_the_matrix_the_map_and_the_findings(pristine: Make) -> N
     assert len(cells) == sum(found[0].grid.counts().values()) and all(a["title"] for a in cells)
     titles = {a["title"] for a in cells}
     assert "layer 2, v: not in the file; K serves as V" in titles
-    assert "layer 1, q: in conflict; a repair mends it (BNB103); BF16" in titles
+    assert "layer 1, q: in conflict; a repair fixes it (BNB103); BF16" in titles
 
 
 def test_the_page_asks_nothing_from_anywhere(pristine: Make) -> None:
-    p = page(*outcomes(pristine("dense31b", "ragged", shards=2), "/nowhere", pristine("e4b", "all"), grid=True))
+    p = page(*outcomes(pristine("dense31b", "partial", shards=2), "/nowhere", pristine("e4b", "all"), grid=True))
     allowed = {"html", "head", "meta", "title", "style", "body", "main", "footer", "section", "article", "header"}
     allowed |= {"h1", "h2", "h3", "p", "span", "b", "small", "code", "abbr", "a", "ul", "li", "wbr", "div", "details"}
     allowed |= {"summary", "table", "caption", "thead", "tbody", "tr", "th", "td"}
@@ -238,7 +238,7 @@ def test_the_page_asks_nothing_from_anywhere(pristine: Make) -> None:
 
 
 def test_links_inside_the_page_lead_somewhere(pristine: Make) -> None:
-    p = page(*outcomes(pristine("moe26b", "all"), pristine("dense31b", "ragged"), target="0.32.0", grid=True))
+    p = page(*outcomes(pristine("moe26b", "all"), pristine("dense31b", "partial"), target="0.32.0", grid=True))
     ids = [a["id"] for _, a in p.tags if "id" in a]
     assert len(ids) == len(set(ids))
     links = [a["href"] or "" for a in p.all("a")]
@@ -247,15 +247,15 @@ def test_links_inside_the_page_lead_somewhere(pristine: Make) -> None:
 
 
 def test_tables_say_what_their_heads_are(pristine: Make) -> None:
-    p = page(*outcomes(pristine("dense31b", "ragged"), grid=True))
+    p = page(*outcomes(pristine("dense31b", "partial"), grid=True))
     assert all(a.get("scope") in ("row", "col") for a in p.all("th"))
     assert sum(1 for _ in p.all("caption")) == 3
 
 
 def test_hostile_names_are_text_in_the_page(pristine: Make) -> None:
-    found = evil(outcomes(pristine("dense31b", "ragged", shards=2), grid=True)[0])
-    around = Row(EVIL, EVIL, {"": Cell(State.PLAIN, EVIL)})
-    found = replace(found, grid=Grid((Section("around the layers", ("",), (around,)),)))
+    found = evil(outcomes(pristine("dense31b", "partial", shards=2), grid=True)[0])
+    around = Row(EVIL, EVIL, {"": Cell(State.UNQUANTIZED, EVIL)})
+    found = replace(found, grid=LayerMap((Section("around the layers", ("",), (around,)),)))
     p = page(found)
     assert "script" not in {tag for tag, _ in p.tags}
     assert p.text.count("<script>alert(1)</script>") > 5
@@ -280,7 +280,7 @@ def test_a_layer_that_the_config_does_not_know_is_on_the_map_without_a_kind(chec
 
 
 def test_a_page_of_what_has_no_findings_says_none(pristine: Make) -> None:
-    (bad,) = outcomes(pristine("dense31b", "ragged", shards=2), target="0.32.0")
+    (bad,) = outcomes(pristine("dense31b", "partial", shards=2), target="0.32.0")
     assert bad.result is not None and bad.result.findings
     clean = replace(bad, result=replace(bad.result, findings=()))
     pages = ["".join(report_html.render([o])) for o in (clean, bad)]
@@ -289,7 +289,7 @@ def test_a_page_of_what_has_no_findings_says_none(pristine: Make) -> None:
 
 
 def test_a_page_without_a_map_has_the_rest(pristine: Make) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     with_map, without = ("".join(report_html.render(outcomes(source, grid=grid))) for grid in (True, False))
     drawn = re.compile(r'<section class="map">.*?</section>\s*', re.DOTALL)
     assert len(drawn.findall(with_map)) == 1 and drawn.findall(without) == []

@@ -13,7 +13,7 @@ import pytest
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.vllm.releases import Installed, Target, ranges, resolve_target
-from bnbfix.models.gemma4 import FULL, SLIDING, canonical, older_form, read_model
+from bnbfix.models.gemma4 import FULL, SLIDING, canonical, legacy_head_config, read_model
 from bnbfix.rules.rule import EXPLANATIONS, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint
 from bnbfix.rules.weights import RULES
@@ -22,21 +22,21 @@ from tests.support.build import (
     Make,
     Tensors,
     copy_weight,
+    dequantize_weight,
     json_of,
     opened,
-    plain,
     read_tensors,
     retype,
     scan,
     set_skip,
-    siblings,
+    state_tensors,
     tensors_of,
-    unpack,
     write_index,
     write_tensors,
+    zeros,
 )
 
-NOTE, DEGRADED, WRONG, FAILS = Severity
+LOADS, NOTE, DEGRADED, WRONG, FAILS = Severity
 L = "model.language_model.layers."
 TOWER = r"model\.(vision_tower\..*(linear|input_proj)\.weight|embed_vision\.\w+\.weight)"
 AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight)"
@@ -114,7 +114,7 @@ def explicit_v(tensors: Tensors) -> None:
 def plain_qk(tensors: Tensors) -> None:
     for layer in (2, 5):
         for part in "qk":
-            unpack(tensors, f"{L}{layer}.self_attn.{part}_proj.weight")
+            dequantize_weight(tensors, f"{L}{layer}.self_attn.{part}_proj.weight")
 
 
 def lm_head(tensors: Tensors) -> None:
@@ -122,7 +122,7 @@ def lm_head(tensors: Tensors) -> None:
 
 
 def plain_lm_head(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = plain(512, 128)
+    tensors["lm_head.weight"] = zeros(512, 128)
 
 
 def no_quant_map(tensors: Tensors) -> None:
@@ -131,7 +131,7 @@ def no_quant_map(tensors: Tensors) -> None:
 
 def lying_shape(tensors: Tensors) -> None:
     weight = f"{L}1.self_attn.k_proj.weight"
-    name = next(weight + suffix for suffix in siblings(tensors, weight) if ".quant_state." in suffix)
+    name = next(weight + suffix for suffix in state_tensors(tensors, weight) if ".quant_state." in suffix)
     tensors[name] = replace(tensors[name], data=tensors[name].data.replace(b"64, 128", b"64, 129"))
 
 
@@ -153,13 +153,13 @@ def stray_statistics(tensors: Tensors) -> None:
 
 
 def bound_state(tensors: Tensors) -> None:
-    old = siblings(tensors, f"{L}0.mlp.up_proj.weight")
+    old = state_tensors(tensors, f"{L}0.mlp.up_proj.weight")
     for part in ("up", "gate"):
-        unpack(tensors, f"{L}0.mlp.{part}_proj.weight")
+        dequantize_weight(tensors, f"{L}0.mlp.{part}_proj.weight")
     tensors |= {f"{L}0.mlp.up_proj.weight{suffix}": t for suffix, t in old.items()}
 
 
-def one_by_one(prefix: str, *, packed: bool = True) -> Callable[[Tensors], None]:
+def one_by_one(prefix: str, *, quantized: bool = True) -> Callable[[Tensors], None]:
     """Experts of layer 3 stored one by one in place of the two tensors of every layer."""
 
     def change(tensors: Tensors) -> None:
@@ -168,16 +168,16 @@ def one_by_one(prefix: str, *, packed: bool = True) -> Callable[[Tensors], None]
         for expert in range(2):
             for part in ("gate", "up", "down"):
                 name = f"{L}3.{prefix}.{expert}.{part}_proj.weight"
-                if packed:
+                if quantized:
                     copy_weight(tensors, f"{L}3.mlp.{part}_proj.weight", name)
                 else:
-                    tensors[name] = plain(64, 128)
+                    tensors[name] = zeros(64, 128)
 
     return change
 
 
 def uneven(tensors: Tensors) -> None:
-    """One matrix of one expert says that it was packed from another dtype."""
+    """One matrix of one expert says that it was quantized from another dtype."""
     one_by_one("experts")(tensors)
     name = f"{L}3.experts.1.down_proj.weight.quant_state.bitsandbytes__nf4"
     old = tensors[name].data
@@ -185,7 +185,7 @@ def uneven(tensors: Tensors) -> None:
     assert tensors[name].data != old
 
 
-def packed_experts(tensors: Tensors) -> None:
+def quantized_experts(tensors: Tensors) -> None:
     name = f"{L}3.experts.down_proj"
     del tensors[name]
     copy_weight(tensors, f"{L}3.mlp.down_proj.weight", name)
@@ -202,7 +202,7 @@ def no_total_size(folder: Path) -> None:
 def stale_tensor(folder: Path) -> None:
     write_index(folder)
     with tensors_of(folder) as tensors:
-        tensors[L + "0.stale"] = plain(8)
+        tensors[L + "0.stale"] = zeros(8)
     with json_of(folder, "model.safetensors.index.json") as doc:
         doc["metadata"]["total_size"] += 16
 
@@ -219,7 +219,7 @@ def moved(folder: Path) -> None:
 def twice(folder: Path) -> None:
     tensors = read_tensors(folder / SHARD)
     name = L + "0.mlp.up_proj.weight"
-    write_tensors(folder / "other.safetensors", {name: tensors[name], "model.language_model.x": plain(4)})
+    write_tensors(folder / "other.safetensors", {name: tensors[name], "model.language_model.x": zeros(4)})
 
 
 def per_layer(**layer: object) -> Change:
@@ -257,7 +257,7 @@ def auto_map(folder: Path) -> None:
         config["auto_map"] = {"AutoConfig": "configuration_gemma4.Gemma4Config"}
 
 
-def axial_rope(folder: Path) -> None:
+def has_axial_rope(folder: Path) -> None:
     with json_of(folder) as config:
         config["vision_config"]["rope_parameters"]["rope_type"] = "axial"
 
@@ -270,24 +270,36 @@ def installed(version: str, plugin: str | None) -> Target:
 MISSING = [f"{L}{n}.self_attn.{part}.weight" for n in (4, 5) for part in ("k_norm", "k_proj", "v_proj")]
 NEWER = (("per_layer_config", True),)
 FOUND = [
-    Found(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.22.1", tensors=TOWER, releases=TO_022),
-    Found(Code.PACKED_IN_PLAIN, "dense31b", "all", "portable", tensors=TOWER, releases=TO_022),
-    Found(Code.PACKED_IN_PLAIN, "e4b", "all", "0.19.1", tensors=f"{TOWER}|{AUDIO}", releases=TO_022),
+    Found(Code.QUANTIZED_IN_UNQUANTIZED, "dense31b", "all", "0.22.1", tensors=TOWER, releases=TO_022),
+    Found(Code.QUANTIZED_IN_UNQUANTIZED, "dense31b", "all", "portable", tensors=TOWER, releases=TO_022),
+    Found(Code.QUANTIZED_IN_UNQUANTIZED, "e4b", "all", "0.19.1", tensors=f"{TOWER}|{AUDIO}", releases=TO_022),
     Found(
-        Code.PACKED_IN_PLAIN,
+        Code.QUANTIZED_IN_UNQUANTIZED,
         "unified12b",
         "all",
         "0.32.0",
         tensors=r".*\.embedding_projection\.weight",
         releases=FROM_023,
     ),
-    Found(Code.PACKED_IN_PLAIN, "moe26b", "all", "0.27.1", tensors=r".*\.router\.proj\.weight", releases=FROM_023),
-    Found(Code.PLAIN_IN_PACKED, "dense31b", "skip", "0.27.1", tensors=TOWER, releases=FROM_023[:3]),
-    Found(Code.PLAIN_IN_PACKED, "dense31b", "skip", "0.32.0", severity=WRONG, tensors=TOWER, releases=FROM_028),
-    Found(Code.PLAIN_IN_PACKED, "dense31b", "int8", "0.32.0", tensors=TOWER, releases=FROM_023),
-    Found(Code.PLAIN_IN_PACKED, "e4b", "skip", "0.28.0", severity=WRONG, tensors=f"{TOWER}|{AUDIO}", releases=FROM_028),
     Found(
-        Code.PLAIN_IN_PACKED,
+        Code.QUANTIZED_IN_UNQUANTIZED, "moe26b", "all", "0.27.1", tensors=r".*\.router\.proj\.weight", releases=FROM_023
+    ),
+    Found(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.27.1", tensors=TOWER, releases=FROM_023[:3]),
+    Found(
+        Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.32.0", severity=WRONG, tensors=TOWER, releases=FROM_028
+    ),
+    Found(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "int8", "0.32.0", tensors=TOWER, releases=FROM_023),
+    Found(
+        Code.UNQUANTIZED_IN_QUANTIZED,
+        "e4b",
+        "skip",
+        "0.28.0",
+        severity=WRONG,
+        tensors=f"{TOWER}|{AUDIO}",
+        releases=FROM_028,
+    ),
+    Found(
+        Code.UNQUANTIZED_IN_QUANTIZED,
         "unified12b",
         "skip",
         "0.33.0",
@@ -296,7 +308,7 @@ FOUND = [
         releases=FROM_028,
     ),
     Found(
-        Code.PLAIN_IN_PACKED,
+        Code.UNQUANTIZED_IN_QUANTIZED,
         "dense31b",
         "mixed",
         "0.22.1",
@@ -304,26 +316,26 @@ FOUND = [
         tensors=r".*\.layers\.(1\.self_attn\.[qkvo]_proj|3\.mlp\.\w+_proj)\.weight",
     ),
     Found(
-        Code.RAGGED_GROUP,
+        Code.PARTIALLY_QUANTIZED,
         "dense31b",
-        "ragged",
+        "partial",
         "0.27.1",
         releases=TO_027,
         tensors=r".*language.*\.layers\.(1\.self_attn\.[qkv]_proj|3\.mlp\.(gate|up)_proj)\.weight",
     ),
     Found(
-        Code.RAGGED_GROUP,
+        Code.PARTIALLY_QUANTIZED,
         "dense31b",
-        "ragged",
+        "partial",
         "0.32.0",
         severity=WRONG,
         releases=FROM_028,
         tensors=r".*language.*\.layers\.(1\.self_attn\.[qkv]_proj|3\.mlp\.(gate|up)_proj)\.weight",
     ),
     Found(
-        Code.RAGGED_GROUP,
+        Code.PARTIALLY_QUANTIZED,
         "text",
-        "ragged",
+        "partial",
         "0.22.1",
         releases=TO_027,
         tensors=r"model\.layers\.(1\.self_attn\.[qkv]_proj|3\.mlp\.(gate|up)_proj)\.weight",
@@ -363,7 +375,7 @@ FOUND = [
         tensors=r".*\.layers\.[45]\.self_attn\.(k_norm|k_proj|v_proj)\.weight",
     ),
     Found(
-        Code.PACKED_PIXELS,
+        Code.QUANTIZED_PIXEL_PROJECTION,
         "dense31b",
         "all",
         "0.28.0",
@@ -372,7 +384,7 @@ FOUND = [
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
-        Code.PACKED_PIXELS,
+        Code.QUANTIZED_PIXEL_PROJECTION,
         "e4b",
         "all",
         "portable",
@@ -381,10 +393,17 @@ FOUND = [
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
-        Code.PACKED_LM_HEAD, "text", "all", "0.32.0", edit(lm_head), "lm_head", tensors=r"lm_head\.weight", releases=ALL
+        Code.QUANTIZED_LM_HEAD,
+        "text",
+        "all",
+        "0.32.0",
+        edit(lm_head),
+        "lm_head",
+        tensors=r"lm_head\.weight",
+        releases=ALL,
     ),
     Found(
-        Code.PACKED_LM_HEAD,
+        Code.QUANTIZED_LM_HEAD,
         "dense31b",
         "all",
         "0.22.1",
@@ -394,7 +413,7 @@ FOUND = [
         releases=ALL,
     ),
     Found(
-        Code.PACKED_BUT_SKIPPED,
+        Code.QUANTIZED_BUT_SKIPPED,
         "dense31b",
         "all",
         "0.27.1",
@@ -404,7 +423,7 @@ FOUND = [
         releases=FROM_023,
     ),
     Found(
-        Code.PACKED_BUT_SKIPPED,
+        Code.QUANTIZED_BUT_SKIPPED,
         "text",
         "all",
         "0.22.1",
@@ -414,7 +433,7 @@ FOUND = [
         tensors=r"model\.layers\.3\.mlp\.\w+_proj\.weight",
     ),
     Found(
-        Code.PACKED_SHAPE,
+        Code.WEIGHT_NOT_A_COLUMN,
         "dense31b",
         "all",
         "0.32.0",
@@ -424,7 +443,7 @@ FOUND = [
         tensors=r".*language.*\.(0\.mlp\.up_proj|3\.self_attn\.o_proj)\.weight",
     ),
     Found(
-        Code.PACKED_STORAGE,
+        Code.QUANT_STORAGE,
         "dense31b",
         "storage-bf16",
         "0.32.0",
@@ -432,7 +451,7 @@ FOUND = [
         tensors=rf"{L}\d\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight",
     ),
     Found(
-        Code.PACKED_STORAGE,
+        Code.QUANT_STORAGE,
         "text",
         "all",
         "0.27.1",
@@ -441,7 +460,7 @@ FOUND = [
         releases=ALL,
     ),
     Found(
-        Code.PACKED_STORAGE,
+        Code.QUANT_STORAGE,
         "dense31b",
         "all",
         "0.27.1",
@@ -471,7 +490,7 @@ FOUND = [
         tensors=rf"{L}1\.self_attn\.k_proj\.weight",
     ),
     Found(
-        Code.ORPHANS,
+        Code.ORPHANED_STATE_TENSORS,
         "dense31b",
         "all",
         "0.32.0",
@@ -482,7 +501,7 @@ FOUND = [
         tensors=rf"{L}9\..*",
     ),
     Found(
-        Code.ORPHANS,
+        Code.ORPHANED_STATE_TENSORS,
         "dense31b",
         "single",
         "0.32.0",
@@ -558,7 +577,7 @@ FOUND = [
         tensors=rf"{L}1\.self_attn|{L}3\.mlp",
     ),
     Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", axial_rope, "rope", releases=ALL[:7]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", has_axial_rope, "rope", releases=ALL[:7]),
     Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:7]),
     Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:7]),
     Found(Code.UNKNOWN_CLASS, "unified12b", "skip", "0.22.1", releases=TO_022),
@@ -566,7 +585,7 @@ FOUND = [
     Found(Code.PLUGIN, "dense31b", "all", installed("0.32.0", None), releases=FROM_032),
     Found(Code.PLUGIN, "dense31b", "all", installed("0.27.1", "0.0.3"), releases=("0.27.0-0.27.1",)),
     Found(
-        Code.TRANSFORMERS_REPACKS,
+        Code.TRANSFORMERS_REQUANTIZES,
         "dense31b",
         "skip",
         "0.32.0",
@@ -586,8 +605,8 @@ FOUND = [
         "moe26b",
         "all",
         "0.32.0",
-        edit(packed_experts),
-        "packed",
+        edit(quantized_experts),
+        "quantized",
         releases=EXPERTS,
         tensors=r".*\.experts\.(gate_up|down)_proj",
     ),
@@ -623,7 +642,7 @@ FOUND = [
         releases=EXPERTS,
     ),
     Found(
-        Code.UNEVEN_EXPERTS,
+        Code.MIXED_EXPERTS,
         "moe26b",
         "all",
         "0.32.0",
@@ -653,26 +672,28 @@ FOUND = [
 
 
 ABSENT = [
-    Case(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.27.1"),
-    Case(Code.PACKED_IN_PLAIN, "dense31b", "skip", "0.22.1"),
-    Case(Code.PACKED_IN_PLAIN, "dense31b", "all", "0.32.0", edit(lm_head), "lm_head is BNB108's"),
-    Case(Code.PACKED_IN_PLAIN, "unified12b", "skip", "0.32.0"),
-    Case(Code.PACKED_IN_PLAIN, "moe26b", "skip", "0.27.1"),
-    Case(Code.PACKED_IN_PLAIN, "text", "all", "0.22.1"),
-    Case(Code.PLAIN_IN_PACKED, "dense31b", "all", "portable"),
-    Case(Code.PLAIN_IN_PACKED, "dense31b", "skip", "0.22.1"),
-    Case(Code.PLAIN_IN_PACKED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "skipped"),
-    Case(Code.PLAIN_IN_PACKED, "text", "mixed", "portable"),
-    Case(Code.RAGGED_GROUP, "dense31b", "mixed", "portable"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "dense31b", "all", "0.27.1"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "dense31b", "skip", "0.22.1"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "dense31b", "all", "0.32.0", edit(lm_head), "lm_head is BNB108's"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "unified12b", "skip", "0.32.0"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "moe26b", "skip", "0.27.1"),
+    Case(Code.QUANTIZED_IN_UNQUANTIZED, "text", "all", "0.22.1"),
+    Case(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "all", "portable"),
+    Case(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.22.1"),
     Case(
-        Code.RAGGED_GROUP,
+        Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "skipped"
+    ),
+    Case(Code.UNQUANTIZED_IN_QUANTIZED, "text", "mixed", "portable"),
+    Case(Code.PARTIALLY_QUANTIZED, "dense31b", "mixed", "portable"),
+    Case(
+        Code.PARTIALLY_QUANTIZED,
         "dense31b",
-        "ragged",
+        "partial",
         "portable",
         skip("language_model.model.layers.1.self_attn", "language_model.model.layers.3.mlp.gate_up_proj"),
         "skipped",
     ),
-    Case(Code.RAGGED_GROUP, "e4b", "all", "portable"),
+    Case(Code.PARTIALLY_QUANTIZED, "e4b", "all", "portable"),
     Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.23.0"),
     Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(explicit_v), "explicit v"),
     Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(plain_qk), "plain"),
@@ -683,22 +704,22 @@ ABSENT = [
     Case(Code.SHARED_WITHOUT_KV, "e4b", "all", "portable"),
     Case(Code.SHARED_WITHOUT_KV, "e4b-noshared", "all", "0.30.0"),
     Case(Code.SHARED_WITHOUT_KV, "dense31b", "all", "0.22.1"),
-    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.22.1"),
-    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.27.1"),
-    Case(Code.PACKED_PIXELS, "dense31b", "all", "0.32.0"),
-    Case(Code.PACKED_PIXELS, "dense31b", "skip", "portable"),
-    Case(Code.PACKED_PIXELS, "unified12b", "all", "portable"),
-    Case(Code.PACKED_LM_HEAD, "text", "all", "portable"),
-    Case(Code.PACKED_LM_HEAD, "dense31b", "all", "portable", edit(plain_lm_head), "plain"),
-    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "all", "portable", skip("model.vision_tower"), "HF's spelling"),
-    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "plain"),
-    Case(Code.PACKED_BUT_SKIPPED, "dense31b", "all", "0.22.1", skip("vision_tower"), "never packed there"),
-    Case(Code.PACKED_SHAPE, "dense31b", "all", "portable"),
-    Case(Code.PACKED_SHAPE, "dense31b", "storage-bf16", "portable"),
-    Case(Code.PACKED_STORAGE, "dense31b", "all", "portable"),
-    Case(Code.PACKED_STORAGE, "dense31b", "all", "portable", quantization(bnb_4bit_quant_storage=None), "not said"),
+    Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "all", "0.22.1"),
+    Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "all", "0.27.1"),
+    Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "all", "0.32.0"),
+    Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "skip", "portable"),
+    Case(Code.QUANTIZED_PIXEL_PROJECTION, "unified12b", "all", "portable"),
+    Case(Code.QUANTIZED_LM_HEAD, "text", "all", "portable"),
+    Case(Code.QUANTIZED_LM_HEAD, "dense31b", "all", "portable", edit(plain_lm_head), "plain"),
+    Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "all", "portable", skip("model.vision_tower"), "HF's spelling"),
+    Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "plain"),
+    Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "all", "0.22.1", skip("vision_tower"), "never quantized there"),
+    Case(Code.WEIGHT_NOT_A_COLUMN, "dense31b", "all", "portable"),
+    Case(Code.WEIGHT_NOT_A_COLUMN, "dense31b", "storage-bf16", "portable"),
+    Case(Code.QUANT_STORAGE, "dense31b", "all", "portable"),
+    Case(Code.QUANT_STORAGE, "dense31b", "all", "portable", quantization(bnb_4bit_quant_storage=None), "not said"),
     Case(
-        Code.PACKED_STORAGE,
+        Code.QUANT_STORAGE,
         "dense31b",
         "int8",
         "portable",
@@ -708,9 +729,9 @@ ABSENT = [
     Case(Code.QUANT_STATE, "dense31b", "storage-bf16", "portable"),
     Case(Code.QUANT_STATE, "dense31b", "int8", "portable"),
     Case(Code.QUANT_STATE, "moe26b", "fp4", "portable"),
-    Case(Code.ORPHANS, "dense31b", "single", "portable"),
-    Case(Code.ORPHANS, "dense31b", "int8", "portable"),
-    Case(Code.ORPHANS, "dense31b", "all", "portable", edit(no_quant_map), "damaged weight's own"),
+    Case(Code.ORPHANED_STATE_TENSORS, "dense31b", "single", "portable"),
+    Case(Code.ORPHANED_STATE_TENSORS, "dense31b", "int8", "portable"),
+    Case(Code.ORPHANED_STATE_TENSORS, "dense31b", "all", "portable", edit(no_quant_map), "damaged weight's own"),
     Case(Code.INDEX, "dense31b", "all", "portable"),
     Case(Code.INDEX, "dense31b", "all", "portable", write_index, "right index"),
     Case(Code.INDEX, "dense31b", "all", "portable", no_total_size, "no total_size"),
@@ -740,9 +761,9 @@ ABSENT = [
     Case(Code.PLUGIN, "dense31b", "all", installed("0.32.0", "0.0.3")),
     Case(Code.PLUGIN, "dense31b", "all", installed("0.27.1", None)),
     Case(Code.PLUGIN, "dense31b", "all", installed("0.22.1", "0.0.3")),
-    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "skip", "portable"),
-    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "all", "portable"),
-    Case(Code.TRANSFORMERS_REPACKS, "dense31b", "all", "portable", edit(plain_lm_head), "lm_head"),
+    Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "skip", "portable"),
+    Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "all", "portable"),
+    Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "all", "portable", edit(plain_lm_head), "lm_head"),
     Case(Code.MOE_REFUSED, "moe26b", "skip", "0.25.0"),
     Case(Code.MOE_REFUSED, "dense31b", "skip", "0.22.1"),
     Case(Code.FUSED_EXPERTS, "moe26b", "skip", "0.24.0"),
@@ -754,8 +775,8 @@ ABSENT = [
     Case(Code.FP4_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "NF4"),
     Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0"),
     Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
-    Case(Code.UNEVEN_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "alike"),
-    Case(Code.UNEVEN_EXPERTS, "moe26b", "all", "0.24.0", edit(uneven), "refused anyway"),
+    Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "alike"),
+    Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.24.0", edit(uneven), "refused anyway"),
     Case(Code.INT8, "dense31b", "all", "portable"),
 ]
 
@@ -788,7 +809,7 @@ def test_absent(case: Case, pristine: Make, checkpoint: Make) -> None:
 
 
 def codes(source: Path, target: str | Target = "portable") -> set[Code]:
-    return {f.code for f in scan(source, target).findings if f.remains}
+    return {f.code for f in scan(source, target).findings if f.counts}
 
 
 def message(source: Path, code: Code, target: str = "portable") -> str:
@@ -802,14 +823,16 @@ def test_of_a_damaged_weight_nothing_else_is_said(change: Callable[[Tensors], No
     edit(change)(source)
     before = {f.code for f in scan(source, "0.32.0").findings}
     assert before == {Code.QUANT_STATE, Code.PLUGIN}, "neither its group nor its statistics"
-    assert codes(source, "0.22.1") == {Code.QUANT_STATE, Code.PACKED_IN_PLAIN, Code.K_EQ_V_WITHOUT_V}, "of others it is"
+    assert codes(source, "0.22.1") == {Code.QUANT_STATE, Code.QUANTIZED_IN_UNQUANTIZED, Code.K_EQ_V_WITHOUT_V}, (
+        "of others it is"
+    )
     (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.QUANT_STATE]
     assert found.fix is None and found.reason == "the quant state is lost; quantize the model again"
 
 
 @pytest.mark.parametrize("family", ["dense31b", "moe26b", "text"])
 def test_of_a_model_that_the_release_does_not_know_only_that_is_said(family: str, checkpoint: Make) -> None:
-    source = checkpoint(family, "ragged")
+    source = checkpoint(family, "partial")
     assert len(codes(source, "0.22.1")) > 1
     with json_of(source) as config:
         text = config.get("text_config", config)
@@ -819,7 +842,7 @@ def test_of_a_model_that_the_release_does_not_know_only_that_is_said(family: str
 
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b-noshared", "moe26b", "unified12b"])
-@pytest.mark.parametrize("quant", ["all", "ragged"])
+@pytest.mark.parametrize("quant", ["all", "partial"])
 def test_neither_the_prefix_nor_the_number_of_shards_changes_a_finding(family: str, quant: str, pristine: Make) -> None:
     def said(**options: object) -> list[tuple[object, ...]]:
         found = scan(pristine(family, quant, **options)).findings
@@ -830,16 +853,16 @@ def test_neither_the_prefix_nor_the_number_of_shards_changes_a_finding(family: s
     assert said(prefix="language_model.model.") == said()
 
 
-@pytest.mark.parametrize(("family", "quant"), [("dense31b", "ragged"), ("e4b-noshared", "all"), ("moe26b", "fp4")])
+@pytest.mark.parametrize(("family", "quant"), [("dense31b", "partial"), ("e4b-noshared", "all"), ("moe26b", "fp4")])
 def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str, pristine: Make) -> None:
     source = pristine(family, quant)
     whole = scan(source)
     assert [r.release for r in whole.releases] == list(ranges())
-    assert whole.severity == max(r.severity for r in whole.releases)
+    assert whole.verdict == max(r.verdict for r in whole.releases)
     for row in whole.releases:
         alone = scan(source, row.release.first)
-        counting = [f for f in alone.findings if f.remains]
-        assert (row.severity, row.verdict) == (alone.severity, alone.verdict)
+        counting = [f for f in alone.findings if f.counts]
+        assert row.verdict == alone.verdict
         assert row.codes == tuple(sorted({f.code for f in counting}, key=lambda code: code.value))
         assert row.tensors == len({name for f in counting for name in f.tensors})
 
@@ -848,28 +871,28 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
     ("code", "family", "quant", "change", "target", "words"),
     [
         (
-            Code.PACKED_BUT_SKIPPED,
+            Code.QUANTIZED_BUT_SKIPPED,
             "dense31b",
             "all",
             skip("vision_tower", "embed_vision"),
             "0.32.0",
-            "packed, but skipped by embed_vision, vision_tower",
+            "quantized, but skipped by embed_vision, vision_tower",
         ),
         (
-            Code.PACKED_STORAGE,
+            Code.QUANT_STORAGE,
             "dense31b",
             "all",
             edit(bf16_bytes),
             "0.32.0",
-            "packed bytes stored as BF16; vLLM takes uint8 alone",
+            "quantized bytes stored as BF16; vLLM takes uint8 alone",
         ),
         (
-            Code.PACKED_STORAGE,
+            Code.QUANT_STORAGE,
             "dense31b",
             "all",
             quantization(bnb_4bit_quant_storage="float16"),
             "0.32.0",
-            "packed bytes stored as float16, says config.json; vLLM takes uint8 alone",
+            "quantized bytes stored as float16, says config.json; vLLM takes uint8 alone",
         ),
         (
             Code.EXPERT_PREFIX,
@@ -881,12 +904,12 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
         ),
         (Code.DUPLICATE, "dense31b", "all", twice, "0.32.0", "lies in model.safetensors and other.safetensors"),
         (
-            Code.PLAIN_IN_PACKED,
+            Code.UNQUANTIZED_IN_QUANTIZED,
             "moe26b",
             "all",
-            edit(one_by_one("experts", packed=False)),
+            edit(one_by_one("experts", quantized=False)),
             "0.27.1",
-            "full precision in the file, a packed parameter in vLLM",
+            "full precision in the file, a quantized parameter in vLLM",
         ),
     ],
 )
@@ -937,7 +960,9 @@ def test_the_older_keys_say_what_the_newer_form_means() -> None:
     text = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "head_dim": 256}
 
     def older(layers: object) -> dict[str, int] | None:
-        return older_form(read_model({"architectures": ["Gemma4ForCausalLM"], "per_layer_config": layers} | text))
+        return legacy_head_config(
+            read_model({"architectures": ["Gemma4ForCausalLM"], "per_layer_config": layers} | text)
+        )
 
     both = {"head_dim": 512, "num_key_value_heads": 4}
     assert older({"1": both, "3": both}) == {"global_head_dim": 512, "num_global_key_value_heads": 4}
@@ -963,7 +988,7 @@ def test_experts_are_never_counted_as_skipped(checkpoint: Make) -> None:
     edit(one_by_one("experts"))(source)
     set_skip(source, "experts", "moe", "language_model.model.layers.3.experts", "router.proj")
     found = codes(source, "0.32.0")
-    assert Code.PACKED_BUT_SKIPPED not in found and Code.PACKED_IN_PLAIN not in found
+    assert Code.QUANTIZED_BUT_SKIPPED not in found and Code.QUANTIZED_IN_UNQUANTIZED not in found
 
 
 @pytest.mark.parametrize(

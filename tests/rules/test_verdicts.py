@@ -21,7 +21,7 @@ MEASURED = {
         "all": (F, L, L),
         "skip": (F, F, W),
         "mixed": (F, F, W),
-        "ragged": (F, F, W),
+        "partial": (F, F, W),
         "fp4": (F, F, W),
         "single": (F, F, W),
         "storage-bf16": (F, F, F),
@@ -31,7 +31,7 @@ MEASURED = {
         "all": (F, L, L),
         "skip": (L, F, W),
         "mixed": (F, F, W),
-        "ragged": (F, F, W),
+        "partial": (F, F, W),
         "fp4": (L, F, W),
         "single": (L, F, W),
         "storage-bf16": (F, F, F),
@@ -41,7 +41,7 @@ MEASURED = {
         "all": (F, F, L),
         "skip": (F, F, W),
         "mixed": (F, F, W),
-        "ragged": (F, F, W),
+        "partial": (F, F, W),
         "fp4": (F, F, W),
         "single": (F, F, W),
     },
@@ -49,7 +49,7 @@ MEASURED = {
         "all": (F, L, L),
         "skip": (L, F, W),
         "mixed": (F, F, W),
-        "ragged": (F, F, W),
+        "partial": (F, F, W),
         "fp4": (L, F, W),
         "single": (L, F, W),
     },
@@ -57,7 +57,7 @@ MEASURED = {
         "all": (F, F, F),
         "skip": (F, F, F),
         "mixed": (F, F, F),
-        "ragged": (F, F, F),
+        "partial": (F, F, F),
         "fp4": (F, F, F),
         "single": (F, F, F),
         "storage-bf16": (F, F, F),
@@ -67,7 +67,7 @@ MEASURED = {
         "all": (F, F, F),
         "skip": (F, F, W),
         "mixed": (F, F, W),
-        "ragged": (F, F, W),
+        "partial": (F, F, W),
         "fp4": (F, F, W),
         "single": (F, F, W),
         "storage-bf16": (F, F, F),
@@ -88,7 +88,7 @@ def test_scan_says_what_the_engine_does(family: str, quant: str, release: str, v
 
 
 @pytest.mark.parametrize("family", [f for f in MEASURED if f != "moe26b"])
-@pytest.mark.parametrize("quant", ["all", "ragged", "storage-bf16", "single"])
+@pytest.mark.parametrize("quant", ["all", "partial", "storage-bf16", "single"])
 @pytest.mark.parametrize("target", [*RELEASES, "portable"])
 def test_a_repaired_checkpoint_scans_clean_and_a_second_repair_has_nothing_to_do(
     family: str, quant: str, target: str, pristine: Make, tmp_path: Path
@@ -106,7 +106,7 @@ def test_a_repaired_checkpoint_scans_clean_and_a_second_repair_has_nothing_to_do
 
 @pytest.mark.parametrize("quant", ["all", "fp4", "single", "int8", "storage-bf16"])
 @pytest.mark.parametrize("family", ["dense31b", "e4b-noshared", "moe26b", "unified12b"])
-def test_bf16_leaves_nothing_packed_and_verifies(family: str, quant: str, pristine: Make, tmp_path: Path) -> None:
+def test_bf16_leaves_nothing_quantized_and_verifies(family: str, quant: str, pristine: Make, tmp_path: Path) -> None:
     source, out = pristine(family, quant), tmp_path / "out"
     result = bnbfix.repair(source, out, "0.27.1", bf16=True, max_shard_size=400_000)
     assert len(result.plan.shards) > 1
@@ -131,7 +131,7 @@ def test_experts_are_split_under_the_prefix_of_the_release_and_joined_again(
     assert bnbfix.verify(split, source).ok
     assert scan(split, release).ok
     other = "0.32.0" if release == "0.27.1" else "0.27.1"
-    assert "BNB403" in {f.code.value for f in scan(split, other).findings if f.remains}
+    assert "BNB403" in {f.code.value for f in scan(split, other).findings if f.counts}
     renamed = bnbfix.plan_repair(split, other)
     assert {e.action for e in renamed.edits} == {"rename"}
     joined = bnbfix.repair(split, full, release, bf16=True)
@@ -146,9 +146,9 @@ def test_a_mixture_of_experts_has_no_portable_form(pristine: Make) -> None:
 
 
 @pytest.mark.parametrize("target", [*RELEASES, "portable"])
-def test_ragged_quantize_packs_the_plain_members(target: str, pristine: Make, tmp_path: Path) -> None:
-    source, out = pristine("e4b", "ragged"), tmp_path / "out"
-    result = bnbfix.repair(source, out, target, ragged="quantize")
+def test_partially_quantized_quantize_quantizes_the_plain_members(target: str, pristine: Make, tmp_path: Path) -> None:
+    source, out = pristine("e4b", "partial"), tmp_path / "out"
+    result = bnbfix.repair(source, out, target, partial_groups="quantize")
     quantized = {e.name for e in result.plan.edits if e.action == "quantize"}
     assert quantized == {
         "model.language_model.layers.1.self_attn.q_proj.weight",

@@ -34,7 +34,7 @@ Tensors = dict[str, Raw]
 Make = Callable[..., Path]  # the fixtures `pristine` and `checkpoint`
 
 
-def plain(*shape: int, dtype: str = "BF16") -> Raw:
+def zeros(*shape: int, dtype: str = "BF16") -> Raw:
     """A tensor of zeros."""
     return Raw(dtype, shape, bytes(math.prod(shape) * DTYPE_BITS[dtype] // 8))
 
@@ -95,27 +95,27 @@ def write_index(folder: Path, **changes: Any) -> None:
     (folder / INDEX).write_text(json.dumps(doc, indent=2), "utf-8")
 
 
-def siblings(tensors: Tensors, weight: str) -> Tensors:
+def state_tensors(tensors: Tensors, weight: str) -> Tensors:
     """The quant-state tensors of a 4-bit weight, by suffix."""
     return {name.removeprefix(weight): t for name, t in tensors.items() if name.startswith(weight + ".")}
 
 
 def copy_weight(tensors: Tensors, weight: str, new: str) -> None:
-    """Adds a copy of a 4-bit weight, siblings included."""
-    tensors |= {new: tensors[weight]} | {new + suffix: t for suffix, t in siblings(tensors, weight).items()}
+    """Adds a copy of a 4-bit weight, quant-state tensors included."""
+    tensors |= {new: tensors[weight]} | {new + suffix: t for suffix, t in state_tensors(tensors, weight).items()}
 
 
 def drop_weight(tensors: Tensors, weight: str) -> None:
-    """Removes a weight and its siblings."""
-    for name in [weight, *(weight + suffix for suffix in siblings(tensors, weight))]:
+    """Removes a weight and its quant-state tensors."""
+    for name in [weight, *(weight + suffix for suffix in state_tensors(tensors, weight))]:
         del tensors[name]
 
 
-def unpack(tensors: Tensors, weight: str) -> None:
+def dequantize_weight(tensors: Tensors, weight: str) -> None:
     """Puts a plain weight of the same shape (and zeros) in place of a 4-bit one."""
-    state = next(t for suffix, t in siblings(tensors, weight).items() if ".quant_state." in suffix)
+    state = next(t for suffix, t in state_tensors(tensors, weight).items() if ".quant_state." in suffix)
     drop_weight(tensors, weight)
-    tensors[weight] = plain(*json.loads(state.data)["shape"])
+    tensors[weight] = zeros(*json.loads(state.data)["shape"])
 
 
 def retype(tensors: Tensors, name: str, dtype: str, *shape: int) -> None:

@@ -47,7 +47,7 @@ def large_checkpoint(folder: Path) -> int:
         "nested_offset": 0.5,
     }
     raw = json.dumps(state).encode()
-    siblings = {
+    state_tensors = {
         "": ("U8", [2048, 1], 2048),
         ".absmax": ("U8", [64], 64),
         ".quant_map": ("F32", [16], 64),
@@ -60,7 +60,7 @@ def large_checkpoint(folder: Path) -> int:
     states, at = [], 0
     for layer in range(LAYERS):
         for projection in projections:
-            for suffix, (dtype, shape, size) in siblings.items():
+            for suffix, (dtype, shape, size) in state_tensors.items():
                 name = f"model.layers.{layer}.{projection}.weight{suffix}"
                 header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
                 if "quant_state" in suffix:

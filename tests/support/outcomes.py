@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from bnbfix.engines.vllm.releases import resolve_target
-from bnbfix.report.outcome import Outcome, examine
+from bnbfix.report.outcome import ScanOutcome, scan_models
 
 EVIL = "\x1b[31m\x07\r\n<script>alert(1)</script>|`*_[x](http://e.vil)%0A,:\u202e@user"
 
 
-def outcomes(*models: Path | str, target: str = "portable", grid: bool = False) -> list[Outcome]:
-    return list(examine(map(str, models), resolve_target(target), with_grid=grid))
+def outcomes(*models: Path | str, target: str = "portable", grid: bool = False) -> list[ScanOutcome]:
+    return list(scan_models(map(str, models), resolve_target(target), with_grid=grid))
 
 
-def evil(o: Outcome) -> Outcome:
+def evil(o: ScanOutcome) -> ScanOutcome:
     """The same outcome, whose names are as bad as names can be."""
     assert o.result is not None
     tensors = (f"model.{EVIL}.weight", f"{EVIL}")

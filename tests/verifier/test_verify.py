@@ -31,8 +31,8 @@ FLAGS = {"vllm": TARGET, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def repaired(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
-    """A source with one ragged group, its repair, and the plan of it; nobody may change them."""
-    source = pristine("text", "ragged", shards=2)
+    """A source with one partially quantized group, its repair, and the plan of it; nobody may change them."""
+    source = pristine("text", "partial", shards=2)
     out = tmp_path_factory.mktemp("repaired") / "out"
     return source, out, bnbfix.repair(source, out, **FLAGS).plan
 
@@ -131,7 +131,7 @@ def test_a_clean_repair_passes_with_its_source_and_everything_was_compared(repai
 @pytest.mark.parametrize(
     ("family", "quant", "target"),
     [
-        ("dense31b", "ragged", "portable"),
+        ("dense31b", "partial", "portable"),
         ("e4b-noshared", "all", "portable"),
         ("text", "fp4", "portable"),
         ("dense31b", "storage-bf16", "portable"),
@@ -169,7 +169,7 @@ def test_progress_is_told(repaired: Spoil) -> None:
     ("kind", "words"),
     [
         ("kept", "differs from {tensor} of the source at byte {byte}"),
-        ("dequantized", "is not what its packed weight decodes to"),
+        ("dequantized", "is not what its quantized weight decodes to"),
         ("inserted", "differs from {donor} of the source at byte {byte}"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_flipped_byte_late_in_a_tensor_is_placed_by_its_chunk(spoilt: Spoil, m
     flip(out / shard, byte)
     file, name, message = problems(out, source)[1]
     assert (file, name) == (shard, tensor)
-    found = re.fullmatch(r"is not what its packed weight decodes to, before byte ([\d,]+) of the file", message)
+    found = re.fullmatch(r"is not what its quantized weight decodes to, before byte ([\d,]+) of the file", message)
     assert found is not None
     assert byte < int(found[1].replace(",", "")) <= start + size < byte + (16 << 10)
 
@@ -379,15 +379,15 @@ def test_a_broken_header_is_told_by_the_hash_and_by_the_scan(spoilt: Spoil) -> N
 
 
 @pytest.fixture(scope="module")
-def unpacked(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
+def dequantized(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
     """An LLM.int8 checkpoint and the same in bf16; nobody may change them."""
     source = pristine("text", "int8", shards=2)
-    out = tmp_path_factory.mktemp("unpacked") / "out"
+    out = tmp_path_factory.mktemp("dequantized") / "out"
     return source, out, bnbfix.repair(source, out, **FLAGS, bf16=True, max_shard_size=400_000).plan
 
 
-def test_full_precision_passes(unpacked: Spoil) -> None:
-    source, out, plan = unpacked
+def test_full_precision_passes(dequantized: Spoil) -> None:
+    source, out, plan = dequantized
     result = bnbfix.verify(out, source)
     assert result.ok and len(plan.shards) > 2
     assert result.decoded == sum(e.action == "dequantize" for e in plan.edits) > 30
@@ -396,17 +396,17 @@ def test_full_precision_passes(unpacked: Spoil) -> None:
 
 @pytest.mark.parametrize("chunk", [4 << 10, 12 << 10])
 def test_full_precision_passes_for_every_chunk_size(
-    unpacked: Spoil, monkeypatch: pytest.MonkeyPatch, chunk: int
+    dequantized: Spoil, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    source, out, plan = unpacked
+    source, out, plan = dequantized
     set_chunk(chunk, monkeypatch)
     assert where(out, of_kind(plan, "dequantized"))[2] > 2 * chunk
     assert problems(out, source) == []
 
 
 @pytest.mark.parametrize("position", [0, -1])
-def test_a_flipped_byte_in_what_was_llm_int8_is_found(unpacked: Spoil, tmp_path: Path, position: int) -> None:
-    source, clean, plan = unpacked
+def test_a_flipped_byte_in_what_was_llm_int8_is_found(dequantized: Spoil, tmp_path: Path, position: int) -> None:
+    source, clean, plan = dequantized
     out = Path(shutil.copytree(clean, tmp_path / "out"))
     tensor = of_kind(plan, "dequantized")
     shard, start, size = where(out, tensor)
@@ -415,7 +415,7 @@ def test_a_flipped_byte_in_what_was_llm_int8_is_found(unpacked: Spoil, tmp_path:
     assert problems(out, None) == []
     ((file, name, message),) = problems(out, source)
     assert (file, name) == (shard, tensor)
-    assert message.startswith("is not what its packed weight decodes to")
+    assert message.startswith("is not what its quantized weight decodes to")
 
 
 def test_an_empty_llm_int8_weight_is_refused(checkpoint: Make, tmp_path: Path) -> None:
@@ -514,8 +514,8 @@ OPTIONS = [
     {"nonsense": 1},
     {"bf16": 1},
     {"bf16": None},
-    {"ragged": "drop"},
-    {"ragged": []},
+    {"partial": "drop"},
+    {"partial": []},
     *({"bf16": True, "max_shard_size": size} for size in (0, -1, 1.5, True, "5GB", None, [1])),
 ]
 
@@ -563,8 +563,8 @@ def test_a_record_that_claims_full_precision_does_not_pass(spoilt: Spoil) -> Non
     source, out, _ = spoilt
     record(out, lambda doc: doc["options"].update(bf16=True))
     found = problems(out, None)
-    assert found and {message for _, _, message in found} == {"is packed"}
-    assert (SECOND, K, "is packed") in found
+    assert found and {message for _, _, message in found} == {"is quantized"}
+    assert (SECOND, K, "is quantized") in found
     assert set(found) < set(problems(out, source))
 
 
@@ -616,7 +616,7 @@ def test_folders_that_are_not_there_or_no_checkpoints_raise(repaired: Spoil, pri
 
 def test_a_broken_source_raises(repaired: Spoil, checkpoint: Make) -> None:
     _, out, _ = repaired
-    source = checkpoint("text", "ragged", shards=2)
+    source = checkpoint("text", "partial", shards=2)
     (source / FIRST).write_bytes((source / FIRST).read_bytes()[:-5])
     with pytest.raises(HeaderError, match="truncated"):
         bnbfix.verify(out, source)
@@ -654,14 +654,14 @@ def test_a_difference_ends_with_exit_code_1(
     assert run(monkeypatch, "verify", out, "--source", source) == 1
     found = capsys.readouterr()
     words = " ".join(found.out.split())
-    assert f"{shard}: {tensor}: is not what its packed weight decodes to" in words
+    assert f"{shard}: {tensor}: is not what its quantized weight decodes to" in words
     assert "1 difference; do not use this output." in words and found.err == ""
     assert run(monkeypatch, "verify", out, "--source", source, "--format", "json") == 1
     doc = json.loads(capsys.readouterr().out)
     assert doc["ok"] is False
     (problem,) = doc["problems"]
     assert (problem["file"], problem["tensor"]) == (shard, tensor)
-    assert problem["message"].startswith("is not what its packed weight decodes to")
+    assert problem["message"].startswith("is not what its quantized weight decodes to")
 
 
 def test_a_missing_record_ends_with_exit_code_2(

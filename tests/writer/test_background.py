@@ -18,7 +18,7 @@ import bnbfix
 from bnbfix.errors import InputError, OutputError, UsageError
 from bnbfix.writer import output_file, syscalls, write
 from bnbfix.writer.background import Hasher, Prefetch
-from bnbfix.writer.write import BASE_MEMORY, choose_workers, stays_in_memory, worker_memory, write_plan
+from bnbfix.writer.write import BASE_MEMORY, choose_workers, keep_in_page_cache, worker_memory, write_plan
 from tests.support.build import Make, planned
 
 
@@ -86,7 +86,7 @@ def test_what_was_hashed_is_let_go_of_but_for_the_last_of_it(tmp_path: Path, mon
     data = os.urandom(40 * 1000)
     monkeypatch.setattr(output_file, "LAG", 4000)
     gone: list[int] = []
-    monkeypatch.setattr(syscalls, "let_go", lambda fd, end: gone.append(end))
+    monkeypatch.setattr(syscalls, "drop_page_cache", lambda fd, end: gone.append(end))
     for stays in (True, False):
         file = output_file.OutputFile(
             tmp_path / str(stays), lambda n: None, lambda digest: None, threading.Event(), stays=stays
@@ -107,20 +107,20 @@ def test_letting_go_loses_nothing_and_fails_in_silence(tmp_path: Path) -> None:
     data = os.urandom(1_000_000)
     with (tmp_path / "file").open("w+b", buffering=0) as f:
         f.write(data)
-        syscalls.let_go(f.fileno(), len(data))
+        syscalls.drop_page_cache(f.fileno(), len(data))
         os.fsync(f.fileno())
-        syscalls.let_go(f.fileno(), len(data))
+        syscalls.drop_page_cache(f.fileno(), len(data))
         assert os.pread(f.fileno(), len(data), 0) == data
         gone = os.dup(f.fileno())
     os.close(gone)
-    syscalls.let_go(gone, 1)
+    syscalls.drop_page_cache(gone, 1)
 
 
 def test_an_output_stays_in_memory_up_to_half_of_what_is_free() -> None:
     free = syscalls.free_memory()
     assert free is None or free > 0
-    assert stays_in_memory(6 << 30, 12 << 30) and not stays_in_memory((6 << 30) + 1, 12 << 30)
-    assert stays_in_memory(1 << 50, None)
+    assert keep_in_page_cache(6 << 30, 12 << 30) and not keep_in_page_cache((6 << 30) + 1, 12 << 30)
+    assert keep_in_page_cache(1 << 50, None)
 
 
 def test_an_output_that_does_not_stay_is_the_same(
@@ -225,7 +225,7 @@ def test_too_little_memory_and_no_workers_are_usage_errors() -> None:
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_shards_side_by_side_give_the_same_bytes(pristine: Make, tmp_path: Path, workers: int) -> None:
-    source = pristine("dense31b", "ragged", shards=3)
+    source = pristine("dense31b", "partial", shards=3)
     seen: list[int] = []
     one = bnbfix.repair(source, tmp_path / "one", vllm="portable", device="cpu", workers=1)
     many = bnbfix.repair(
@@ -238,13 +238,13 @@ def test_shards_side_by_side_give_the_same_bytes(pristine: Make, tmp_path: Path,
 
 
 def test_an_error_of_one_worker_stops_all(pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pristine("dense31b", "ragged", shards=3)
+    source = pristine("dense31b", "partial", shards=3)
 
     def broken(*args: object) -> Iterator[bytes]:
         yield b""
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(write, "plain_values", broken)
+    monkeypatch.setattr(write, "weight_values", broken)
     with pytest.raises(OutputError, match="Input/output error"):
         bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", workers=3)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ from tests.support.build import Make
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
 
 CASES = [  # family, quant, shards, target: every kind of edit is among them
-    ("dense31b", "ragged", 2, "portable"),
+    ("dense31b", "partial", 2, "portable"),
     ("dense31b", "skip", 3, "0.22.1"),
     ("dense31b", "skip", 1, "0.32.0"),
     ("dense31b", "storage-bf16", 2, "portable"),
@@ -46,13 +46,13 @@ IDS = ["-".join(map(str, case)) for case in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=IDS)
-def mended(
+def repaired(
     request: pytest.FixtureRequest, pristine: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, bnbfix.RepairResult]:
     """A pristine source and the result of its repair; nobody may change either."""
     family, quant, shards, target = request.param
     source = pristine(family, quant, shards=shards)
-    out = tmp_path_factory.mktemp("mended") / "out"
+    out = tmp_path_factory.mktemp("repaired") / "out"
     return source, bnbfix.repair(source, out, vllm=target, device="cpu")
 
 
@@ -107,32 +107,32 @@ def opened(source: Path) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
 
 
 def decoded(source: Path, name: str) -> bytes:
-    """A packed weight's values by the independent decode, straight from the files of a pristine source."""
+    """A quantized weight's values by the independent decode, straight from the files of a pristine source."""
     checkpoint, found = opened(source)
     weight = checkpoint.weights[name]
     assert weight.state is not None
-    parts = {s: raw(found[n])[2] for s, n in weight.sibling_names().items()}
-    packed = raw(found[name])[2]
+    parts = {s: raw(found[n])[2] for s, n in weight.state_tensor_names().items()}
+    quantized = raw(found[name])[2]
     scales = decode.absmax_values(
         weight.state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map")
     )
-    return decode.decode_chunk(weight.state, packed, scales)
+    return decode.decode_chunk(weight.state, quantized, scales)
 
 
-Mended = tuple[Path, bnbfix.RepairResult]
+Repaired = tuple[Path, bnbfix.RepairResult]
 
 
-def test_every_tensor_is_kept_or_dequantized_or_copied_from_its_donor(mended: Mended) -> None:
-    source, result = mended
+def test_every_tensor_is_kept_or_dequantized_or_copied_from_its_donor(repaired: Repaired) -> None:
+    source, result = repaired
     assert result.out is not None and result.written
     before, after = tensors(source), tensors(result.out)
-    unpacked, inserted = edits(result, "dequantize"), edits(result, "insert")
+    dequantized, inserted = edits(result, "dequantize"), edits(result, "insert")
     retyped, dropped = edits(result, "retype"), edits(result, "drop")
-    siblings = {n for n in before for name in unpacked if n.startswith(name + ".")}
+    state_tensors = {n for n in before for name in dequantized if n.startswith(name + ".")}
     new = set(after) - set(before)
-    assert set(before) - set(after) == siblings | set(dropped)
+    assert set(before) - set(after) == state_tensors | set(dropped)
     for name in set(before) & set(after):
-        if name in unpacked:
+        if name in dequantized:
             assert after[name].is_floating_point() and before[name].shape[-1] == 1 < after[name].shape[-1]
             assert raw(after[name])[2] == decoded(source, name), name
         elif name in retyped:
@@ -171,18 +171,18 @@ def test_an_explicit_v_proj_is_dropped_where_the_target_refuses_it(pristine: Mak
 def test_dequantized_values_are_those_of_bitsandbytes(pristine: Make, tmp_path: Path) -> None:
     import bitsandbytes.functional as bnb
 
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     result = fix(source, tmp_path / "out")
     before, after = tensors(source), tensors(tmp_path / "out")
     for name in edits(result, "dequantize"):
-        siblings = {n.removeprefix(name + "."): t for n, t in before.items() if n.startswith(name + ".")}
-        state = bnb.QuantState.from_dict(siblings, device=torch.device("cpu"))
+        state_tensors = {n.removeprefix(name + "."): t for n, t in before.items() if n.startswith(name + ".")}
+        state = bnb.QuantState.from_dict(state_tensors, device=torch.device("cpu"))
         assert state.shape[-1] % state.blocksize == 0  # else bitsandbytes' CPU kernel is wrong
         assert torch.equal(after[name], bnb.dequantize_4bit(before[name], state)), name
 
 
-def test_the_safetensors_library_opens_every_shard_and_metadata_survives(mended: Mended) -> None:
-    source, result = mended
+def test_the_safetensors_library_opens_every_shard_and_metadata_survives(repaired: Repaired) -> None:
+    source, result = repaired
     assert result.out is not None
     shards = sorted(p.name for p in result.out.glob("*.safetensors"))
     assert shards == sorted(p.name for p in source.glob("*.safetensors"))
@@ -194,8 +194,8 @@ def test_the_safetensors_library_opens_every_shard_and_metadata_survives(mended:
                 new.get_tensor(name)
 
 
-def test_tensors_start_at_multiples_of_their_element_size(mended: Mended) -> None:
-    _, result = mended
+def test_tensors_start_at_multiples_of_their_element_size(repaired: Repaired) -> None:
+    _, result = repaired
     assert result.out is not None
     for shard in result.out.glob("*.safetensors"):
         data = shard.read_bytes()
@@ -206,8 +206,8 @@ def test_tensors_start_at_multiples_of_their_element_size(mended: Mended) -> Non
         assert all((8 + length + t["data_offsets"][0]) % bits[t["dtype"]] == 0 for t in header.values())
 
 
-def test_untouched_shards_and_other_files_are_the_same_bytes(mended: Mended) -> None:
-    source, result = mended
+def test_untouched_shards_and_other_files_are_the_same_bytes(repaired: Repaired) -> None:
+    source, result = repaired
     assert result.out is not None
     same = {s.name for s in result.plan.shards if s.copied} | set(result.plan.copied)
     changed = {s.name for s in result.plan.shards if not s.copied} | set(result.plan.texts)
@@ -299,7 +299,7 @@ def test_config_keeps_its_formatting(checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_the_index_names_every_tensor_and_the_size_of_all(checkpoint: Make, tmp_path: Path) -> None:
-    source = checkpoint("dense31b", "ragged", shards=3)
+    source = checkpoint("dense31b", "partial", shards=3)
     path = source / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["metadata"]["total_parameters"] = 12345
@@ -318,7 +318,7 @@ def test_the_index_names_every_tensor_and_the_size_of_all(checkpoint: Make, tmp_
 
 
 def test_the_source_is_not_touched(checkpoint: Make, tmp_path: Path) -> None:
-    source = checkpoint("dense31b", "ragged", shards=2)
+    source = checkpoint("dense31b", "partial", shards=2)
     content, before = tree(source), stats(source)
     fix(source, tmp_path / "out")
     assert tree(source) == content
@@ -349,8 +349,8 @@ def test_modes_follow_the_umask(pristine: Make, tmp_path: Path, umask: int) -> N
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
-def test_the_record_tells_the_target_every_edit_and_true_hashes(mended: Mended) -> None:
-    _, result = mended
+def test_the_record_tells_the_target_every_edit_and_true_hashes(repaired: Repaired) -> None:
+    _, result = repaired
     assert result.out is not None
     files = {n: hashlib.sha256(data).hexdigest() for n, data in tree(result.out).items() if n != "bnbfix.json"}
     doc = json.loads((result.out / "bnbfix.json").read_text())
@@ -358,7 +358,7 @@ def test_the_record_tells_the_target_every_edit_and_true_hashes(mended: Mended) 
         "schema": 1,
         "bnbfix": bnbfix.__version__,
         "target": result.plan.target.name,
-        "options": {"bf16": False, "max_shard_size": 5_000_000_000, "ragged": "dequantize"},
+        "options": {"bf16": False, "max_shard_size": 5_000_000_000, "partial_groups": "dequantize"},
         "releases": [r.name for r in result.plan.target.ranges],
         "edits": [
             {"action": e.action, "name": e.name, "code": e.code.value, "detail": e.detail} for e in result.plan.edits
@@ -369,8 +369,8 @@ def test_the_record_tells_the_target_every_edit_and_true_hashes(mended: Mended) 
     assert result.files == files
 
 
-def test_the_result_says_where_and_what(mended: Mended) -> None:
-    source, result = mended
+def test_the_result_says_where_and_what(repaired: Repaired) -> None:
+    source, result = repaired
     assert result.written and result.out is not None and result.out.is_absolute()
     assert result.plan.checkpoint.source.name == str(source)
     assert bnbfix.scan(result.out, result.plan.target.name).ok
@@ -379,7 +379,7 @@ def test_the_result_says_where_and_what(mended: Mended) -> None:
 
 def test_progress_adds_up_to_the_bytes_of_the_output(pristine: Make, tmp_path: Path) -> None:
     steps: list[int] = []
-    result = fix(pristine("dense31b", "ragged", shards=2), tmp_path / "out", progress=steps.append)
+    result = fix(pristine("dense31b", "partial", shards=2), tmp_path / "out", progress=steps.append)
     written = sum(len(data) for data in tree(tmp_path / "out").values())
     assert sum(steps) == written
     assert written == result.plan.bytes_written + (tmp_path / "out" / "bnbfix.json").stat().st_size
@@ -390,7 +390,7 @@ def test_progress_adds_up_to_the_bytes_of_the_output(pristine: Make, tmp_path: P
 def test_the_output_is_the_same_each_time_and_for_every_chunk_size(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     plan = fix(source, tmp_path / "one").plan
     set_chunk(chunk, monkeypatch)
     steps: list[int] = []
@@ -402,8 +402,8 @@ def test_the_output_is_the_same_each_time_and_for_every_chunk_size(
 
 
 def test_the_name_of_the_folders_does_not_reach_the_output(pristine: Make, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(pristine("dense31b", "ragged", shards=2), tmp_path / "elsewhere"))
-    fix(pristine("dense31b", "ragged", shards=2), tmp_path / "one")
+    source = Path(shutil.copytree(pristine("dense31b", "partial", shards=2), tmp_path / "elsewhere"))
+    fix(pristine("dense31b", "partial", shards=2), tmp_path / "one")
     fix(source, tmp_path / "deeper" / "two")
     assert tree(tmp_path / "one") == tree(tmp_path / "deeper" / "two")
 
@@ -411,7 +411,7 @@ def test_the_name_of_the_folders_does_not_reach_the_output(pristine: Make, tmp_p
 def test_short_reads_and_writes_of_the_system_change_nothing(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pristine("dense31b", "ragged", shards=2)
+    source = pristine("dense31b", "partial", shards=2)
     fix(source, tmp_path / "one")
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     pread, pwrite, short = os.pread, os.pwrite, 0
@@ -432,8 +432,8 @@ def test_short_reads_and_writes_of_the_system_change_nothing(
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def test_a_second_repair_has_nothing_to_do_and_writes_nothing(mended: Mended, tmp_path: Path) -> None:
-    _, result = mended
+def test_a_second_repair_has_nothing_to_do_and_writes_nothing(repaired: Repaired, tmp_path: Path) -> None:
+    _, result = repaired
     assert result.out is not None
     before, beside = stats(result.out), sorted(tmp_path.iterdir())
     again = bnbfix.repair(result.out, tmp_path / "again", vllm=result.plan.target.name, device="cpu")
@@ -457,7 +457,7 @@ def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: 
     ("family", "quant", "target", "asked"),
     [
         ("text", "single", "0.22.1", False),  # copies of copies, all of it
-        ("dense31b", "ragged", "portable", True),  # one weight of many is dequantized
+        ("dense31b", "partial", "portable", True),  # one weight of many is dequantized
         ("moe26b", "skip", "0.32.0", True),  # nothing is dequantized, but experts are quantized
     ],
 )
@@ -479,7 +479,7 @@ def test_torch_is_asked_for_a_device_where_the_plan_needs_one(
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("quant", ["all", "fp4", "ragged"])
+@pytest.mark.parametrize("quant", ["all", "fp4", "partial"])
 def test_a_repair_on_cuda_is_byte_for_byte_that_of_the_cpu(
     pristine: Make, tmp_path: Path, quant: str, bf16: bool
 ) -> None:
@@ -499,20 +499,20 @@ def test_a_device_that_is_not_there_is_an_error_even_where_none_is_needed(pristi
 
 
 @pytest.mark.parametrize(("family", "quant"), [("text", "fp4"), ("text", "single"), ("unified12b", "all")])
-def test_bf16_dequantizes_every_packed_weight_and_keeps_the_rest(
+def test_bf16_dequantizes_every_quantized_weight_and_keeps_the_rest(
     pristine: Make, tmp_path: Path, family: str, quant: str
 ) -> None:
     source, limit = pristine(family, quant, shards=2), 300_000
     result = fix(source, tmp_path / "out", vllm="0.27.1", bf16=True, max_shard_size=limit)
     checkpoint, before = opened(source)
     after = tensors(tmp_path / "out")
-    packed = {name for name, w in checkpoint.weights.items() if w.packed}
-    assert packed and set(after) == set(checkpoint.weights)
+    quantized = {name for name, w in checkpoint.weights.items() if w.quantized}
+    assert quantized and set(after) == set(checkpoint.weights)
     for name, t in after.items():
         assert t.is_floating_point()
-        assert raw(t)[2] == (decoded(source, name) if name in packed else raw(before[name])[2]), name
+        assert raw(t)[2] == (decoded(source, name) if name in quantized else raw(before[name])[2]), name
         assert tuple(t.shape) == checkpoint.weights[name].shape
-    assert set(edits(result, "dequantize")) == packed and all(e.code is None for e in result.plan.edits)
+    assert set(edits(result, "dequantize")) == quantized and all(e.code is None for e in result.plan.edits)
     old, new = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "out"))
     assert old.pop("quantization_config") and old == new
     shards = {p.name: load_file(p) for p in sorted((tmp_path / "out").glob("*.safetensors"))}
@@ -545,16 +545,16 @@ def test_experts_are_split_and_quantized_as_bitsandbytes_does(
             parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
             for part, values in zip(parts, halves, strict=True):
                 target_name = f"{stem}.{prefix}.{expert}.{part}.weight"
-                siblings = {n.removeprefix(target_name): t for n, t in after.items() if n.startswith(target_name)}
-                made |= {target_name + suffix for suffix in siblings}
-                packed, state = bnb.quantize_4bit(
+                state_tensors = {n.removeprefix(target_name): t for n, t in after.items() if n.startswith(target_name)}
+                made |= {target_name + suffix for suffix in state_tensors}
+                quantized, state = bnb.quantize_4bit(
                     values.contiguous(), compress_statistics=quant == "skip", quant_type="nf4"
                 )
-                assert raw(siblings.pop("")) == raw(packed), target_name
-                said = json.loads(bytes(siblings.pop(".quant_state.bitsandbytes__nf4").tolist()))
+                assert raw(state_tensors.pop("")) == raw(quantized), target_name
+                said = json.loads(bytes(state_tensors.pop(".quant_state.bitsandbytes__nf4").tolist()))
                 true = state.as_dict(packed=True)
                 assert said == json.loads(bytes(true.pop("quant_state.bitsandbytes__nf4").tolist()))
-                assert {k: raw(t) for k, t in siblings.items()} == {f".{k}": raw(t) for k, t in true.items()}
+                assert {k: raw(t) for k, t in state_tensors.items()} == {f".{k}": raw(t) for k, t in true.items()}
     assert len(edits(result, "quantize")) == 12
     assert set(after) == set(before) - set(edits(result, "quantize")) | made
     assert all(raw(after[name]) == raw(before[name]) for name in set(after) - made)
@@ -922,10 +922,10 @@ def test_an_output_that_would_not_scan_clean_is_never_published(
 def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*packed: object) -> None:
+    def broken(*quantized: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("bnbfix.kernels.bnb._native", lambda *packed: None)
+    monkeypatch.setattr("bnbfix.kernels.bnb._native", lambda *quantized: None)
     monkeypatch.setattr("bnbfix.kernels.bnb._torch", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
@@ -971,7 +971,9 @@ def test_an_explicit_v_goes_in_full_precision_too(pristine: Make, tmp_path: Path
         assert bnbfix.verify(tmp_path / target, tmp_path / "v").ok
 
 
-def test_a_plan_that_leaves_something_packed_is_never_published_as_full_precision(small: Path, tmp_path: Path) -> None:
+def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_precision(
+    small: Path, tmp_path: Path
+) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
     lying = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):

@@ -12,7 +12,7 @@ from ...checkpoint.checkpoint import CONFIG, Checkpoint, Weight
 from ...errors import InputError
 from ...models import gemma4
 from ...models.gemma4 import Model, Place
-from ...rules.skip_list import honoured, repeats, vllm_skips
+from ...rules.skip_list import matching_entries, repeats, vllm_skips
 from .releases import ReleaseRange
 
 MAX_PROJECTIONS = 1_500  # beside experts; each may be held against every skip entry, and real models have hundreds
@@ -27,8 +27,8 @@ class Member:
     place: Place
 
     @property
-    def packed(self) -> bool:
-        return self.weight.packed
+    def quantized(self) -> bool:
+        return self.weight.quantized
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Parameter:
     role: str
     layer: int | None
     members: tuple[Member, ...]
-    packable: bool  # does the release pack this role at all?
-    skipped_by: tuple[str, ...]  # skip entries that vLLM honours for it
+    quantizable: bool  # does the release pack this role at all?
+    skipped_by: tuple[str, ...]  # skip entries that vLLM matches for it
 
     @property
-    def packed(self) -> bool:
-        """Does vLLM make a packed parameter?"""
-        return self.packable and not self.skipped_by
+    def quantized(self) -> bool:
+        """Does vLLM make a quantized parameter?"""
+        return self.quantizable and not self.skipped_by
 
     @property
-    def ragged(self) -> bool:
-        """Are some members packed and others plain?"""
-        return len({m.packed for m in self.members}) > 1
+    def partially_quantized(self) -> bool:
+        """Are some members quantized and others plain?"""
+        return len({m.quantized for m in self.members}) > 1
 
     def member(self, part: str) -> Member | None:
         return next((m for m in self.members if m.place.part == part), None)
 
 
 def projections(checkpoint: Checkpoint) -> list[Member]:
-    """Every weight of a linear module: packed, or plain with two dimensions; damaged ones are neither. By name.
+    """Every weight of a linear module: quantized, or plain with two dimensions; damaged ones are neither. By name.
 
     Raises InputError when there are more than any model has, of them or of patterns to hold against them.
     """
@@ -69,8 +69,8 @@ def projections(checkpoint: Checkpoint) -> list[Member]:
             continue
         place = gemma4.place(weight.name)
         if (
-            place.role in gemma4.LINEAR_ROLES and (weight.packed or len(weight.tensor.info.shape) == 2)
-        ) or weight.packed:
+            place.role in gemma4.LINEAR_ROLES and (weight.quantized or len(weight.tensor.info.shape) == 2)
+        ) or weight.quantized:
             out.append(Member(weight, place))
     if (count := sum(m.place.role != "expert" for m in out)) > MAX_PROJECTIONS:
         raise InputError(f"{count:,} linear modules are more than any model has", where=checkpoint.source.name)
@@ -83,10 +83,10 @@ def damaged_weights(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(w.name for w in checkpoint.weights.values() if where and f"{w.tensor.shard}: {w.name}" in where)
 
 
-def misshapen(members: Sequence[Member], model: Model) -> list[tuple[Member, str]]:
-    """Packed language weights whose quant state says a shape that the model cannot have, such as a transposed one.
+def shape_mismatches(members: Sequence[Member], model: Model) -> list[tuple[Member, str]]:
+    """Quantized language weights whose quant state says a shape that the model cannot have, such as a transposed one.
 
-    The bytes do not tell: as many numbers are packed either way.
+    The bytes do not tell: as many numbers are quantized either way.
     """
     width, out = model.text_config.get("hidden_size"), []
     for m in members:
@@ -121,21 +121,21 @@ def module_of(place: Place, model: Model, release: ReleaseRange) -> str | None:
     return gemma4.vllm_module(model, place, fused=fused)
 
 
-def is_packable(place: Place, model: Model, release: ReleaseRange) -> bool:
-    """Does the release make a packed parameter for this place, where no skip entry names it?"""
+def is_quantizable(place: Place, model: Model, release: ReleaseRange) -> bool:
+    """Does the release make a quantized parameter for this place, where no skip entry names it?"""
     if model.family.name == "gemma4_unified" and place.role == "embedder":
         return False  # gemma4_unified.py passes the embedders no quant_config, in any release
-    return place.role in release.packed
+    return place.role in release.quantized
 
 
 def _parameter(
     module: str, members: list[Member], model: Model, release: ReleaseRange, skip: tuple[str, ...]
 ) -> Parameter:
     place = members[0].place
-    packable = is_packable(place, model, release)
+    quantizable = is_quantizable(place, model, release)
     # Experts are made by another class, which no skip entry reaches.
-    skipped = honoured(skip, module, vllm_skips) if packable and place.role != "expert" else ()
-    return Parameter(module, place.role, place.layer, tuple(members), packable, skipped)
+    skipped = matching_entries(skip, module, vllm_skips) if quantizable and place.role != "expert" else ()
+    return Parameter(module, place.role, place.layer, tuple(members), quantizable, skipped)
 
 
 def by_layer(members: Sequence[Member]) -> Mapping[tuple[int, str], Member]:

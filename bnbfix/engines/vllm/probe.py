@@ -36,7 +36,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the installed vLLM makes of a checkpoint's config. `modules` maps each projection to packed or not."""
+    """What the installed vLLM makes of a checkpoint's config. `modules` maps each projection to quantized or not."""
 
     versions: Mapping[str, str | None]
     release: ReleaseRange
@@ -52,9 +52,9 @@ class LoadResult:
     versions: Mapping[str, str | None]
     error: str | None
     parameters: int
-    packed: int
-    unbound: tuple[str, ...]  # packed, but without a quant state
-    requantized: tuple[str, ...]  # ordinary in the folder, packed in the engine
+    quantized: int
+    unbound: tuple[str, ...]  # quantized, but without a quant state
+    requantized: tuple[str, ...]  # ordinary in the folder, quantized in the engine
     forward: bool
 
     @property
@@ -83,7 +83,7 @@ def probe(folder: Path) -> ProbeResult:
     answer = ask("probe", folder, PROBE_SECONDS)
     if answer["error"]:
         raise EngineError(f"vLLM cannot build the model: {answer['error']}", where=str(folder))
-    modules = {m["name"]: bool(m["packed"]) for m in answer["modules"]}
+    modules = {m["name"]: bool(m["quantized"]) for m in answer["modules"]}
     expected = parameters(projections(checkpoint), model, release, checkpoint.skip_modules)
     skips = {entry: tuple(names) for entry, names in answer["skips"].items()}
     return ProbeResult(answer["versions"], release, modules, skips, compare(expected, modules, release, model))
@@ -94,17 +94,17 @@ def compare(
 ) -> tuple[Disagreement, ...]:
     """Where the table's parameters and vLLM's modules differ. Pure."""
     out = []
-    words = {True: "packed", False: "an ordinary parameter", None: "no such module"}
+    words = {True: "quantized", False: "an ordinary parameter", None: "no such module"}
     for p in expected:
-        if p.role not in ("expert", "other") and modules.get(p.module) is not p.packed:
-            out.append(Disagreement(p.module, words[p.packed], words[modules.get(p.module)]))
-    experts = {name: packed for name, packed in modules.items() if ".experts" in name}
+        if p.role not in ("expert", "other") and modules.get(p.module) is not p.quantized:
+            out.append(Disagreement(p.module, words[p.quantized], words[modules.get(p.module)]))
+    experts = {name: quantized for name, quantized in modules.items() if ".experts" in name}
     if model.moe and release.moe is not None:
-        for name, packed in sorted(experts.items()):
+        for name, quantized in sorted(experts.items()):
             if f".{release.moe}" not in name or (release.moe == "experts" and ".moe.experts" in name):
                 out.append(Disagreement(name, f"experts under {release.moe}", "another prefix"))
-            elif packed is not ("expert" in release.packed):
-                out.append(Disagreement(name, words["expert" in release.packed], words[packed]))
+            elif quantized is not ("expert" in release.quantized):
+                out.append(Disagreement(name, words["expert" in release.quantized], words[quantized]))
     return tuple(out)
 
 
@@ -127,21 +127,21 @@ def load(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
         versions=answer["versions"],
         error=error,
         parameters=len(found),
-        packed=sum(p["packed"] for p in found),
-        unbound=tuple(p["name"] for p in found if p["packed"] and not p["states"]),
-        requantized=requantized(checkpoint, release, {p["name"] for p in found if p["packed"]}),
+        quantized=sum(p["quantized"] for p in found),
+        unbound=tuple(p["name"] for p in found if p["quantized"] and not p["states"]),
+        requantized=requantized(checkpoint, release, {p["name"] for p in found if p["quantized"]}),
         forward=bool(answer.get("forward")),
     )
 
 
-def requantized(checkpoint: Checkpoint, release: ReleaseRange, packed: set[str]) -> tuple[str, ...]:
-    """Parameters that are packed in the engine though the checkpoint has full precision for them."""
+def requantized(checkpoint: Checkpoint, release: ReleaseRange, quantized: set[str]) -> tuple[str, ...]:
+    """Parameters that are quantized in the engine though the checkpoint has full precision for them."""
     if not checkpoint.quantization:
-        return tuple(sorted(packed))
+        return tuple(sorted(quantized))
     model = check_applicable(checkpoint)
     expected = parameters(projections(checkpoint), model, release, checkpoint.skip_modules)
-    plain = (p.module + ".weight" for p in expected if not all(m.packed for m in p.members))
-    return tuple(sorted(packed.intersection(plain)))
+    plain = (p.module + ".weight" for p in expected if not all(m.quantized for m in p.members))
+    return tuple(sorted(quantized.intersection(plain)))
 
 
 def ask(what: str, folder: Path, seconds: float) -> dict[str, Any]:

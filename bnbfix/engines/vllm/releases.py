@@ -29,8 +29,8 @@ class ReleaseRange:
     last: str
     evidence: str
     families: tuple[str, ...]
-    packed: frozenset[str]
-    plain_into_packed: str
+    quantized: frozenset[str]
+    unquantized_in_quantized: str
     k_eq_v: str
     kv_shared: str
     moe: str | None
@@ -57,7 +57,12 @@ class Target:
 
     name: str  # a release, or "portable"
     ranges: tuple[ReleaseRange, ...]
-    installed: Installed | None = None  # set when the target is the vLLM found beside bnbfix
+    installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
+
+    @property
+    def label(self) -> str:
+        """The target in words: `vLLM 0.22.1`, or `every vLLM release`."""
+        return "every vLLM release" if self.name == PORTABLE else f"vLLM {self.name}"
 
 
 @cache
@@ -72,7 +77,7 @@ def ranges() -> tuple[ReleaseRange, ...]:
     rows = []
     for row in _table()["ranges"]:
         assert set(row) == names, f"vllm_releases.json: {row['first']} differs in {set(row) ^ names}"
-        row = row | {"families": tuple(row["families"]), "packed": frozenset(row["packed"])}
+        row = row | {"families": tuple(row["families"]), "quantized": frozenset(row["quantized"])}
         rows.append(ReleaseRange(**row))
     return tuple(rows)
 

@@ -53,7 +53,7 @@ def versions() -> dict[str, str | None]:
     return out
 
 
-def bear_with_a_cpu() -> None:
+def patch_vllm_for_cpu() -> None:
     """Keeps vLLM from tripping where there is no GPU. How weights are read, named, split and bound is not touched."""
     import torch
     from vllm.platforms import current_platform
@@ -116,7 +116,7 @@ def _patch_experts(torch: Any) -> None:
 
 
 def describe_modules(model: Any) -> list[dict[str, Any]]:
-    """Every projection of a vLLM model: {name, packed}; experts under the name of their module."""
+    """Every projection of a vLLM model: {name, quantized}; experts under the name of their module."""
     import torch
 
     out = []
@@ -125,7 +125,7 @@ def describe_modules(model: Any) -> list[dict[str, Any]]:
         kind = type(method).__name__
         known = method is not None and any(x in kind for x in ("Linear", "MoE", "Embedding", "Experts"))
         if known or isinstance(module, torch.nn.Linear):  # the towers are torch's own up to 0.22
-            out.append({"name": name, "packed": "BitsAndBytes" in kind})
+            out.append({"name": name, "quantized": "BitsAndBytes" in kind})
     return out
 
 
@@ -141,21 +141,21 @@ def describe_skips(folder: str, names: list[str]) -> dict[str, list[str]]:
 
 
 def describe_parameters(model: Any) -> list[dict[str, Any]]:
-    """Every parameter after loading: {name, packed, states}; `states` counts the quant states bound to it."""
+    """Every parameter after loading: {name, quantized, states}; `states` counts the quant states bound to it."""
     import torch
 
     out = []
     for name, p in model.named_parameters():
-        packed = p.data.dtype in (torch.uint8, torch.int8)
+        quantized = p.data.dtype in (torch.uint8, torch.int8)
         states = getattr(p, "bnb_quant_state", None)
         count = 0 if states is None else len(states) if isinstance(states, dict) else 1
-        out.append({"name": name, "packed": packed, "states": count})
+        out.append({"name": name, "quantized": quantized, "states": count})
     return out
 
 
 @contextmanager
 def after_loading(look: Look) -> Iterator[None]:
-    """Calls `look(model)` when the weights are in, before vLLM repacks them for its kernels."""
+    """Calls `look(model)` when the weights are in, before vLLM requantizes them for its kernels."""
     from vllm.model_executor.model_loader import base_loader
 
     original = base_loader.process_weights_after_loading
@@ -175,7 +175,7 @@ def start_engine(folder: str, look: Look, **options: Any) -> Any:
     """A vLLM engine with the folder's weights; `look` sees the model as the loader left it."""
     import vllm
 
-    bear_with_a_cpu()
+    patch_vllm_for_cpu()
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
     if config.get("vision_config"):
@@ -228,7 +228,7 @@ def probe(folder: str) -> dict[str, Any]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    bear_with_a_cpu()
+    patch_vllm_for_cpu()
     options = {k: v for k, v in ENGINE.items() if k != "skip_mm_profiling"}
     config = EngineArgs(model=folder, skip_tokenizer_init=True, **options).create_engine_config()
     with set_current_vllm_config(config):
