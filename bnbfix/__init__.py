@@ -19,7 +19,7 @@ from .__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
     from .api import check_before_upload, plan_repair, repair, scan, verify
-    from .engines.vllm.releases import ReleaseRange, Target
+    from .engines.engine import ReleaseRange, Target
     from .errors import (
         BnbfixError,
         FindingsRemain,
@@ -91,7 +91,7 @@ _HOME = {
         "planner.plan": ("Edit", "Plan"),
         "rules.scan": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier.verify": ("Problem", "VerifyResult"),
-        "engines.vllm.releases": ("ReleaseRange", "Target"),
+        "engines.engine": ("ReleaseRange", "Target"),
         "writer.write": ("RepairResult",),
     }.items()
     for name in names

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource
-from .engines.vllm.releases import Target, find_installed, resolve_target
+from .engines.engine import Target
+from .engines.vllm.releases import find_installed, resolve_target
 from .errors import FindingsRemain, NotApplicable
 from .hub.resolve import open_source
-from .models.gemma4 import Model, read_model
-from .rules.scan import Finding, ScanResult, scan_checkpoint, target_ranges
+from .models.detect import read_model
+from .rules.scan import Finding, ScanResult, scan_checkpoint
 
 if TYPE_CHECKING:
     from .planner.plan import Plan
@@ -55,7 +56,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     target = _target(vllm)
     try:
         checkpoint = open_checkpoint(source)
-        model = read_model(checkpoint.config)
+        read_model(checkpoint.config)
     except NotApplicable:
         return None
     try:
@@ -66,22 +67,21 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
         return None
     # Whether the plugin is installed here says nothing of the checkpoint.
     if remaining := tuple(f for f in result.findings if f.blocking):
-        raise _findings_error(str(folder), model, target, remaining)
+        raise _findings_error(str(folder), target, remaining)
     return result
 
 
-def _findings_error(folder: str, model: Model, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
+def _findings_error(folder: str, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
     """The error in a few words: each code once, and what to do."""
     codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
     words = ", ".join(
         f"{code.value} {code.explanation.title}" + (f" ({n} tensor{'s' if n != 1 else ''})" if n else "")
         for code, n in codes.items()
     )
-    name = f"vLLM {target.name}" if len(target_ranges(target, model)) == 1 else "every vLLM release"
     hint = f"See `bnbfix scan {folder} --vllm {target.name}`"
     if all(f.reason is None for f in findings):
         hint = f"Upload what `bnbfix repair {folder} --out DIR --vllm {target.name}` writes. {hint}"
-    return FindingsRemain(f"is not fit for {name}: {words}", findings, where=folder, hint=hint + ".")
+    return FindingsRemain(f"is not fit for {target.label}: {words}", findings, where=folder, hint=hint + ".")
 
 
 def plan_repair(
@@ -103,7 +103,8 @@ def plan_repair(
     Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
     them load in the target.
     """
-    from .planner.plan import Options, plan_checkpoint
+    from .planner.plan import Options
+    from .planner.plan_repair import plan_checkpoint
 
     return plan_checkpoint(open_source(path, revision), _target(vllm), Options(bf16, max_shard_size, partial_groups))
 
@@ -139,7 +140,8 @@ def repair(
     Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
     OutputError when it cannot be written.
     """
-    from .planner.plan import Options, plan_checkpoint
+    from .planner.plan import Options
+    from .planner.plan_repair import plan_checkpoint
     from .writer.download import execute_plan
     from .writer.staging import check_destination
     from .writer.write import WriteOptions

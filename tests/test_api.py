@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import bnbfix
-from bnbfix.engines.vllm.releases import Installed
+from bnbfix.engines.engine import Installed
 from bnbfix.errors import BnbfixError
 from tests.support.build import Make
 

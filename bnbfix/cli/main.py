@@ -100,7 +100,8 @@ def repair(
     from ..engines.vllm.releases import find_installed, resolve_target
     from ..hub.push import destination, require_login
     from ..hub.resolve import open_source
-    from ..planner.plan import Options, plan_checkpoint
+    from ..planner.plan import Options
+    from ..planner.plan_repair import plan_checkpoint
     from ..writer.staging import check_destination
     from ..writer.write import WriteOptions
 
@@ -220,7 +221,7 @@ def verify(
         result = verify_output(folder, origin, progress=step)
     loaded = None
     if load:
-        from ..engines.vllm.probe import load as run
+        from ..engines.vllm.probe import load_model as run
 
         loaded = run(folder, seconds)
     if format is Format.json:
@@ -264,9 +265,9 @@ def releases(
 
 
 def _probe(model: Path, format: Format) -> int:
-    from ..engines.vllm.probe import probe
+    from ..engines.vllm.probe import probe_model
 
-    result = probe(model)
+    result = probe_model(model)
     if format is Format.json:
         from ..report.json import probe_document
 

@@ -1,4 +1,4 @@
-"""What Gemma4 is made of: the family and layers that a config describes, and the role of every tensor name.
+"""Gemma4: the layers that a config describes, and the role of every tensor name.
 
 Names are compared in one canonical form, transformers' own: `model.language_model.layers.N...`,
 `model.vision_tower...`. Older prefixes and text-only names are mapped to it. Sources: transformers
@@ -9,76 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG
-from ..errors import InputError, NotApplicable
+from ..errors import InputError
+from .family import FULL, SLIDING, Family, Model, TensorRole
 
 TEXT = "model.language_model."
-FULL, SLIDING = "full_attention", "sliding_attention"
-DEFAULT_GLOBAL_HEAD_DIM = 512  # transformers' default where a config names none
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model class as vLLM and transformers know it."""
-
-    name: str
-    architecture: str
-    model_types: tuple[str, ...]
-
-
 FAMILIES = (
     Family("gemma4", "Gemma4ForConditionalGeneration", ("gemma4",)),
-    Family("gemma4_text", "Gemma4ForCausalLM", ("gemma4_text",)),
+    Family("gemma4_text", "Gemma4ForCausalLM", ("gemma4_text",), text_only=True),
     Family("gemma4_unified", "Gemma4UnifiedForConditionalGeneration", ("gemma4_unified",)),
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a config says, as far as loading depends on it. Layers count from 0."""
-
-    family: Family
-    layer_types: tuple[str, ...]
-    k_eq_v: bool
-    first_shared: int  # layers from here on take K and V from an earlier layer
-    moe: bool
-    audio: bool
-    text_config: Mapping[str, Any]
-
-    @property
-    def text_only(self) -> bool:
-        return self.family.name == "gemma4_text"
-
-    def k_serves_as_v(self, layer: int) -> bool:
-        """Has this layer no v_proj of its own?"""
-        return self.k_eq_v and layer < self.first_shared and self.layer_types[layer] == FULL
-
-    def kv_shared(self, layer: int) -> bool:
-        """Does this layer take K and V from an earlier one?"""
-        return self.first_shared <= layer < len(self.layer_types)
-
-    def kv_donors(self, layer: int) -> list[int]:
-        """Layers whose k and v have the shapes of this shared layer's, the one it really takes them from first."""
-        kind = self.layer_types[layer]
-        return [i for i in reversed(range(self.first_shared)) if self.layer_types[i] == kind]
-
-
-def read_model(config: Mapping[str, Any]) -> Model:
-    """The Gemma4 model that a config.json describes.
-
-    Raises NotApplicable when it describes another model, InputError when a value it needs is missing or of another
-    kind.
-    """
-    family = _family(config)
-    text = config if family.name == "gemma4_text" else config.get("text_config")
+def read_config(family: Family, config: Mapping[str, Any]) -> Model:
+    """The model that a config.json of a family describes; raises InputError when a value it needs makes no sense."""
+    text = config if family.text_only else config.get("text_config")
     if not isinstance(text, dict):
         raise InputError("text_config is missing", where=CONFIG)
-    layers = _integer(text, "num_hidden_layers", None)
-    shared = _integer(text, "num_kv_shared_layers", 0)
+    layers = _read_count(text, "num_hidden_layers", None)
+    shared = _read_count(text, "num_kv_shared_layers", 0)
     types = text.get("layer_types")
     if types is None:  # transformers' default: every sixth layer attends to everything
         types = [SLIDING if (i + 1) % 6 else FULL for i in range(layers)]
@@ -93,24 +45,11 @@ def read_model(config: Mapping[str, Any]) -> Model:
         k_eq_v=bool(text.get("attention_k_eq_v")),
         first_shared=layers - shared,
         moe=bool(text.get("enable_moe_block")),
-        audio=bool(config.get("audio_config")),
         text_config=text,
     )
 
 
-def _family(config: Mapping[str, Any]) -> Family:
-    architectures = config.get("architectures") or []
-    model_type = config.get("model_type")
-    named = architectures[0] if isinstance(architectures, list) and architectures else None
-    for family in FAMILIES:
-        if named == family.architecture or (named is None and model_type in family.model_types):
-            return family
-    what = named or model_type
-    words = f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture"
-    raise NotApplicable(words, where=CONFIG)
-
-
-def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
+def _read_count(text: Mapping[str, Any], key: str, default: int | None) -> int:
     value = text.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 <= value <= 10_000:
@@ -118,38 +57,12 @@ def _integer(text: Mapping[str, Any], key: str, default: int | None) -> int:
     return value
 
 
-def has_axial_rope(config: Mapping[str, Any]) -> bool:
-    """Does the vision tower's rope carry the name that transformers 5.19 gave it? Older ones call it "default"."""
-    vision = config.get("vision_config")
-    rope = vision.get("rope_parameters") if isinstance(vision, dict) else None
-    return isinstance(rope, dict) and rope.get("rope_type") == "axial"
-
-
-def legacy_head_config(model: Model) -> dict[str, int] | None:
-    """global_head_dim and num_global_key_value_heads that say the same as per_layer_config.
-
-    None when it says more than these two keys can: a layer of another kind, or full-attention layers that differ.
-    """
-    per_layer = model.text_config.get("per_layer_config")
-    full = {str(i) for i, kind in enumerate(model.layer_types) if kind == FULL}
-    if not isinstance(per_layer, dict) or set(per_layer) not in (full, set()):
-        return None
-    first, *others = per_layer.values() or ({},)
-    if not isinstance(first, dict) or any(v != first for v in others):
-        return None
-    # A layer without a head_dim of its own has that of the others; the older keys have another default.
-    old = {"head_dim": model.text_config.get("head_dim")} | first
-    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    out = {keys[k]: v for k, v in old.items() if k in keys and type(v) is int}
-    return out if len(out) == len(old) else None
-
-
-# Roles: what decides which kind of parameter a tensor lands in. The first pattern that matches wins.
+# The kind of a tensor decides which parameter it lands in. The first pattern that matches wins.
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
-ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(pattern))
-    for role, pattern in (
+KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
         ("attention", rf"{_LAYER}self_attn\.(?P<part>[qkvo]_proj)\.weight"),
         ("mlp", rf"{_LAYER}mlp\.(?P<part>(?:gate|up|down)_proj)\.weight"),
         ("per_layer", rf"{_LAYER}per_layer_(?:input_gate|projection)\.weight"),
@@ -166,32 +79,14 @@ ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("lm_head", r"lm_head\.weight"),
     )
 )
-LINEAR_ROLES = frozenset(
+LINEAR_KINDS = frozenset(
     {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
     | {"patch_dense", "lm_head", "expert"}
 )
-FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
-    ("gate_proj", "up_proj"), "gate_up_proj"
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor belongs: its role, its layer in the language model, and the last part of a projection's name."""
-
-    name: str  # canonical
-    role: str
-    layer: int | None = None
-    part: str | None = None
-    prefix: str | None = None  # of an expert stored one by one
-
-    @property
-    def module(self) -> str:
-        return self.name.removesuffix(".weight")
 
 
 def canonical(name: str) -> str:
-    """A tensor name as transformers spells it."""
+    """A tensor name as transformers spells it for the multimodal class."""
     for old, new in (("language_model.model.", TEXT), ("language_model.lm_head.", "lm_head.")):
         if name.startswith(old):
             return new + name[len(old) :]
@@ -201,29 +96,12 @@ def canonical(name: str) -> str:
 
 
 @cache
-def place(name: str) -> Place:
-    """The role of a tensor, from its name alone. Whatever is no projection is `other`."""
+def classify_tensor(name: str) -> TensorRole:
+    """The role of a tensor, from its name alone. Whatever is not a linear weight is `other`."""
     name = canonical(name)
-    for role, pattern in ROLES:
-        if (m := pattern.fullmatch(name)) or (role == "other" and (m := pattern.match(name))):
+    for kind, pattern in KINDS:
+        if (m := pattern.fullmatch(name)) or (kind == "other" and (m := pattern.match(name))):
             groups = m.groupdict()
             layer = int(groups["layer"]) if groups.get("layer") else None
-            return Place(name, role, layer, groups.get("part"), groups.get("prefix"))
-    return Place(name, "other")
-
-
-def hf_module(model: Model, module: str) -> str:
-    """The name that transformers gives a canonical module; text-only models leave out "language_model."."""
-    return module.replace(TEXT, "model.", 1) if model.text_only else module
-
-
-def vllm_module(model: Model, where: Place, *, fused: bool) -> str:
-    """The name that vLLM gives the module of a weight, inside its fused module if `fused`."""
-    name = where.module
-    if fused and where.part in FUSED:
-        name = name.removesuffix(where.part) + FUSED[where.part]
-    if model.text_only:
-        return name.replace(TEXT, "model.", 1)
-    if name.startswith(TEXT):
-        return "language_model.model." + name[len(TEXT) :]
-    return "language_model." + name if name == "lm_head" else name.removeprefix("model.")
+            return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"))
+    return TensorRole(name, "other")

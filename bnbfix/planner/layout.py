@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint import safetensors as st
@@ -20,7 +18,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Slice:
-    """A matrix inside a plain tensor: `begin` and `nbytes` count from the tensor's first byte."""
+    """A matrix inside an unquantized tensor: `begin` and `nbytes` count from the tensor's first byte."""
 
     tensor: Tensor
     begin: int
@@ -36,7 +34,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Dequantize:
-    """The values of quantized weights, or of plain ones among them, one after the other, in one dtype."""
+    """The values of weights, dequantized where they are quantized, one after the other, in one dtype."""
 
     weights: tuple[Weight, ...]
     dtype: str  # safetensors name
@@ -44,16 +42,16 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Quantize:
-    """A matrix quantized to NF4: a weight and its quant-state tensors, made together and laid out as one run of bytes."""
+    """A matrix quantized to NF4: a weight and its quant-state tensors, made together as one run of bytes."""
 
     name: str
     shape: tuple[int, int]
     dtype: str  # torch name of the values' dtype
     values: Slice | Weight
-    double: bool  # with double quantization?
+    double: bool  # with double quantization
 
     def state(self, offset: float = 0.0) -> qs.QuantState:
-        """The quant state it gets; the offset of a double quantization is known only afterwards."""
+        """Its quant state; the offset of a double quantization is known only afterwards."""
         nested = qs.NestedState(NESTED_BLOCKSIZE, offset) if self.double else None
         return qs.QuantState(QUANT_TYPE, BLOCKSIZE, self.dtype, self.shape, nested)
 
@@ -67,11 +65,11 @@ class Quantize:
         parts.append(("", "U8", state.quantized_nbytes))
         if self.double:
             parts.append((".absmax", "U8", state.blocks))
-        used = sum(n * st.DTYPE_BITS[dtype] // 8 for _, dtype, n in parts)
+        used = sum(st.tensor_nbytes(dtype, [n]) for _, dtype, n in parts)
         parts.append((f".quant_state.bitsandbytes__{QUANT_TYPE}", "U8", STATE_JSON + -(used + STATE_JSON) % ALIGNMENT))
         out, at = [], 0
         for suffix, dtype, n in parts:
-            end = at + n * st.DTYPE_BITS[dtype] // 8
+            end = at + st.tensor_nbytes(dtype, [n])
             out.append(st.TensorInfo(self.name + suffix, dtype, (n, 1) if suffix == "" else (n,), at, end))
             at = end
         return tuple(out)
@@ -104,7 +102,7 @@ def tensors_read(op: Op) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of an output shard and what it is made from. All tensors of one Quantize lie side by side."""
+    """One tensor of an output shard and what it is made from. All tensors of one Quantize are next to each other."""
 
     info: st.TensorInfo  # name, dtype, shape and offsets in the output
     op: Op
@@ -130,23 +128,29 @@ class ShardPlan:
 
     def runs(self) -> Iterable[tuple[TensorPlan, ...]]:
         """Its tensors in order, those of one Quantize together."""
-        for _, run in groupby(self.tensors, lambda t: id(t.op if isinstance(t.op, Quantize) else t)):
+        run: list[TensorPlan] = []
+        for t in self.tensors:
+            if run and not (isinstance(t.op, Quantize) and t.op is run[-1].op):
+                yield tuple(run)
+                run = []
+            run.append(t)
+        if run:
             yield tuple(run)
 
 
-def copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:
+def plan_copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:
     """A tensor copied byte for byte, perhaps under another name; `column` declares it U8 [N, 1]."""
     info = replace(origin.info, name=name or origin.info.name)
     return TensorPlan(replace(info, dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
 
 
-def dequantize(name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...]) -> TensorPlan:
+def plan_dequantize(name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...]) -> TensorPlan:
     """A tensor of the values of weights, in `dtype` (safetensors name)."""
-    nbytes = math.prod(shape) * st.DTYPE_BITS[dtype] // 8
-    return TensorPlan(st.TensorInfo(name, dtype, shape, 0, nbytes), Dequantize(weights, dtype))
+    info = st.TensorInfo(name, dtype, shape, 0, st.tensor_nbytes(dtype, shape))
+    return TensorPlan(info, Dequantize(weights, dtype))
 
 
-def quantize(op: Quantize) -> list[TensorPlan]:
+def plan_quantize(op: Quantize) -> list[TensorPlan]:
     """The tensors of a quantized weight."""
     return [TensorPlan(info, op) for info in op.infos()]
 
@@ -154,16 +158,18 @@ def quantize(op: Quantize) -> list[TensorPlan]:
 def lay_out_shard(
     name: str, tensors: Iterable[TensorPlan], metadata: Mapping[str, str], old: st.Header | None
 ) -> ShardPlan:
-    """Gives every tensor its offsets. `old` is the header of the source file of that name, if there is one."""
+    """Gives every tensor its offsets. `old` is the header of the source file of that name, if there is one.
 
-    # Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its
-    # offset has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent.
-    # What is quantized comes before all: each such run keeps its own order and is a multiple of 8 bytes long.
-    def width(t: TensorPlan) -> int:
-        return -128 if isinstance(t.op, Quantize) else -st.DTYPE_BITS[t.info.dtype]
+    Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its offset
+    has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent. What is
+    quantized comes before all: each such run keeps its own order and is a multiple of 8 bytes long.
+    """
+
+    def order(t: TensorPlan) -> int:
+        return 0 if isinstance(t.op, Quantize) else 1000 - st.DTYPE_BITS[t.info.dtype]
 
     placed, at = [], 0
-    for t in sorted(tensors, key=width):
+    for t in sorted(tensors, key=order):
         info = replace(t.info, begin=at, end=at + t.info.nbytes)
         placed.append(TensorPlan(info, t.op))
         at = info.end

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 
-from ..engines.vllm.releases import PORTABLE, Target
+from ..engines.engine import PORTABLE, Target
+from .plan import Action
 
 CARD = "README.md"
-MAX_CARD = 4_000_000  # bytes; a larger README.md is no card, and stays as it is
+MAX_CARD = 4_000_000  # bytes; a larger README.md is not a card, and stays unchanged
 BEGIN, END = "<!-- bnbfix -->", "<!-- /bnbfix -->"
 
 _SECTION = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
@@ -20,8 +22,8 @@ tags:
 """
 
 
-def with_section(card: str | None, section: str, *, quantized: bool) -> str:
-    """A card with the section in it: in place of the one it has, else at its end; None starts a card.
+def insert_section(card: str | None, section: str, *, quantized: bool) -> str:
+    """Puts the section into a card: in place of the one it has, else at its end; None starts a card.
 
     Every other character stays, line ends and front matter included.
     """
@@ -35,64 +37,46 @@ def with_section(card: str | None, section: str, *, quantized: bool) -> str:
     return card + (newline if card.endswith(newline) else newline * 2) + section
 
 
-def describe(target: Target, edits: Iterable[tuple[str, str]], *, bf16: bool) -> str:
-    """The section: what was changed, for which vLLM, how to load it and how to check. `edits` are (action, name).
+def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool) -> str:
+    """The section: what was changed, for which vLLM, how to load it and how to check it.
 
     It names no repo and no date, so that the same source and target give the same card.
     """
-    counts: dict[str, int] = {}
-    for action, _ in edits:
-        counts[action] = counts.get(action, 0) + 1
-    changes = [_change(action, n) for action, n in counts.items()]
-    plugins = {r.plugin for r in target.ranges}
-    plugin = "" if bf16 or "required" not in plugins else _plugin(target)
-    return "\n".join(
-        [
-            BEGIN,
-            "## Repaired for vLLM",
-            "",
-            f"bnbfix changed this checkpoint so that stock {_name(target)} loads it unmodified: {'; '.join(changes)}. "
-            "Every other tensor and file is the source's, byte for byte. "
-            "`bnbfix.json` lists each change, and a SHA-256 for each file.",
-            "",
-            "```bash",
-            f"vllm serve MODEL{plugin}",
-            f"bnbfix scan MODEL --vllm {target.name}  # what each release makes of it"
-            if not bf16
-            else "bnbfix verify DIR",
-            *([] if bf16 else ["bnbfix verify DIR  # of a downloaded copy: every hash, and a scan"]),
-            "```",
-            END,
-            "",
+    changes = "; ".join(action.describe(count) for action, count in Counter(actions).items())
+    check = ["bnbfix verify DIR"]
+    if not bf16:
+        check = [
+            f"bnbfix scan MODEL --vllm {target.name}  # what each release makes of it",
+            "bnbfix verify DIR  # of a downloaded copy: every hash, and a scan",
         ]
-    )
+    lines = [
+        BEGIN,
+        "## Repaired for vLLM",
+        "",
+        f"bnbfix changed this checkpoint so that stock {_name_target(target)} loads it unmodified: {changes}. "
+        "Every other tensor and file is the source's, byte for byte. "
+        "`bnbfix.json` lists each change, and a SHA-256 for each file.",
+        "",
+        "```bash",
+        f"vllm serve MODEL{'' if bf16 else _describe_plugin(target)}",
+        *check,
+        "```",
+        END,
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def _name(target: Target) -> str:
+def _name_target(target: Target) -> str:
     if target.name == PORTABLE:
         return f"vLLM, every release from {target.ranges[0].first} to {target.ranges[-1].last},"
-    alike = target.ranges[0].name
-    return f"vLLM {target.name}" + (f" (and what behaves like it: {alike})" if alike != target.name else "")
+    same = target.ranges[0].name
+    return target.label + (f" (and what behaves like it: {same})" if same != target.name else "")
 
 
-def _plugin(target: Target) -> str:
+def _describe_plugin(target: Target) -> str:
     needing = [r for r in target.ranges if r.plugin == "required"]
+    if not needing:
+        return ""
     since = f" from {needing[0].first} on" if len(needing) < len(target.ranges) else ""
     return f"  # with vllm-bnb-plugin installed{since}"
-
-
-_CHANGES: Mapping[str, tuple[str, str]] = {
-    "dequantize": ("{} weight dequantized to the precision it had", "{} weights dequantized to the precision they had"),
-    "drop": ("{} tensor dropped", "{} tensors dropped"),
-    "insert": ("{} weight added as a copy", "{} weights added as copies"),
-    "quantize": ("{} weight quantized to NF4, with a loss", "{} weights quantized to NF4, with a loss"),
-    "rename": ("{} weight renamed", "{} weights renamed"),
-    "stack": ("{} tensor joined from single experts", "{} tensors joined from single experts"),
-    "retype": ("{} weight declared U8 `[N, 1]`, same bytes", "{} weights declared U8 `[N, 1]`, same bytes"),
-    "config": ("{} key of config.json", "{} keys of config.json"),
-}
-
-
-def _change(action: str, n: int) -> str:
-    one, more = _CHANGES.get(action, ("{} " + action, "{} " + action))
-    return (one if n == 1 else more).format(n)

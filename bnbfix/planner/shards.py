@@ -1,71 +1,39 @@
-"""Carries decisions into layouts: which tensors each output shard holds, and what each is made from."""
+"""Carries changes into layouts: which tensors each output shard holds, and what each is made from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from ..checkpoint import quant_state as qs
-from ..checkpoint.checkpoint import Checkpoint, Tensor, Weight
+from ..checkpoint.checkpoint import Checkpoint, Weight
 from ..errors import Unrepairable
-from ..rules.experts import expert_tensors, quantized_whole
-from .fixes import Changes, Insert
-from .layout import ShardPlan, TensorPlan, copy, dequantize, lay_out_shard
+from ..rules.changes import Changes, ExpertChange, Insert
+from ..rules.experts import fused_parts, name_expert, rename_expert
+from .layout import Quantize, ShardPlan, Slice, TensorPlan, lay_out_shard, plan_copy, plan_dequantize, plan_quantize
+
+_TORCH_DTYPES = {safetensors: torch for torch, safetensors in qs.DTYPES.items()}
+Placed = tuple[str, TensorPlan]  # the shard of the source that a tensor belongs to, and its plan
 
 
-def repaired_shards(checkpoint: Checkpoint, mend: Changes) -> Iterable[ShardPlan]:
-    """The source's shards with every decision carried out, each under its own name."""
-    gone = {*mend.drop, *mend.experts, *mend.quantize}
-    for name in (*mend.dequantize, *mend.experts):
-        gone |= set(checkpoint.weights[name].state_tensor_names().values())
-    chosen = checkpoint.tensors
-    added: dict[str, list[TensorPlan]] = {}
-    for insert in mend.insert:
-        added.setdefault(insert.donor.tensor.shard, []).extend(_inserted(insert))
-    for name, expert in mend.experts.items():
-        added.setdefault(chosen[name].shard, []).extend(expert_tensors(checkpoint, name, expert))
-    for name in mend.quantize:
-        added.setdefault(chosen[name].shard, []).extend(quantized_whole(checkpoint, name))
+def repaired_shards(checkpoint: Checkpoint, changes: Changes) -> Iterator[ShardPlan]:
+    """The source's shards with every change carried out, each under its own name."""
+    tensors: dict[str, list[TensorPlan]] = {shard: [] for shard in checkpoint.shards}
+    for shard, planned in chain(_kept_tensors(checkpoint, changes), _added_tensors(checkpoint, changes)):
+        tensors[shard].append(planned)
     for shard, header in checkpoint.shards.items():
-        tensors = []
-        for info in header.tensors.values():
-            if info.name not in gone and chosen[info.name].shard == shard:
-                tensors.append(_kept(checkpoint, mend, chosen[info.name]))
-        tensors += added.get(shard, [])
-        if tensors:
-            yield lay_out_shard(shard, tensors, header.metadata, header)
+        if tensors[shard]:
+            yield lay_out_shard(shard, tensors[shard], header.metadata, header)
 
 
-def _kept(checkpoint: Checkpoint, mend: Changes, origin: Tensor) -> TensorPlan:
-    name = origin.info.name
-    if name in mend.dequantize:
-        return dequantized(name, checkpoint.weights[name])
-    return copy(origin, column=name in mend.retype)
-
-
-def dequantized(name: str, weight: Weight) -> TensorPlan:
-    """A 4-bit weight in full precision, under a name."""
-    assert weight.state is not None  # `decide` dequantizes 4-bit weights, and the plan refuses 8-bit ones
-    return dequantize(name, (weight,), weight.state.safetensors_dtype, weight.state.shape)
-
-
-def _inserted(insert: Insert) -> Iterable[TensorPlan]:
-    donor = insert.donor
-    if insert.dequantize:
-        yield dequantized(insert.name, donor)
-        return
-    yield copy(donor.tensor, insert.name, column=donor.state is not None)
-    for suffix, t in donor.state_tensors.items():
-        yield copy(t, qs.state_tensor_name(insert.name, suffix))
-
-
-def dequantized_shards(checkpoint: Checkpoint, mend: Changes, max_shard_size: int) -> Iterable[ShardPlan]:
-    """Everything in full precision, in the order of the source, cut into shards of at most `max_shard_size` bytes.
+def recut_shards(checkpoint: Checkpoint, changes: Changes, max_shard_size: int) -> Iterator[ShardPlan]:
+    """All tensors in the order of the source, cut anew into shards of at most `max_shard_size` bytes.
 
     A tensor larger than that gets a shard of its own.
     """
     groups: list[list[TensorPlan]] = [[]]
     room = max_shard_size
-    for t in _dequantized_tensors(checkpoint, mend):
+    for _, t in chain(_kept_tensors(checkpoint, changes), _added_tensors(checkpoint, changes)):
         if groups[-1] and t.info.nbytes > room:
             groups.append([])
             room = max_shard_size
@@ -77,61 +45,114 @@ def dequantized_shards(checkpoint: Checkpoint, mend: Changes, max_shard_size: in
         yield lay_out_shard(name, tensors, metadata, None)
 
 
-def _dequantized_tensors(checkpoint: Checkpoint, mend: Changes) -> Iterable[TensorPlan]:
-    stacked = {part.name: name for name, parts in mend.stack.items() for part in parts}
-    gone = set(mend.drop)
-    for w in checkpoint.weights.values():
-        gone |= set(w.state_tensor_names().values())
+def _kept_tensors(checkpoint: Checkpoint, changes: Changes) -> Iterator[Placed]:
+    """What takes the place of each tensor of the source that stays, in its order."""
+    stacked = {part.name: name for name, parts in changes.stack.items() for part in parts}
+    gone = {*changes.drop, *changes.experts, *changes.quantize}
+    for name in (*changes.dequantize, *changes.experts, *stacked):
+        gone |= set(checkpoint.weights[name].state_tensor_names().values())
     done: set[str] = set()
     for shard, header in checkpoint.shards.items():
-        for info in header.tensors.values():
-            if info.name in gone or checkpoint.tensors[info.name].shard != shard:
+        for name in header.tensors:
+            origin = checkpoint.tensors[name]
+            if name in gone or origin.shard != shard:
                 continue
-            if (whole := stacked.get(info.name)) is not None:
-                if whole not in done:
-                    done.add(whole)
-                    yield stack(checkpoint, whole, mend.stack[whole])
-            elif info.name in mend.dequantize:
-                yield full_precision(checkpoint, info.name, checkpoint.weights[info.name])
+            if (fused := stacked.get(name)) is not None:
+                if fused not in done:
+                    done.add(fused)
+                    yield shard, _stack_experts(checkpoint, fused, changes.stack[fused])
+            elif name in changes.dequantize:
+                yield shard, _dequantized_tensor(checkpoint, name, checkpoint.weights[name])
             else:
-                yield copy(checkpoint.tensors[info.name])
-    for insert in mend.insert:
-        if insert.dequantize:
-            yield full_precision(checkpoint, insert.name, insert.donor)
-        else:
-            yield copy(insert.donor.tensor, insert.name)
+                yield shard, plan_copy(origin, column=name in changes.retype)
 
 
-def full_precision(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
-    """A quantized weight in full precision."""
-    return dequantize(name, (weight,), safetensors_dtype(checkpoint, weight), weight.shape)
+def _added_tensors(checkpoint: Checkpoint, changes: Changes) -> Iterator[Placed]:
+    for insert in changes.insert:
+        yield from ((insert.donor.tensor.shard, t) for t in _inserted_tensors(checkpoint, insert))
+    for name, change in changes.experts.items():
+        yield from ((checkpoint.tensors[name].shard, t) for t in _expert_tensors(checkpoint, name, change))
+    for name in changes.quantize:
+        info = checkpoint.weights[name].tensor.info
+        values = Slice(checkpoint.weights[name].tensor, 0, info.nbytes)
+        op = _quantize_op(checkpoint, name, (info.shape[0], info.shape[1]), _TORCH_DTYPES[info.dtype], values)
+        yield from ((checkpoint.tensors[name].shard, t) for t in plan_quantize(op))
 
 
-def safetensors_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
-    """What a weight is in full precision: in the dtype its quant state names, an LLM.int8 one in the model's."""
+def _inserted_tensors(checkpoint: Checkpoint, insert: Insert) -> Iterator[TensorPlan]:
+    donor = insert.donor
+    if insert.dequantize:
+        yield _dequantized_tensor(checkpoint, insert.name, donor)
+        return
+    yield plan_copy(donor.tensor, insert.name, column=donor.state is not None)
+    for suffix, t in donor.state_tensors.items():
+        yield plan_copy(t, qs.state_tensor_name(insert.name, suffix))
+
+
+def _expert_tensors(checkpoint: Checkpoint, name: str, change: ExpertChange) -> Iterable[TensorPlan]:
+    """The tensors that take the place of one tensor of experts."""
+    weight, target = checkpoint.weights[name], rename_expert(name, change.prefix)
+    if change.action == "rename":
+        yield plan_copy(weight.tensor, target, column=True)
+        for suffix, t in weight.state_tensors.items():
+            yield plan_copy(t, qs.state_tensor_name(target, suffix))
+    elif weight.state is not None:
+        rows, columns = weight.state.shape
+        yield from plan_quantize(_quantize_op(checkpoint, target, (rows, columns), weight.state.dtype, weight))
+    else:
+        dtype = _TORCH_DTYPES[weight.tensor.info.dtype]
+        for expert, shape, values in _expert_matrices(weight, change.prefix):
+            yield from plan_quantize(_quantize_op(checkpoint, expert, shape, dtype, values))
+
+
+def _quantize_op(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: str, values: Slice | Weight
+) -> Quantize:
+    double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
+    return Quantize(name, shape, dtype, values, double)
+
+
+def _expert_matrices(weight: Weight, prefix: str) -> Iterator[tuple[str, tuple[int, int], Slice]]:
+    """The matrices in an unquantized tensor of experts, in order: (output name, shape, where its bytes are)."""
+    info = weight.tensor.info
+    if len(info.shape) == 2:
+        yield rename_expert(weight.name, prefix), (info.shape[0], info.shape[1]), Slice(weight.tensor, 0, info.nbytes)
+        return
+    count, rows, columns = info.shape
+    parts = fused_parts(weight.name)
+    size = info.nbytes // (count * len(parts))
+    for expert in range(count):
+        for i, part in enumerate(parts):
+            values = Slice(weight.tensor, (expert * len(parts) + i) * size, size)
+            yield name_expert(weight.name, prefix, expert, part), (rows // len(parts), columns), values
+
+
+def _dequantized_tensor(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
+    return plan_dequantize(name, (weight,), _value_dtype(checkpoint, weight), weight.shape)
+
+
+def _value_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
+    """The safetensors dtype of a weight's values: what its quant state names; of an LLM.int8 weight, the model's."""
     if weight.state is not None:
         return weight.state.safetensors_dtype
-    return model_dtype(checkpoint) if weight.int8 else weight.tensor.info.dtype
-
-
-def model_dtype(checkpoint: Checkpoint) -> str:
-    """The safetensors name of the dtype that config.json gives the model; bfloat16 where it says nothing usable."""
+    if not weight.int8:
+        return weight.tensor.info.dtype
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return qs.DTYPES.get(said, "BF16") if isinstance(said, str) else "BF16"
 
 
-def stack(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> TensorPlan:
-    """Experts stored one by one as the one tensor that transformers keeps, [experts, rows, columns].
+def _stack_experts(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> TensorPlan:
+    """Per-expert weights as the one tensor that transformers keeps, [experts, rows, columns].
 
-    Raises Unrepairable when they are not alike.
+    Raises Unrepairable when they differ in dtype or shape.
     """
-    dtype, shape = safetensors_dtype(checkpoint, parts[0]), parts[0].shape
+    dtype, shape = _value_dtype(checkpoint, parts[0]), parts[0].shape
     for w in parts:
-        other = safetensors_dtype(checkpoint, w)
+        other = _value_dtype(checkpoint, w)
         if len(shape) != 2 or (other, w.shape) != (dtype, shape):
             raise Unrepairable(
                 f"{w.name} is {other} {list(w.shape)}, {parts[0].name} {dtype} {list(shape)}; "
-                "only matrices that are alike become one tensor"
+                "only matrices of one dtype and shape become one tensor"
             )
-    pairs = 2 if name.endswith("gate_up_proj") else 1
-    return dequantize(name, parts, dtype, (len(parts) // pairs, pairs * shape[0], shape[1]))
+    pairs = len(fused_parts(name))
+    return plan_dequantize(name, parts, dtype, (len(parts) // pairs, pairs * shape[0], shape[1]))

@@ -13,8 +13,8 @@ from ..rules.scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome
 
 if TYPE_CHECKING:  # a scan needs none of these
+    from ..engines.engine import ReleaseRange
     from ..engines.vllm.probe import LoadResult, ProbeResult
-    from ..engines.vllm.releases import ReleaseRange
     from ..hub.push import Pushed
     from ..planner.plan import Plan
     from ..verifier.verify import VerifyResult
@@ -66,7 +66,7 @@ def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = N
         "model": plan.checkpoint.source.name,
         "target": plan.target.name,
         "nothing_to_do": plan.nothing_to_do,
-        "edits": [e.document() for e in plan.edits],
+        "edits": [e.to_dict() for e in plan.edits],
         "shards": [
             {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
             for s in plan.shards

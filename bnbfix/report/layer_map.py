@@ -11,7 +11,7 @@ from enum import Enum
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quant_state import split_state_tensor
 from ..models import gemma4
-from ..models.gemma4 import FULL, Model
+from ..models.family import FULL, Model
 from ..rules.rule import Code
 from ..rules.scan import Finding
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
 from ..checkpoint.source import Source
-from ..engines.vllm.releases import Target
+from ..engines.engine import Target
 from ..errors import BnbfixError, InputError, UsageError
 from ..hub.resolve import open_source
-from ..models.gemma4 import read_model
+from ..models.detect import read_model
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, scan_checkpoint
 from ..rules.selection import Selection, findings_code

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoint.checkpoint import CONFIG
+from ..engines.engine import ReleaseRange
 from ..engines.vllm.probe import LoadResult, ProbeResult
-from ..engines.vllm.releases import ReleaseRange
 from ..hub.push import Pushed
 from ..planner.layout import Dequantize
 from ..planner.plan import Plan
@@ -182,11 +182,11 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
         table.add_row(
             r.name,
             "yes" if "gemma4_unified" in r.families else "no",
-            r.moe or "refused",
-            "quantized" if "vision_tower" in r.quantized else "plain",
-            {"fails": "fails", "requantized": "wrong"}[r.unquantized_in_quantized],
-            {"needs_v": "needs V", "copies_k": "copies K", "refuses_v": "no V"}[r.k_eq_v],
-            {"needs_kv": "k v", "q_alone": "q"}[r.kv_shared],
+            r.expert_prefix or "refused",
+            "yes" if "vision_tower" in r.quantized else "no",
+            "wrong" if r.requantizes else "fails",
+            "needs V" if r.needs_v else "no V" if r.refuses_v else "copies K",
+            "k v" if r.needs_shared_kv else "q",
             r.plugin,
             r.evidence,
         )

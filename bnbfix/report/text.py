@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..engines.vllm.releases import ReleaseRange, ranges
+from ..engines.engine import ReleaseRange
+from ..engines.vllm.releases import ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome

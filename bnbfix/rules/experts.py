@@ -1,135 +1,191 @@
-"""Experts of a mixture: split out of three-dimensional tensors, quantized to NF4, under the prefix a release wants.
+"""Experts of a mixture: how a release wants them, and how transformers does.
 
-vLLM from 0.25 on makes quantized parameters for experts and looks for them one by one (`experts.7.gate_proj.weight` and
-quant-state tensors); transformers keeps a layer's experts in two plain tensors, gate_up_proj [experts, 2 * inner, hidden] and
-down_proj [experts, hidden, inner]. No skip entry reaches experts, so this is the one place where bnbfix quantizes.
+vLLM makes quantized parameters for experts and looks for per-expert weights (`experts.7.gate_proj.weight` with its
+quant-state tensors); transformers keeps a layer's experts in two unquantized tensors, gate_up_proj
+[experts, 2 * inner, hidden] and down_proj [experts, hidden, inner]. No skip entry reaches experts, so this is the one
+place where bnbfix quantizes unasked.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import product
 
-from ..checkpoint import quant_state as qs
-from ..checkpoint.checkpoint import Checkpoint, Weight
-from ..engines.vllm.releases import ReleaseRange
+from ..checkpoint.checkpoint import Weight
+from ..checkpoint.quant_state import DTYPES
+from ..engines.vllm.releases import ranges
 from ..errors import Unrepairable
-from ..models.gemma4 import Model, place
-from ..planner.layout import Quantize, Slice, TensorPlan, copy, quantize
-from .rule import Code
+from ..models.gemma4 import classify_tensor
+from ..models.inspection import LinearWeight
+from .changes import Changes, ExpertChange, Request
+from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
-_TORCH_DTYPES = {v: k for k, v in qs.DTYPES.items()}
+_LOADING = releases_where(lambda r: r.expert_prefix is not None)
+_PREFIXES = "; ".join(
+    f"`{prefix}` in {releases_where(lambda r, prefix=prefix: r.expert_prefix == prefix)}"  # type: ignore[misc]
+    for prefix in dict.fromkeys(r.expert_prefix for r in ranges() if r.expert_prefix)
+)
 _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
 
 
-@dataclass(frozen=True)
-class ExpertChange:
-    """What is done to one tensor of experts: it is quantized, or renamed, to stand under `prefix`."""
+@rule(
+    Code.MOE_REFUSED,
+    "mixture of experts under bitsandbytes",
+    why=f"{releases_where(lambda r: r.expert_prefix is None)} does not load a mixture of experts under bitsandbytes: "
+    "`MoE Model ... does not support BitsAndBytes quantization yet`, or, where experts are reported under names that "
+    "the bitsandbytes loader does not know, `Following weights were not initialized`.",
+    fix=f"No 4-bit form exists for these releases; {_LOADING} can load one.",
+)
+def check_moe_refused(case: Case) -> Iterator[Hit]:
+    if case.inspection.model.moe and case.release.expert_prefix is None:
+        words = "a mixture of experts, which the release refuses under bitsandbytes"
+        reason = f"no 4-bit form exists for this release; {_LOADING} can load one, and --bf16 works everywhere"
+        yield Hit(Severity.FAILS, (), words, reason)
 
-    action: str  # quantize or rename
-    prefix: str
-    code: Code
-    detail: str
+
+@rule(
+    Code.FUSED_EXPERTS,
+    "experts in three-dimensional tensors",
+    why="transformers keeps the experts of a layer in two unquantized three-dimensional tensors. vLLM makes quantized "
+    "parameters for them and no skip entry reaches them: shape errors.",
+    fix="They are stored per expert, quantized to NF4 with quant states, under the prefix of the release. This loses "
+    "precision as any 4-bit quantization does, and makes them about 3.5 times smaller.",
+)
+def check_fused_experts(case: Case) -> Iterator[Hit]:
+    weights = case.inspection.checkpoint.weights
+    names = tuple(n for n in weights if classify_tensor(n).kind == "fused_experts")
+    if names and case.release.expert_prefix is not None:
+        quantized = any(weights[n].quantized for n in names)
+        reason = "they are quantized, and cannot be split without dequantizing; --bf16 does that" if quantized else None
+        words = "all experts in one tensor; the release takes them quantized, per expert"
+        yield Hit(Severity.FAILS, names, words, reason)
 
 
-def splittable(weight: Weight) -> bool:
-    """Is this a plain tensor of all experts of a layer, [experts, rows, columns], that can be split?"""
-    if weight.quantized or len(weight.shape) != 3 or weight.tensor.info.dtype not in _TORCH_DTYPES:
+@rule(
+    Code.EXPERT_PREFIX,
+    "experts under another prefix",
+    why=f"The experts are stored per expert, under a prefix that this release does not look for: {_PREFIXES}.",
+    fix="They are renamed. No prefix serves all releases.",
+)
+def check_expert_prefix(case: Case) -> Iterator[Hit]:
+    hits = [m for m in _experts(case) if m.role.prefix != case.release.expert_prefix]
+    if hits:
+        yield Hit(Severity.FAILS, names_of(hits), f"the release looks for {case.release.expert_prefix}.N")
+
+
+@rule(
+    Code.FP4_EXPERTS,
+    "FP4 experts",
+    why='vLLM\'s bitsandbytes loader fuses the quant states of experts with a hard-coded `quant_type="nf4"`. FP4 '
+    "experts load, and are decoded with the wrong table.",
+    fix="They are dequantized and quantized to NF4.",
+)
+def check_fp4_experts(case: Case) -> Iterator[Hit]:
+    hits = [m for m in _experts(case) if m.weight.form == "fp4"]
+    if hits:
+        yield Hit(Severity.WRONG, names_of(hits), "FP4, decoded by vLLM with the NF4 table")
+
+
+@rule(
+    Code.MIXED_EXPERTS,
+    "experts quantized differently",
+    why="vLLM's bitsandbytes loader makes one quant state for all experts of a layer, with the blocksize and dtype of "
+    "the first. A bare AssertionError stops it where the matrices of one expert differ; where whole experts do, "
+    "they load, and those unlike the first are decoded wrongly.",
+    fix="None in 4 bits: the values would have to be quantized again. `repair --bf16` dequantizes those of one dtype.",
+)
+def check_mixed_experts(case: Case) -> Iterator[Hit]:
+    layers: dict[int | None, dict[str, list[LinearWeight]]] = {}
+    for m in _experts(case):
+        if (s := m.weight.state) is not None:
+            layers.setdefault(m.role.layer, {}).setdefault(f"{s.dtype} in blocks of {s.blocksize}", []).append(m)
+    reason = "they would have to be quantized again; --bf16 dequantizes those of one dtype"
+    for forms in (forms for forms in layers.values() if len(forms) > 1):
+        words = f"quantized as {' and '.join(forms)}; one is taken for all of a layer"
+        yield Hit(Severity.FAILS, names_of(m for ms in forms.values() for m in ms), words, reason)
+
+
+def _experts(case: Case) -> list[LinearWeight]:
+    """Per-expert weights, where the release loads any."""
+    if case.release.expert_prefix is None:
+        return []
+    return [m for m in case.inspection.linears if m.role.kind == "expert"]
+
+
+def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
+    """Brings experts into the form that the target takes. Nothing where its releases want different prefixes, or none.
+
+    Raises Unrepairable for an expert that would have to be quantized and cannot be.
+    """
+    prefixes = {r.expert_prefix for r in request.releases}
+    prefix = prefixes.pop()
+    if not request.inspection.model.moe or prefixes or prefix is None:
+        return Changes()
+    out = {}
+    for name, weight in request.inspection.checkpoint.weights.items():
+        role = classify_tensor(name)
+        if role.kind == "fused_experts" and _is_splittable(weight):
+            detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
+            out[name] = ExpertChange("quantize", prefix, Code.FUSED_EXPERTS, detail)
+        elif role.kind == "expert" and weight.form == "fp4":
+            _check_matrix(weight)
+            out[name] = ExpertChange("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
+        elif role.kind == "expert" and not weight.quantized:
+            _check_matrix(weight)
+            detail = "quantized to NF4, which loses precision"
+            out[name] = ExpertChange("quantize", prefix, Code.UNQUANTIZED_IN_QUANTIZED, detail)
+        elif role.kind == "expert" and role.prefix != prefix:
+            out[name] = ExpertChange("rename", prefix, Code.EXPERT_PREFIX, f"to {rename_expert(name, prefix)}")
+    return Changes(experts=out)
+
+
+def _is_splittable(weight: Weight) -> bool:
+    """Return True for an unquantized tensor [experts, rows, columns] that can be split into per-expert matrices."""
+    if weight.quantized or len(weight.shape) != 3 or weight.tensor.info.dtype not in DTYPES.values():
         return False
-    return 0 not in weight.shape and weight.shape[1] % len(_parts(weight.name)) == 0
+    return 0 not in weight.shape and weight.shape[1] % len(fused_parts(weight.name)) == 0
 
 
 def _check_matrix(weight: Weight) -> None:
-    """Raises Unrepairable for an expert stored by itself that is no matrix of a dtype that can be quantized."""
-    if len(weight.shape) != 2 or (weight.state is None and weight.tensor.info.dtype not in _TORCH_DTYPES):
+    if len(weight.shape) != 2 or (weight.state is None and weight.tensor.info.dtype not in DTYPES.values()):
         what = f"{weight.form} {list(weight.shape)[:8]}"
         raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
 
 
-def decide_experts(checkpoint: Checkpoint, model: Model, releases: Sequence[ReleaseRange]) -> dict[str, ExpertChange]:
-    """What each tensor of experts needs, by name. Empty where the releases want different prefixes, or refuse.
-
-    Raises Unrepairable for an expert that would have to be quantized and cannot be.
-    """
-    prefixes = {r.moe for r in releases}
-    prefix = prefixes.pop()
-    if not model.moe or prefixes or prefix is None:
-        return {}
-    out = {}
-    for name, weight in checkpoint.weights.items():
-        where = place(name)
-        if where.role == "fused_experts" and splittable(weight):
-            detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
-            out[name] = ExpertChange("quantize", prefix, Code.FUSED_EXPERTS, detail)
-        elif where.role == "expert" and weight.form == "fp4":
-            _check_matrix(weight)
-            out[name] = ExpertChange("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
-        elif where.role == "expert" and not weight.quantized:
-            _check_matrix(weight)
-            detail = "quantized to NF4, which loses precision"
-            out[name] = ExpertChange("quantize", prefix, Code.UNQUANTIZED_IN_QUANTIZED, detail)
-        elif where.role == "expert" and where.prefix != prefix:
-            out[name] = ExpertChange("rename", prefix, Code.EXPERT_PREFIX, f"to {renamed(name, prefix)}")
-    return out
+def fused_parts(name: str) -> tuple[str, ...]:
+    """The projections in a tensor of all experts, in the order of its rows."""
+    return ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
 
 
-def quantized_whole(checkpoint: Checkpoint, name: str) -> Iterable[TensorPlan]:
-    """The tensors that take the place of a plain matrix: the same weight in NF4."""
-    weight = checkpoint.weights[name]
-    rows, columns = weight.shape
-    double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
-    whole = Slice(weight.tensor, 0, weight.tensor.info.nbytes)
-    yield from quantize(Quantize(name, (rows, columns), _TORCH_DTYPES[weight.tensor.info.dtype], whole, double))
-
-
-def renamed(name: str, prefix: str) -> str:
+def rename_expert(name: str, prefix: str) -> str:
     """An expert's tensor name under another prefix."""
     return _EXPERTS.sub(f".{prefix}.", name, count=1)
 
 
-def expert_tensors(checkpoint: Checkpoint, name: str, mend: ExpertChange) -> Iterable[TensorPlan]:
-    """The output tensors that take the place of one tensor of experts."""
-    weight = checkpoint.weights[name]
-    if mend.action == "rename":
-        yield copy(weight.tensor, renamed(name, mend.prefix), column=True)
-        for suffix, state_tensor in weight.state_tensors.items():
-            yield copy(state_tensor, qs.state_tensor_name(renamed(name, mend.prefix), suffix))
-        return
-    double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
-    if weight.state is not None:
-        rows, columns = weight.state.shape
-        yield from quantize(Quantize(renamed(name, mend.prefix), (rows, columns), weight.state.dtype, weight, double))
-        return
-    dtype = _TORCH_DTYPES[weight.tensor.info.dtype]
-    for expert, shape, part in matrices(weight):
-        target = renamed(name, mend.prefix) if expert is None else _one(name, mend.prefix, expert)
-        yield from quantize(Quantize(target, shape, dtype, part, double))
+def name_expert(fused: str, prefix: str, expert: int, projection: str) -> str:
+    """The name of one expert's weight out of a tensor of all experts."""
+    return f"{rename_expert(fused, prefix).rsplit('.', 1)[0]}.{expert}.{projection}.weight"
 
 
-def matrices(weight: Weight) -> Iterable[tuple[tuple[int, str] | None, tuple[int, int], Slice]]:
-    """The matrices in a plain tensor of experts: ((expert, projection), shape, where its bytes lie), in order.
+def join_experts(request: Request, so_far: Changes) -> Changes:
+    """Joins per-expert weights, in the order in which transformers' tensor of all of them has their bytes.
 
-    A tensor that is one expert's already comes whole, with None.
+    Raises Unrepairable where one is missing, or in the file twice: the others would take wrong places.
     """
-    info = weight.tensor.info
-    if len(info.shape) == 2:
-        yield None, (info.shape[0], info.shape[1]), Slice(weight.tensor, 0, info.nbytes)
-        return
-    count, rows, columns = info.shape
-    parts = _parts(weight.name)
-    rows //= len(parts)
-    size = info.nbytes // (count * len(parts))
-    for expert in range(count):
-        for i, part in enumerate(parts):
-            begin = (expert * len(parts) + i) * size
-            yield (expert, part), (rows, columns), Slice(weight.tensor, begin, size)
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    return ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-
-
-def _one(name: str, prefix: str, which: tuple[int, str]) -> str:
-    stem = renamed(name, prefix).rsplit(".", 1)[0]
-    return f"{stem}.{which[0]}.{which[1]}.weight"
+    found: dict[str, dict[tuple[int, int], Weight]] = {}
+    for name, weight in request.inspection.checkpoint.weights.items():
+        if classify_tensor(name).kind != "expert":
+            continue
+        stem, index, part, _ = _EXPERTS.sub(".experts.", name, count=1).rsplit(".", 3)
+        fused = f"{stem}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
+        same = found.setdefault(fused, {}).setdefault((int(index), int(part == "up_proj")), weight)
+        if same is not weight:
+            raise Unrepairable(f"{same.name} and {name} are the same expert")
+    for fused, weights in found.items():
+        numbers, parts = range(max(number for number, _ in weights) + 1), fused_parts(fused)
+        for number, half in product(numbers, range(len(parts))):
+            if (number, half) not in weights:
+                gap = f"expert {number} has no {parts[half]}, but others have one"
+                raise Unrepairable(f"{fused} cannot be joined: {gap}")
+    return Changes(stack={fused: tuple(weights[k] for k in sorted(weights)) for fused, weights in found.items()})

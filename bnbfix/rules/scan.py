@@ -1,17 +1,18 @@
-"""Runs the rules: a checkpoint and a target in, findings and a verdict for every release range out."""
+"""Runs the rules: an inspected checkpoint and a target in, findings and a verdict for every release range out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..engines.vllm.parameters import projections
-from ..engines.vllm.releases import ReleaseRange, Target, ranges
-from ..errors import NotApplicable
-from ..models.gemma4 import Model, read_model
-from .rule import Code, Severity
-from .weights import OF_FILES, RULES, Case, Hit
+from ..engines.engine import ReleaseRange, Target
+from ..engines.transformers import check_skip_entries
+from ..engines.vllm.releases import ranges
+from ..models.inspection import Inspection, inspect_checkpoint
+from .rule import CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
 
 SCHEMA = 1
 
@@ -25,17 +26,17 @@ class Finding:
     tensors: tuple[str, ...]  # tensor names; for BNB301 skip entries, for BNB205 and BNB206 files
     releases: tuple[ReleaseRange, ...]
     message: str
-    fix: str | None  # what a repair does about it
+    fix: str | None  # what a repair for the target does about it
     reason: str | None  # why a repair does nothing about it
 
     @property
     def counts(self) -> bool:
-        """Does it count against the checkpoint? Notes do not."""
+        """Return True if it counts against the checkpoint. Notes do not."""
         return self.severity.counts
 
     @property
     def blocking(self) -> bool:
-        """Does it count, and lie in the files? Whether the plugin is installed here says nothing about a checkpoint."""
+        """Return True if it counts and is in the files: whether the plugin is installed says nothing about them."""
         return self.counts and self.code is not Code.PLUGIN
 
 
@@ -64,55 +65,74 @@ class ScanResult:
 
     @property
     def ok(self) -> bool:
-        """Does nothing count against the checkpoint for the target?"""
+        """Return True if nothing counts against the checkpoint for the target."""
         return not any(f.counts for f in self.findings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: {schema, model, family, target, verdict, weights, shards, releases, findings}."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "family": self.family,
+            "target": self.target.name,
+            "verdict": str(self.verdict),
+            "weights": dict(self.counts),
+            "shards": self.shards,
+            "releases": [
+                _range_dict(v.release)
+                | {"verdict": str(v.verdict), "codes": list(map(str, v.codes)), "tensors": v.tensors}
+                for v in self.releases
+            ],
+            "findings": [
+                {
+                    "code": str(f.code),
+                    "severity": str(f.severity),
+                    "title": f.code.explanation.title,
+                    "tensors": list(f.tensors),
+                    "releases": list(map(_range_dict, f.releases)),
+                    "message": f.message,
+                    "fix": f.fix,
+                    "reason": f.reason,
+                }
+                for f in self.findings
+            ],
+        }
 
-def check_applicable(checkpoint: Checkpoint) -> Model:
-    """The model, if this is a bitsandbytes Gemma4 checkpoint; raises NotApplicable with what it is instead."""
-    model = read_model(checkpoint.config)
-    what, method = model.family.architecture, checkpoint.quantization.get("quant_method")
-    quantized = sum(w.quantized for w in checkpoint.weights.values())
-    if method is None and not checkpoint.quantization and not quantized and not checkpoint.damaged:
-        raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name)
-    if method not in ("bitsandbytes", None):
-        raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=checkpoint.source.name)
-    if method is None:
-        raise NotApplicable(
-            f"is a {what} with {quantized} quantized weights, but config.json has no bitsandbytes quantization_config",
-            where=checkpoint.source.name,
-            hint="Take config.json from the model that was quantized.",
-        )
-    return model
+
+def _range_dict(release: ReleaseRange) -> dict[str, str]:
+    return {"first": release.first, "last": release.last}
 
 
 def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
     """Findings for the target, and a verdict for each range of the release table.
 
-    Raises NotApplicable when this is no bitsandbytes Gemma4 checkpoint, InputError when its config makes no sense.
+    Raises NotApplicable when this is not a bitsandbytes checkpoint of a known family, InputError when its config makes
+    no sense.
     """
-    model = check_applicable(checkpoint)
-    members = tuple(projections(checkpoint))
+    return scan_inspection(inspect_checkpoint(checkpoint), target)
+
+
+def scan_inspection(inspection: Inspection, target: Target) -> ScanResult:
+    """`scan_checkpoint` of a checkpoint that was inspected already."""
+    checkpoint, model = inspection.checkpoint, inspection.model
+    check_skip_entries(checkpoint.skip_modules)
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
     for release in ranges():
         installed = target.installed if release in target.ranges else None
-        hits = find(Case.of(checkpoint, model, members, release, installed), known)
+        hits = find_hits(Case.of(inspection, release, installed), known)
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(release)
-        verdicts.append(_verdict(release, hits))
-    wanted = target_ranges(target, model)
+        verdicts.append(_judge_release(release, hits))
+    wanted = target.ranges_for(model.family.name)
     findings = []
     for (code, hit), found in merged.items():
         if any(r in wanted for r in found):
-            fix = None if hit.reason else code.explanation.fix
+            fix = None if hit.reason else code.explanation.describe_fix(model, wanted)
             findings.append(Finding(code, hit.severity, hit.tensors, tuple(found), hit.message, fix, hit.reason))
     findings.sort(key=lambda f: (f.code, f.tensors))
     findings.sort(key=lambda f: f.severity, reverse=True)
-    counts: dict[str, int] = {}
-    for w in checkpoint.weights.values():
-        counts[w.form] = counts.get(w.form, 0) + 1
     return ScanResult(
         model=checkpoint.source.name,
         family=model.family.architecture,
@@ -120,37 +140,30 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
         verdict=_worst(f.severity for f in findings),
         releases=tuple(verdicts),
         findings=tuple(findings),
-        counts=tuple(sorted(counts.items(), key=lambda c: -c[1])),
+        counts=tuple(Counter(w.form for w in checkpoint.weights.values()).most_common()),
         shards=len(checkpoint.shards),
     )
 
 
-def target_ranges(target: Target, model: Model) -> tuple[ReleaseRange, ...]:
-    """The ranges a target means for a model: of several, those that know its class."""
-    if len(target.ranges) == 1:
-        return target.ranges
-    return tuple(r for r in target.ranges if model.family.name in r.families)
+def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]]:
+    """Every hit of every rule; of a release that does not know the model's class, only that.
 
-
-def find(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]]:
-    """Every hit of every rule; of a release that does not know the model's class, that one alone.
-
-    `known` keeps what rules of the files alone have answered, for the next release of the same checkpoint.
+    `known` keeps the answers that do not depend on the release, for the next one.
     """
-    if unknown := list(RULES[Code.UNKNOWN_CLASS](case)):
+    if unknown := list(CHECKS[Code.UNKNOWN_CLASS](case)):
         return [(Code.UNKNOWN_CLASS, hit) for hit in unknown]
     out = []
-    for code, function in RULES.items():
+    for code, check in CHECKS.items():
         hits = known.get(code)
         if hits is None:
-            hits = list(function(case))
-            if code in OF_FILES:
+            hits = list(check(case))
+            if code in RELEASE_INDEPENDENT:
                 known[code] = hits
         out += [(code, hit) for hit in hits]
     return out
 
 
-def _verdict(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:
+def _judge_release(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:
     counting = [(code, hit) for code, hit in hits if hit.severity.counts]
     return ReleaseVerdict(
         release=release,

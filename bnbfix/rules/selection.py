@@ -10,13 +10,7 @@ from .rule import Code, Severity
 from .scan import Finding
 
 CLEAN, FINDINGS, BROKEN, NOTHING_TO_CHECK = 0, 1, 2, 3
-LEVELS: dict[str, Severity | None] = {
-    "note": Severity.NOTE,
-    "degraded": Severity.DEGRADED,
-    "wrong": Severity.WRONG,
-    "fails": Severity.FAILS,
-    "never": None,
-}
+LEVELS: dict[str, Severity | None] = {str(s): s for s in Severity if s is not Severity.LOADS} | {"never": None}
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,135 @@
-"""How the two readers of `llm_int8_skip_modules` understand an entry, and which entries say a thing to both.
+"""llm_int8_skip_modules: what vLLM and transformers make of its entries, and a list that both obey.
 
-vLLM compares with its own module names (`is_layer_skipped_bnb`), transformers with its own
-(`should_convert_module`); neither translates the other's. An entry that one does not know is harmless there.
+vLLM compares entries with its own module names, transformers with its own; neither translates the other's. An entry
+that one of them does not know is harmless there.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-Matches = Callable[[str, str], bool]
-MAX_PATTERN = 1000  # characters
-MAX_REPEATS = 2  # each may multiply the time by the name's length
-MAX_ALTERNATIVES = 2  # each may double it
-MAX_NAME = 128  # characters of a module's name; real ones have half of that
-# A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
-GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")
+from ..engines.engine import Matches, matching_entries
+from ..engines.transformers import transformers_linears, transformers_module, transformers_skips
+from ..engines.vllm.parameters import vllm_module, vllm_skips
+from ..models import gemma4
+from ..models.inspection import LinearWeight
+from .changes import Changes, ConfigEdit, Request
+from .rule import Case, Code, Hit, Severity, names_of, rule
 
 
-def vllm_skips(entry: str, module: str) -> bool:
-    """vLLM: the entry is one dotted component of the module's name, or a dotted prefix of it."""
-    return entry in _vllm_names(module)
+@rule(
+    Code.QUANTIZED_BUT_SKIPPED,
+    "quantized weight of a skipped module",
+    why="A skip entry that vLLM matches names this module, so its parameter is unquantized, but the file holds the "
+    "weight quantized: a bare AssertionError.",
+    fix="The entry is removed and replaced by entries for the unquantized modules that it also named. No tensor "
+    "changes.",
+)
+def check_quantized_but_skipped(case: Case) -> Iterator[Hit]:
+    hits = [(m, p.skipped_by) for p in case.params if p.quantizable and p.skipped_by for m in p.members if m.quantized]
+    if hits:
+        entries = sorted({e for _, by in hits for e in by})
+        yield Hit(Severity.FAILS, names_of(m for m, _ in hits), f"quantized, but skipped by {', '.join(entries)}")
 
 
-@cache
-def _vllm_names(module: str) -> frozenset[str]:
-    parts = module.split(".")
-    return frozenset(parts) | {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+@rule(
+    Code.SKIP_ENTRY,
+    "skip entry that vLLM does not understand",
+    why="An entry of llm_int8_skip_modules names modules as transformers does (`model.vision_tower`). vLLM compares "
+    "with its own names (`vision_tower`, `language_model.model...qkv_proj`) and never translates.",
+    fix="The same modules are named in vLLM's spelling as well. The entry itself stays, transformers needs it.",
+)
+def check_skip_entry(case: Case) -> Iterator[Hit]:
+    unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
+    modules = {p.module for p in case.params}
+    unknown = tuple(
+        entry
+        for entry in case.inspection.checkpoint.skip_modules
+        if not any(vllm_skips(entry, module) for module in modules)
+        and any(
+            transformers_skips(entry, transformers_module(case.inspection.model, m.role.module)) for m in unquantized
+        )
+    )
+    if unknown:
+        yield Hit(Severity.NOTE, unknown, "skip entry only in transformers' spelling; vLLM does not match it")
 
 
-def transformers_skips(entry: str, module: str) -> bool:
-    """transformers: the entry is a regular expression for the start of the name, or a suffix of it."""
-    return _pattern(entry)(module) or module.endswith(entry)
+@rule(
+    Code.TRANSFORMERS_REQUANTIZES,
+    "unquantized weight that transformers quantizes again",
+    why="No entry of the skip list names this module as transformers names it, so transformers quantizes the "
+    "unquantized weight when it loads the checkpoint. vLLM is not affected.",
+    fix="A repair writes the skip entries in both spellings.",
+    release_independent=True,
+)
+def check_transformers_requantizes(case: Case) -> Iterator[Hit]:
+    entries, model = case.inspection.checkpoint.skip_modules, case.inspection.model
+    hits = [
+        m
+        for m in transformers_linears(case.inspection.linears, model)
+        if not m.quantized
+        and m.role.kind != "lm_head"
+        and not matching_entries(entries, transformers_module(model, m.role.module), transformers_skips)
+    ]
+    if hits:
+        yield Hit(Severity.NOTE, names_of(hits), "transformers would quantize this weight again; no entry names it")
 
 
-def repeats(entry: str) -> int:
-    """How many repetitions a regular expression has: each is a place where it may have to try again."""
-    return sum(map(entry.count, "*+{?"))
+def write_skip_list(request: Request, so_far: Changes) -> Changes:
+    """Names every weight that ends up unquantized in both spellings, and none that ends up quantized.
 
-
-@cache
-def _pattern(entry: str) -> Callable[[str], bool]:
-    """Does a module's name start as the entry says?
-
-    An entry that is no regular expression, or one that could take a time exponential in the name's length (something
-    repeated inside a group, or more than a few repetitions), counts as a plain prefix; so does any for an absurd name.
+    Entries keep their places, except those that name a quantized module; what is missing is added at the end, vLLM's
+    spelling before transformers'.
     """
-    few = repeats(entry) <= MAX_REPEATS and entry.count("|") <= MAX_ALTERNATIVES
-    if len(entry) <= MAX_PATTERN and few and not GROUPS.search(entry):
-        try:
-            found = re.compile(entry)
-        except (re.error, OverflowError, RecursionError):
-            return lambda module: module.startswith(entry)
-        return lambda m: found.match(m) is not None if len(m) <= MAX_NAME else m.startswith(entry)
-    return lambda module: module.startswith(entry)
+    entries, model = request.inspection.checkpoint.skip_modules, request.inspection.model
+    after = [(m, m.name in so_far.quantize or so_far.keeps_quantized(m)) for m in request.linears(so_far)]
+    for insert in so_far.insert:
+        added = LinearWeight(insert.donor, gemma4.classify_tensor(insert.name))
+        after.append((added, not insert.dequantize and insert.donor.quantized))
+    spellings: list[tuple[Mapping[str, bool], Matches]] = []  # each reader's modules: are they quantized?
+    for release in request.releases:
+        names: dict[str, bool] = {}
+        for linear, quantized in after:
+            module = vllm_module(linear.role, model, release)
+            if module is not None and release.quantizes(model.family.name, linear.role.kind):
+                if linear.role.kind != "expert":
+                    names[module] = quantized
+        spellings.append((names, vllm_skips))
+    theirs = {m.role for m in transformers_linears((m for m, _ in after), model)}
+    names = {transformers_module(model, m.role.module): quantized for m, quantized in after if m.role in theirs}
+    spellings.append((names, transformers_skips))
+
+    def matches_quantized(entry: str) -> bool:
+        return any(matches(entry, m) for modules, matches in spellings for m, quantized in modules.items() if quantized)
+
+    out = [e for e in entries if not matches_quantized(e)]
+    for modules, matches in spellings:
+        so_far_named = tuple(out)
+        missing = [m for m, quantized in modules.items() if not quantized]
+        missing = [m for m in missing if not matching_entries(so_far_named, m, matches)]
+        # Without a list transformers leaves lm_head unquantized; with one it has to be named.
+        missing = [m for m in missing if m != "lm_head" or out]
+        out += shortest_prefixes(missing, matches, matches_quantized)
+    if out and not entries and "lm_head" not in out:
+        out.append("lm_head")
+    skip = tuple(dict.fromkeys(out))
+    if skip == entries:
+        return Changes()
+    edit = ConfigEdit(("quantization_config", "llm_int8_skip_modules"), list(skip), Code.SKIP_ENTRY)
+    return Changes(config=(edit,))
 
 
-@lru_cache(1 << 14)  # every release asks the same again
-def matching_entries(entries: tuple[str, ...], module: str, matches: Matches) -> tuple[str, ...]:
-    """The entries that name a module."""
-    return tuple(e for e in entries if matches(e, module))
+def shortest_prefixes(modules: Iterable[str], matches: Matches, matches_quantized: Callable[[str], bool]) -> list[str]:
+    """The shortest dotted prefixes that name all of some modules and no quantized one, in numeric order.
 
+    `matches_quantized` says whether an entry names a quantized module to any reader of the list.
 
-def shortest_prefixes(plain: Iterable[str], matches: Matches, matches_quantized: Callable[[str], bool]) -> list[str]:
-    """The shortest prefixes of plain modules that name all of them and no quantized one, in order.
-
-    `matches_quantized` says of an entry whether it names a quantized module to any reader of the list.
-
-    >>> shortest_prefixes(["vision_tower.a.b", "vision_tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
-    ['vision_tower', 'x.layers']
+    >>> shortest_prefixes(["tower.a.b", "tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
+    ['tower', 'x.layers']
     """
     refused: set[str] = set()
     chosen: list[str] = []
-    for module in sorted(plain):
+    for module in sorted(modules):
         if any(matches(entry, module) for entry in chosen[-1:]):
             continue
         parts = module.split(".")
@@ -85,4 +141,8 @@ def shortest_prefixes(plain: Iterable[str], matches: Matches, matches_quantized:
                 chosen.append(entry)
                 break
             refused.add(entry)
-    return chosen
+    return sorted(chosen, key=_numeric_key)
+
+
+def _numeric_key(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in name.split(".")]

@@ -14,10 +14,12 @@ from typing import Any
 
 from ..checkpoint.checkpoint import MAX_JSON, open_checkpoint
 from ..checkpoint.source import LocalSource, Source, as_remote
-from ..engines.vllm.releases import Target, resolve_target
+from ..engines.engine import Target
+from ..engines.vllm.releases import resolve_target
 from ..errors import BnbfixError, InputError, UsageError
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
-from ..planner.plan import RECORD, Options, Plan, plan_checkpoint
+from ..planner.plan import RECORD, Options, Plan
+from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import scan_checkpoint
 from ..writer.download import fetch, missing_files
 from ..writer.tensor_data import CHUNK, copy_range

@@ -24,7 +24,7 @@ def record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> 
         "target": plan.target.name,
         "releases": [r.name for r in plan.target.ranges],
         "options": vars(plan.options),
-        "edits": [e.document() for e in plan.edits],
+        "edits": [e.to_dict() for e in plan.edits],
         "sha256": dict(sorted(files.items())),
     }
     if linked:

@@ -16,11 +16,11 @@ import torch
 import bnbfix
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
+from bnbfix.engines.engine import Installed
 from bnbfix.engines.vllm import probe as installed
 from bnbfix.engines.vllm import releases as vllm_releases
-from bnbfix.engines.vllm.parameters import parameters, projections
-from bnbfix.engines.vllm.releases import Installed
-from bnbfix.models.gemma4 import read_model
+from bnbfix.engines.vllm.parameters import parameters
+from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Code
 from bnbfix.writer import staging as destination
 from tests.support.build import Make
@@ -169,7 +169,7 @@ def test_exit_code_1_findings_remain_and_exit_zero(run: Cli, pristine: Make) -> 
 def test_exit_code_1_for_what_no_repair_can_fix(run: Cli, pristine: Make, tmp_path: Path) -> None:
     done = run("repair", pristine("moe26b", "all"), "--vllm", "0.22.1", "--out", tmp_path / "out")
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("error: cannot be made to load in 0.22.1: ") and "BNB401" in done.err
+    assert done.err.startswith("error: cannot be repaired for vLLM 0.22.1: ") and "BNB401" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -735,12 +735,12 @@ def test_a_machine_that_is_too_small_is_told(
 
 def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
     """The answer of a vLLM that does what the table says, but for `changes`."""
-    checkpoint = open_checkpoint(LocalSource.open(source))
-    model = read_model(checkpoint.config)
+    found = inspect_checkpoint(open_checkpoint(LocalSource.open(source)))
+    skip = found.checkpoint.skip_modules
     row = vllm_releases.find_range(release)
     assert row is not None
-    found = {p.module: p.quantized for p in parameters(projections(checkpoint), model, row, checkpoint.skip_modules)}
-    modules = [{"name": name, "quantized": quantized} for name, quantized in (found | changes).items()]
+    table = {p.module: p.quantized for p in parameters(found.linears, found.model, row, skip)}
+    modules = [{"name": name, "quantized": quantized} for name, quantized in (table | changes).items()]
     return {"modules": modules, "skips": {"lm_head": ["lm_head"], "no\x1bsuch": []}}
 
 

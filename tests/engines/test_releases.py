@@ -23,7 +23,7 @@ from bnbfix.engines.vllm.releases import (
     version_key,
 )
 from bnbfix.errors import UsageError
-from bnbfix.models.gemma4 import FAMILIES, ROLES
+from bnbfix.models.gemma4 import FAMILIES, KINDS
 
 NAMES = [
     "0.19.0-0.22.1",
@@ -37,12 +37,13 @@ NAMES = [
 ]
 VALUES = {
     "evidence": {"run", "read"},
-    "unquantized_in_quantized": {"fails", "requantized"},
-    "k_eq_v": {"needs_v", "copies_k", "refuses_v"},
-    "kv_shared": {"needs_kv", "q_alone"},
-    "moe": {None, "moe.experts", "experts"},
+    "requantizes": {False, True},
+    "needs_v": {False, True},
+    "refuses_v": {False, True},
+    "needs_shared_kv": {False, True},
+    "expert_prefix": {None, "moe.experts", "experts"},
     "per_layer_config": {"ignored", "refused", "read"},
-    "pixel_projection": {"unquantized", "shim", "needs_transformers_5_13", "safe"},
+    "casts_pixels": {False, True},
     "plugin": {"none", "refused", "required"},
 }
 
@@ -68,10 +69,15 @@ def test_rows_are_sorted_and_leave_no_minor_release_out() -> None:
 @pytest.mark.parametrize("row", ranges(), ids=NAMES)
 def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
     assert {name: getattr(row, name) in values for name, values in VALUES.items()} == dict.fromkeys(VALUES, True)
-    assert set(VALUES) | {"first", "last", "families", "quantized"} == {f.name for f in fields(ReleaseRange)}
+    assert set(VALUES) | {"first", "last", "families", "quantized", "unquantized"} == {
+        f.name for f in fields(ReleaseRange)
+    }
     assert set(row.families) <= {f.name for f in FAMILIES}
-    assert row.quantized <= {role for role, _ in ROLES}
-    assert ("expert" in row.quantized) == (row.moe is not None)
+    assert row.quantized <= {kind for kind, _ in KINDS}
+    assert ("expert" in row.quantized) == (row.expert_prefix is not None)
+    assert not (row.needs_v and row.refuses_v)
+    assert row.quantizes("gemma4", "embedder") == ("embedder" in row.quantized)
+    assert not row.quantizes("gemma4_unified", "embedder"), "data, not a name in the code"
     assert {"attention", "mlp", "per_layer"} <= row.quantized
     assert not row.quantized & {"router", "lm_head", "other", "fused_experts"}, "no release quantizes these"
 

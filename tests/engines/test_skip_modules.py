@@ -8,7 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bnbfix.rules.skip_list import Matches, matching_entries, shortest_prefixes, transformers_skips, vllm_skips
+from bnbfix.engines.engine import Matches, matching_entries
+from bnbfix.engines.transformers import transformers_skips
+from bnbfix.engines.vllm.parameters import vllm_skips
+from bnbfix.rules.skip_list import shortest_prefixes
 
 V_QKV = "language_model.model.layers.3.self_attn.qkv_proj"
 V_TOWER = "vision_tower.encoder.layers.0.self_attn.qkv_proj"

@@ -21,7 +21,8 @@ from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
 from bnbfix.checkpoint.quant_state import FOUR_BIT_SUFFIXES
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import BnbfixError, InputError, NotApplicable, QuantStateError, Unrepairable
-from bnbfix.planner.plan import Options, plan_checkpoint
+from bnbfix.planner.plan import Options
+from bnbfix.planner.plan_repair import plan_checkpoint
 from bnbfix.rules.scan import scan_checkpoint
 from tests.fuzz import structure
 from tests.fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading

@@ -16,9 +16,9 @@ import pytest
 
 from bnbfix.checkpoint import checkpoint
 from bnbfix.checkpoint.checkpoint import open_checkpoint
-from bnbfix.engines.vllm import parameters
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import InputError
+from bnbfix.models import inspection
 from bnbfix.rules.scan import scan_checkpoint
 from tests.fuzz import runner
 from tests.fuzz.cases import SURFACES, case, corpus
@@ -67,7 +67,7 @@ def test_files_that_are_long_to_read_are_read_or_refused_in_little_memory() -> N
 
 def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(parameters if hasattr(parameters, name) else checkpoint, name, value)
+        monkeypatch.setattr(inspection if hasattr(inspection, name) else checkpoint, name, value)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     [
         ("MAX_HEADERS", "bytes of headers are more than any model has"),
         ("MAX_TENSORS", "tensors are more than any model has"),
-        ("MAX_PROJECTIONS", "linear modules are more than any model has"),
+        ("MAX_LINEARS", "linear modules exceed the limit"),
         ("MAX_SKIP", "entries, more than any model"),
     ],
 )
@@ -85,7 +85,7 @@ def test_more_than_any_model_has_is_refused(limit: str, words: str, monkeypatch:
     there = {
         "MAX_HEADERS": sum(h.data_start for h in opened.shards.values()),
         "MAX_TENSORS": sum(len(h.tensors) for h in opened.shards.values()),
-        "MAX_PROJECTIONS": len(parameters.projections(opened)),
+        "MAX_LINEARS": len(inspection.inspect_checkpoint(opened).linears),
         "MAX_SKIP": len(opened.skip_modules),
     }[limit]
     assert there > 1

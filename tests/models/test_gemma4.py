@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 
+from bnbfix.engines.transformers import transformers_module
+from bnbfix.engines.vllm.parameters import vllm_module
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.errors import InputError, NotApplicable
-from bnbfix.models.gemma4 import (
-    FULL,
-    ROLES,
-    SLIDING,
-    Model,
-    Place,
-    canonical,
-    hf_module,
-    place,
-    read_model,
-    vllm_module,
-)
+from bnbfix.models.detect import read_model
+from bnbfix.models.family import FULL, SLIDING, Model, TensorRole
+from bnbfix.models.gemma4 import KINDS, canonical, classify_tensor
 from tests.support.build import Make, opened
 
 TEXT: dict[str, Any] = {"num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL]}
@@ -35,25 +29,25 @@ def model(**text: Any) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "k_eq_v", "first_shared", "moe", "audio", "types"),
+    ("family", "name", "k_eq_v", "first_shared", "moe", "types"),
     [
-        ("dense31b", "gemma4", True, 6, False, False, "SSFSSF"),
-        ("e4b", "gemma4", False, 4, False, True, "SFSFSF"),
-        ("e4b-noshared", "gemma4", False, 4, False, True, "SFSFSF"),
-        ("e2b", "gemma4", False, 4, False, True, "SFSFSF"),
-        ("moe26b", "gemma4", True, 6, True, False, "SSFSSF"),
-        ("unified12b", "gemma4_unified", True, 6, False, True, "SSFSSF"),
-        ("text", "gemma4_text", True, 6, False, False, "SSFSSF"),
+        ("dense31b", "gemma4", True, 6, False, "SSFSSF"),
+        ("e4b", "gemma4", False, 4, False, "SFSFSF"),
+        ("e4b-noshared", "gemma4", False, 4, False, "SFSFSF"),
+        ("e2b", "gemma4", False, 4, False, "SFSFSF"),
+        ("moe26b", "gemma4", True, 6, True, "SSFSSF"),
+        ("unified12b", "gemma4_unified", True, 6, False, "SSFSSF"),
+        ("text", "gemma4_text", True, 6, False, "SSFSSF"),
     ],
 )
 def test_a_family_is_read_off_its_config(
-    family: str, name: str, k_eq_v: bool, first_shared: int, moe: bool, audio: bool, types: str, pristine: Make
+    family: str, name: str, k_eq_v: bool, first_shared: int, moe: bool, types: str, pristine: Make
 ) -> None:
     found = read_model(json.loads((pristine(family, "bf16") / "config.json").read_text()))
     assert found.family.name == name
-    assert (found.k_eq_v, found.first_shared, found.moe, found.audio) == (k_eq_v, first_shared, moe, audio)
+    assert (found.k_eq_v, found.first_shared, found.moe) == (k_eq_v, first_shared, moe)
     assert "".join(t[0].upper() for t in found.layer_types) == types
-    assert found.text_only == (family == "text")
+    assert found.family.text_only == (family == "text")
     assert found.text_config["hidden_size"] == 128
 
 
@@ -207,20 +201,20 @@ def older(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_has_its_role_layer_and_part_under_either_prefix(name: str) -> None:
-    expected = Place(name, *NAMES[name], prefix=place(name).prefix)
-    assert place(name) == expected
-    assert place(older(name)) == expected
+    expected = TensorRole(name, *NAMES[name], prefix=classify_tensor(name).prefix)
+    assert classify_tensor(name) == expected
+    assert classify_tensor(older(name)) == expected
     assert canonical(older(name)) == canonical(name) == name
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("model.language_model.")])
 def test_a_text_only_checkpoint_has_the_same_roles(name: str) -> None:
     short = name.replace("model.language_model.", "model.", 1)
-    assert place(short) == place(name)
+    assert classify_tensor(short) == classify_tensor(name)
 
 
 def test_every_role_is_among_the_names_above() -> None:
-    assert {role for role, _, _ in NAMES.values()} == {role for role, _ in ROLES}
+    assert {role for role, _, _ in NAMES.values()} == {kind for kind, _ in KINDS}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +227,7 @@ def test_every_role_is_among_the_names_above() -> None:
     ],
 )
 def test_the_prefix_of_an_expert_is_kept(name: str, prefix: str | None) -> None:
-    assert place(name).prefix == prefix
+    assert classify_tensor(name).prefix == prefix
 
 
 @pytest.mark.parametrize(
@@ -253,7 +247,7 @@ def test_the_prefix_of_an_expert_is_kept(name: str, prefix: str | None) -> None:
     ],
 )
 def test_what_no_model_has_is_other(name: str) -> None:
-    assert place(name).role == "other"
+    assert classify_tensor(name).kind == "other"
 
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b", "moe26b", "unified12b", "text"])
@@ -262,7 +256,7 @@ def test_both_prefixes_of_a_whole_checkpoint_mean_the_same(family: str, pristine
     other = list(opened(pristine(family, "bf16", prefix="language_model.model.")).tensors)
     assert (set(names) == set(other)) == (family == "text"), "a text-only checkpoint has one spelling alone"
     assert {canonical(n) for n in names} == {canonical(n) for n in other}
-    roles = {place(n).role for n in names}
+    roles = {classify_tensor(n).kind for n in names}
     assert {"attention", "mlp", "other"} <= roles
     assert ("router" in roles) == ("fused_experts" in roles) == (family == "moe26b")
     assert ("patch_dense" in roles) == (family == "unified12b")
@@ -275,42 +269,48 @@ TEXT_ONLY = read_model({"architectures": ["Gemma4ForCausalLM"]} | TEXT)
 
 
 @pytest.mark.parametrize(
-    ("name", "fused", "alone"),
+    ("name"),
     [
-        (L + "self_attn.q_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj", "q_proj"),
-        (L + "self_attn.k_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj", "k_proj"),
-        (L + "self_attn.v_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj", "v_proj"),
-        (L + "self_attn.o_proj.weight", "language_model.model.layers.11.self_attn.o_proj", "o_proj"),
-        (L + "mlp.gate_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj", "gate_proj"),
-        (L + "mlp.up_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj", "up_proj"),
-        (L + "mlp.down_proj.weight", "language_model.model.layers.11.mlp.down_proj", "down_proj"),
-        (L + "router.proj.weight", "language_model.model.layers.11.router.proj", "proj"),
-        (L + "experts.5.up_proj.weight", "language_model.model.layers.11.experts.5.gate_up_proj", "up_proj"),
-        (
-            "model.language_model.per_layer_model_projection.weight",
-            "language_model.model.per_layer_model_projection",
-            "per_layer_model_projection",
-        ),
-        ("lm_head.weight", "language_model.lm_head", "lm_head"),
-        ("model.vision_tower.patch_embedder.input_proj.weight", "vision_tower.patch_embedder.input_proj", "input_proj"),
-        ("model.audio_tower.output_proj.weight", "audio_tower.output_proj", "output_proj"),
-        ("model.embed_vision.embedding_projection.weight", "embed_vision.embedding_projection", "embedding_projection"),
-        ("model.vision_embedder.patch_dense.weight", "vision_embedder.patch_dense", "patch_dense"),
+        (L + "self_attn.q_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
+        (L + "self_attn.k_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
+        (L + "self_attn.v_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
+        (L + "self_attn.o_proj.weight", "language_model.model.layers.11.self_attn.o_proj"),
+        (L + "mlp.gate_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj"),
+        (L + "mlp.up_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj"),
+        (L + "mlp.down_proj.weight", "language_model.model.layers.11.mlp.down_proj"),
+        (L + "router.proj.weight", "language_model.model.layers.11.router.proj"),
+        (L + "experts.5.up_proj.weight", "language_model.model.layers.11.experts.5.gate_up_proj"),
+        ("model.language_model.per_layer_model_projection.weight", "language_model.model.per_layer_model_projection"),
+        ("lm_head.weight", "language_model.lm_head"),
+        ("model.vision_tower.patch_embedder.input_proj.weight", "vision_tower.patch_embedder.input_proj"),
+        ("model.audio_tower.output_proj.weight", "audio_tower.output_proj"),
+        ("model.embed_vision.embedding_projection.weight", "embed_vision.embedding_projection"),
+        ("model.vision_embedder.patch_dense.weight", "vision_embedder.patch_dense"),
     ],
 )
-def test_vllms_name_of_a_module(name: str, fused: str, alone: str) -> None:
-    where = place(name)
-    assert vllm_module(WHOLE, where, fused=True) == fused
-    assert vllm_module(WHOLE, where, fused=False) == fused.rsplit(".", 1)[0] + "." + alone
-    assert vllm_module(WHOLE, place(older(name)), fused=True) == fused
-    assert hf_module(WHOLE, where.module) == name.removesuffix(".weight")
+def test_vllms_name_of_a_module(name: str, module: str) -> None:
+    role = classify_tensor(name)
+    for release in ranges():
+        assert vllm_module(role, WHOLE, release) == module
+        assert vllm_module(classify_tensor(older(name)), WHOLE, release) == module
+    assert transformers_module(WHOLE, role.module) == name.removesuffix(".weight")
+
+
+def test_q_of_a_kv_shared_layer_is_a_module_of_its_own_where_the_release_drops_k_and_v() -> None:
+    shared = model(num_kv_shared_layers=1)
+    q, k = (classify_tensor(f"model.language_model.layers.2.self_attn.{part}.weight") for part in ("q_proj", "k_proj"))
+    attention = "language_model.model.layers.2.self_attn."
+    for release in ranges():
+        fused = release.needs_shared_kv
+        assert vllm_module(q, shared, release) == attention + ("qkv_proj" if fused else "q_proj")
+        assert vllm_module(k, shared, release) == (attention + "qkv_proj" if fused else None)
 
 
 def test_both_sides_leave_language_model_out_of_a_text_only_class() -> None:
-    q, norm = place("model.layers.11.self_attn.q_proj.weight"), place("model.norm.weight")
-    assert vllm_module(TEXT_ONLY, q, fused=True) == "model.layers.11.self_attn.qkv_proj"
-    assert vllm_module(TEXT_ONLY, q, fused=False) == "model.layers.11.self_attn.q_proj"
-    assert hf_module(TEXT_ONLY, q.module) == "model.layers.11.self_attn.q_proj"
-    assert hf_module(TEXT_ONLY, norm.module) == "model.norm"
-    assert vllm_module(TEXT_ONLY, place("lm_head.weight"), fused=True) == "lm_head"
-    assert hf_module(TEXT_ONLY, "lm_head") == "lm_head"
+    q, norm = classify_tensor("model.layers.11.self_attn.q_proj.weight"), classify_tensor("model.norm.weight")
+    newest = ranges()[-1]
+    assert vllm_module(q, TEXT_ONLY, newest) == "model.layers.11.self_attn.qkv_proj"
+    assert transformers_module(TEXT_ONLY, q.module) == "model.layers.11.self_attn.q_proj"
+    assert transformers_module(TEXT_ONLY, norm.module) == "model.norm"
+    assert vllm_module(classify_tensor("lm_head.weight"), TEXT_ONLY, newest) == "lm_head"
+    assert transformers_module(TEXT_ONLY, "lm_head") == "lm_head"

@@ -243,5 +243,5 @@ def test_experts_in_one_tensor_that_cannot_be_split_are_refused_by_name(
     tensors = load_file(tmp_path / "source" / FILE)
     tensors[f"{LAYER}.gate_up_proj"] = torch.zeros(shape, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
-    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: experts in one tensor"):
+    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: all experts in one tensor"):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")

@@ -15,15 +15,19 @@ from hypothesis import strategies as st
 
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.parameters import parameters, projections
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.engine import matching_entries
+from bnbfix.engines.transformers import transformers_linears, transformers_module, transformers_skips
+from bnbfix.engines.vllm.parameters import parameters, vllm_module
+from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.errors import QuantStateError, Unrepairable
-from bnbfix.models import gemma4
+from bnbfix.models.detect import read_model
+from bnbfix.models.gemma4 import classify_tensor
+from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
-from bnbfix.planner.plan import Options, Plan, PlannedSource, plan_checkpoint
+from bnbfix.planner.plan import Options, Plan
+from bnbfix.planner.plan_repair import plan_checkpoint
+from bnbfix.planner.planned_source import PlannedSource
 from bnbfix.rules.rule import Code
-from bnbfix.rules.skip_list import matching_entries, transformers_skips
-from bnbfix.rules.weights import hf_linears
 from tests.support.build import (
     SHARD,
     Make,
@@ -115,7 +119,9 @@ def test_what_no_edit_makes_load_is_refused(family: str, target: str, quant: str
     with pytest.raises(Unrepairable) as caught:
         planned(pristine(family, quant), target)
     code = "BNB303" if family == "unified12b" else "BNB401"
-    assert str(caught.value).startswith(f"cannot be made to load in {target}: ") and f"({code})" in str(caught.value)
+    assert str(caught.value).startswith(
+        f"cannot be repaired for {resolve_target(target).label}: "
+    ) and f"({code})" in str(caught.value)
     assert caught.value.hint
 
 
@@ -168,15 +174,15 @@ def test_nothing_is_quantized_but_experts(family: str, quant: str, target: str, 
 def assert_both_readers_agree(plan: Plan) -> None:
     """What is quantized in the output is quantized to vLLM and to transformers, and what is plain is plain."""
     checkpoint = after(plan)
-    new, model = checkpoint.skip_modules, gemma4.read_model(checkpoint.config)
-    members = projections(checkpoint)
+    new, model = checkpoint.skip_modules, read_model(checkpoint.config)
+    linears = inspect_checkpoint(checkpoint).linears
     for release in plan.target.ranges:
         if model.family.name in release.families:
-            for p in parameters(members, model, release, new):
+            for p in parameters(linears, model, release, new):
                 assert {m.quantized for m in p.members} == {p.quantized}, (release.name, p.module)
-    for m in hf_linears(members, model):
-        entries = matching_entries(new, gemma4.hf_module(model, m.place.module), transformers_skips)
-        assert bool(entries) != m.quantized or (m.place.role == "lm_head" and not new), (m.weight.name, entries)
+    for m in transformers_linears(linears, model):
+        entries = matching_entries(new, transformers_module(model, m.role.module), transformers_skips)
+        assert bool(entries) != m.quantized or (m.role.kind == "lm_head" and not new), (m.weight.name, entries)
     assert len(set(new)) == len(new)
 
 
@@ -685,8 +691,8 @@ def test_any_mixture_of_quantized_and_plain_with_any_skip_list_is_repaired(
 ) -> None:
     folder, quantized, full = mixed[family]
     linear = sorted(n for n in full if n + ".quant_map" in quantized)
-    model = gemma4.read_model(opened(folder).config)
-    modules = [gemma4.vllm_module(model, gemma4.place(n), fused=True) for n in linear]
+    model = read_model(opened(folder).config)
+    modules = [vllm_module(classify_tensor(n), model, ranges()[0]) or "" for n in linear]
     modules += [n.removesuffix(".weight") for n in linear]
     prefixes = sorted({m.rsplit(".", n)[0] for m in modules for n in range(4)} | {m.split(".")[-1] for m in modules})
     plain_ones = data.draw(st.sets(st.sampled_from(linear)), label="plain")

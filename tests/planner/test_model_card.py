@@ -10,7 +10,8 @@ import pytest
 
 import bnbfix
 from bnbfix.engines.vllm.releases import resolve_target
-from bnbfix.planner.model_card import BEGIN, CARD, END, MAX_CARD, describe, with_section
+from bnbfix.planner.model_card import BEGIN, CARD, END, MAX_CARD, describe_repair, insert_section
+from bnbfix.planner.plan import Action
 from tests.support.build import Make
 
 SECTION = f"{BEGIN}\nnew\n{END}\n"
@@ -32,45 +33,45 @@ FRONT = "---\nlicense: gemma\ntags: [a, b]\n---\n"
     ],
 )
 def test_a_section_is_added_at_the_end(card: str) -> None:
-    out = with_section(card, SECTION, quantized=True)
+    out = insert_section(card, SECTION, quantized=True)
     assert out.startswith(card) and out.endswith("\n" + SECTION)
     assert out[len(card) :].strip("\n") == SECTION.strip("\n")
-    assert with_section(out, SECTION, quantized=True) == out
+    assert insert_section(out, SECTION, quantized=True) == out
     newer = SECTION.replace("new", "newer")
-    assert with_section(out, newer, quantized=True) == out.replace(SECTION, newer)
+    assert insert_section(out, newer, quantized=True) == out.replace(SECTION, newer)
 
 
 def test_a_section_is_replaced_where_it_stands() -> None:
     card = f"{FRONT}# Model\n\n{BEGIN}\nold\n{END}\n\nMore text, as it was.  \n"
-    assert with_section(card, SECTION, quantized=True) == card.replace("old", "new")
+    assert insert_section(card, SECTION, quantized=True) == card.replace("old", "new")
 
 
 def test_line_ends_stay() -> None:
-    out = with_section("# Model\r\n", SECTION, quantized=True)
+    out = insert_section("# Model\r\n", SECTION, quantized=True)
     assert out == "# Model\r\n\r\n" + SECTION.replace("\n", "\r\n")
-    assert with_section(out, SECTION, quantized=True) == out
+    assert insert_section(out, SECTION, quantized=True) == out
 
 
 @pytest.mark.parametrize("card", [None, "", " \n"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_card_is_made_where_there_is_none(card: str | None, quantized: bool) -> None:
-    out = with_section(card, SECTION, quantized=quantized)
+    out = insert_section(card, SECTION, quantized=quantized)
     m = re.fullmatch(r"---\n(.*?)---\n" + re.escape(SECTION), out, re.DOTALL)
     assert m is not None and ("- bitsandbytes" in m[1]) == quantized
     assert m[1].startswith("library_name: transformers\ntags:\n- gemma4\n")
 
 
 def test_the_section_says_what_for_whom_and_how() -> None:
-    edits = [("dequantize", "a"), ("dequantize", "b"), ("config", "c")]
-    text = describe(resolve_target("0.22.1"), edits, bf16=False)
+    edits = [Action.DEQUANTIZE, Action.DEQUANTIZE, Action.CONFIG]
+    text = describe_repair(resolve_target("0.22.1"), edits, bf16=False)
     assert text.startswith(BEGIN) and text.endswith(END + "\n")
     assert "vLLM 0.22.1 (and what behaves like it: 0.19.0-0.22.1)" in text
-    assert "2 weights dequantized to the precision they had; 1 key of config.json." in text
+    assert "2 weights dequantized (same values); 1 key of config.json changed." in text
     assert "vllm serve MODEL\n" in text and "bnbfix scan MODEL --vllm 0.22.1" in text and "bnbfix verify DIR" in text
     assert "vllm-bnb-plugin" not in text
-    portable = describe(resolve_target("portable"), edits, bf16=False)
+    portable = describe_repair(resolve_target("portable"), edits, bf16=False)
     assert "vllm-bnb-plugin installed from 0.28.0 on" in portable
-    assert "plugin" not in describe(resolve_target("portable"), edits, bf16=True)
+    assert "plugin" not in describe_repair(resolve_target("portable"), edits, bf16=True)
 
 
 # In a repair

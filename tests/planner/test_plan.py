@@ -18,12 +18,15 @@ import bnbfix
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from bnbfix.checkpoint.safetensors import DTYPE_BITS, LENGTH_BYTES, parse_header
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.releases import Installed, resolve_target
+from bnbfix.engines.engine import Installed
+from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import InputError, NotApplicable, Unrepairable
 from bnbfix.models.gemma4 import canonical
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
 from bnbfix.planner.model_card import CARD
-from bnbfix.planner.plan import RECORD, Options, Plan, PlannedSource, plan_checkpoint
+from bnbfix.planner.plan import RECORD, Options, Plan
+from bnbfix.planner.plan_repair import plan_checkpoint
+from bnbfix.planner.planned_source import PlannedSource
 from bnbfix.rules.rule import Code
 from tests.support.build import (
     SHARD,
@@ -447,7 +450,7 @@ def test_edits_are_told_in_full(pristine: Make) -> None:
         )
         for n in (2, 5)
     ]
-    assert plan.edits[0].document() == {
+    assert plan.edits[0].to_dict() == {
         "action": "insert",
         "name": L + "2.self_attn.v_proj.weight",
         "code": "BNB104",

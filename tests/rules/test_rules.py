@@ -12,11 +12,14 @@ import pytest
 
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.releases import Installed, Target, ranges, resolve_target
-from bnbfix.models.gemma4 import FULL, SLIDING, canonical, legacy_head_config, read_model
-from bnbfix.rules.rule import EXPLANATIONS, Code, Severity
+from bnbfix.engines.engine import Installed, Target
+from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.models.detect import read_model
+from bnbfix.models.family import FULL, SLIDING
+from bnbfix.models.gemma4 import canonical
+from bnbfix.rules.gemma4 import legacy_head_config
+from bnbfix.rules.rule import CHECKS, EXPLANATIONS, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint
-from bnbfix.rules.weights import RULES
 from tests.support.build import (
     SHARD,
     Make,
@@ -782,7 +785,7 @@ ABSENT = [
 
 
 def test_every_code_has_a_rule_an_explanation_and_cases_both_ways() -> None:
-    assert set(RULES) == set(Code) == set(EXPLANATIONS)
+    assert set(CHECKS) == set(Code) == set(EXPLANATIONS)
     assert {case.code for case in FOUND} == set(Code)
     assert {case.code for case in ABSENT} == set(Code)
 
@@ -884,7 +887,7 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
             "all",
             edit(bf16_bytes),
             "0.32.0",
-            "quantized bytes stored as BF16; vLLM takes uint8 alone",
+            "quantized bytes stored as BF16; vLLM takes only uint8",
         ),
         (
             Code.QUANT_STORAGE,
@@ -892,7 +895,7 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
             "all",
             quantization(bnb_4bit_quant_storage="float16"),
             "0.32.0",
-            "quantized bytes stored as float16, says config.json; vLLM takes uint8 alone",
+            "quantized bytes stored as float16, says config.json; vLLM takes only uint8",
         ),
         (
             Code.EXPERT_PREFIX,
@@ -902,7 +905,7 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
             "0.27.1",
             "the release looks for moe.experts.N",
         ),
-        (Code.DUPLICATE, "dense31b", "all", twice, "0.32.0", "lies in model.safetensors and other.safetensors"),
+        (Code.DUPLICATE, "dense31b", "all", twice, "0.32.0", "is in model.safetensors and other.safetensors"),
         (
             Code.UNQUANTIZED_IN_QUANTIZED,
             "moe26b",

@@ -1,8 +1,9 @@
-"""Asks the vLLM installed beside bnbfix, in a process of its own: what it makes of a config, and of a whole folder."""
+"""Asks the installed vLLM, in a process of its own: what it makes of a config, and of a whole folder."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Any
 from ...checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.source import LocalSource
 from ...errors import EngineError, UsageError
-from ...models.gemma4 import Model
-from ...rules.scan import check_applicable
-from .parameters import Parameter, parameters, projections
-from .releases import Installed, ReleaseRange, find_installed, find_range, ranges
+from ...models.family import Model
+from ...models.inspection import Inspection, inspect_checkpoint
+from ..engine import Installed, Parameter, ReleaseRange
+from .parameters import parameters
+from .releases import find_installed, find_range, ranges
+
+logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 300.0
 LOAD_SECONDS = 1800.0
@@ -36,7 +40,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the installed vLLM makes of a checkpoint's config. `modules` maps each projection to quantized or not."""
+    """What the installed vLLM makes of a checkpoint's config. `modules` maps each linear module to quantized or not."""
 
     versions: Mapping[str, str | None]
     release: ReleaseRange
@@ -54,7 +58,7 @@ class LoadResult:
     parameters: int
     quantized: int
     unbound: tuple[str, ...]  # quantized, but without a quant state
-    requantized: tuple[str, ...]  # ordinary in the folder, quantized in the engine
+    requantized: tuple[str, ...]  # unquantized in the folder, quantized in the engine
     forward: bool
 
     @property
@@ -66,49 +70,53 @@ def require_vllm() -> tuple[Installed, ReleaseRange]:
     """The installed vLLM and its row; of a release newer than the table, the last row. Raises UsageError if none."""
     here = find_installed()
     if here is None:
-        raise UsageError(
-            "no vLLM is installed beside bnbfix", hint="Run bnbfix from the environment that serves the model."
-        )
+        hint = "Run bnbfix in the environment that serves the model."
+        raise UsageError("no vLLM is installed next to bnbfix", hint=hint)
     return here, find_range(here.version) or ranges()[-1]
 
 
-def probe(folder: Path) -> ProbeResult:
-    """Builds the model's skeleton in the installed vLLM and holds the release table against it.
+def probe_model(folder: Path) -> ProbeResult:
+    """Builds the model's skeleton in the installed vLLM and compares the release table with it.
 
     Raises UsageError without a vLLM, EngineError when it gives no answer, and the errors of `open_checkpoint`.
     """
     _, release = require_vllm()
-    checkpoint = open_checkpoint(LocalSource.open(folder))
-    model = check_applicable(checkpoint)
-    answer = ask("probe", folder, PROBE_SECONDS)
+    inspection = inspect_checkpoint(open_checkpoint(LocalSource.open(folder)))
+    answer = run_worker("probe", folder, PROBE_SECONDS)
     if answer["error"]:
         raise EngineError(f"vLLM cannot build the model: {answer['error']}", where=str(folder))
     modules = {m["name"]: bool(m["quantized"]) for m in answer["modules"]}
-    expected = parameters(projections(checkpoint), model, release, checkpoint.skip_modules)
     skips = {entry: tuple(names) for entry, names in answer["skips"].items()}
-    return ProbeResult(answer["versions"], release, modules, skips, compare(expected, modules, release, model))
+    disagreements = find_disagreements(_expect(inspection, release), modules, release, inspection.model)
+    return ProbeResult(answer["versions"], release, modules, skips, disagreements)
 
 
-def compare(
+def _expect(inspection: Inspection, release: ReleaseRange) -> list[Parameter]:
+    return parameters(inspection.linears, inspection.model, release, inspection.checkpoint.skip_modules)
+
+
+def find_disagreements(
     expected: Sequence[Parameter], modules: Mapping[str, bool], release: ReleaseRange, model: Model
 ) -> tuple[Disagreement, ...]:
     """Where the table's parameters and vLLM's modules differ. Pure."""
     out = []
-    words = {True: "quantized", False: "an ordinary parameter", None: "no such module"}
+    words = {True: "quantized", False: "unquantized", None: "no such module"}
     for p in expected:
-        if p.role not in ("expert", "other") and modules.get(p.module) is not p.quantized:
+        if p.kind not in ("expert", "other") and modules.get(p.module) is not p.quantized:
             out.append(Disagreement(p.module, words[p.quantized], words[modules.get(p.module)]))
-    experts = {name: quantized for name, quantized in modules.items() if ".experts" in name}
-    if model.moe and release.moe is not None:
-        for name, quantized in sorted(experts.items()):
-            if f".{release.moe}" not in name or (release.moe == "experts" and ".moe.experts" in name):
-                out.append(Disagreement(name, f"experts under {release.moe}", "another prefix"))
-            elif quantized is not ("expert" in release.quantized):
-                out.append(Disagreement(name, words["expert" in release.quantized], words[quantized]))
+    prefix, quantizes = release.expert_prefix, release.quantizes(model.family.name, "expert")
+    if model.moe and prefix is not None:
+        for name, quantized in sorted(modules.items()):
+            if ".experts" not in name:
+                continue
+            if f".{prefix}" not in name or (prefix == "experts" and ".moe.experts" in name):
+                out.append(Disagreement(name, f"experts under {prefix}", "another prefix"))
+            elif quantized is not quantizes:
+                out.append(Disagreement(name, words[quantizes], words[quantized]))
     return tuple(out)
 
 
-def load(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
+def load_model(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
     """Loads a folder in the installed vLLM and runs a forward pass.
 
     Raises UsageError without a vLLM, EngineError when the machine is too small or no answer comes within `seconds`,
@@ -118,7 +126,7 @@ def load(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
     source = LocalSource.open(folder)
     checkpoint = open_checkpoint(source)
     _check_memory(sum(source.files[s] for s in checkpoint.shards))
-    answer = ask("load", folder, seconds)
+    answer = run_worker("load", folder, seconds)
     found = answer.get("parameters", [])
     error = answer["error"]
     if error is None and not answer.get("finite"):
@@ -129,28 +137,28 @@ def load(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
         parameters=len(found),
         quantized=sum(p["quantized"] for p in found),
         unbound=tuple(p["name"] for p in found if p["quantized"] and not p["states"]),
-        requantized=requantized(checkpoint, release, {p["name"] for p in found if p["quantized"]}),
+        requantized=find_requantized(checkpoint, release, {p["name"] for p in found if p["quantized"]}),
         forward=bool(answer.get("forward")),
     )
 
 
-def requantized(checkpoint: Checkpoint, release: ReleaseRange, quantized: set[str]) -> tuple[str, ...]:
+def find_requantized(checkpoint: Checkpoint, release: ReleaseRange, quantized: set[str]) -> tuple[str, ...]:
     """Parameters that are quantized in the engine though the checkpoint has full precision for them."""
     if not checkpoint.quantization:
         return tuple(sorted(quantized))
-    model = check_applicable(checkpoint)
-    expected = parameters(projections(checkpoint), model, release, checkpoint.skip_modules)
-    plain = (p.module + ".weight" for p in expected if not all(m.quantized for m in p.members))
-    return tuple(sorted(quantized.intersection(plain)))
+    expected = _expect(inspect_checkpoint(checkpoint), release)
+    unquantized = (p.module + ".weight" for p in expected if not all(m.quantized for m in p.members))
+    return tuple(sorted(quantized.intersection(unquantized)))
 
 
-def ask(what: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs vllm_worker.py on a folder; raises EngineError when no answer comes."""
+def run_worker(what: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Runs worker.py on a folder; raises EngineError when no answer comes."""
     with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
         answer, log = Path(scratch) / "answer.json", Path(scratch) / "log"
         command = [sys.executable, "-m", "bnbfix.engines.vllm.worker", what, str(folder.resolve()), str(answer)]
         here = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        logger.info("asking vLLM: %s", command)
         with log.open("wb") as out:
             try:
                 done = subprocess.run(  # noqa: S603  # our own module under our own interpreter

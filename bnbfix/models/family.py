@@ -1,0 +1,60 @@
+"""What a family says about its models: layers, roles of tensors. Each family fills this in in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model class as vLLM and transformers know it."""
+
+    name: str
+    architecture: str
+    model_types: tuple[str, ...]
+    text_only: bool = False
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """What a tensor is in its model: the kind of module, the layer it is in, and the last part of a linear's name."""
+
+    name: str  # canonical: as transformers spells it for the multimodal class
+    kind: str
+    layer: int | None = None
+    part: str | None = None
+    prefix: str | None = None  # of a per-expert weight
+
+    @property
+    def module(self) -> str:
+        """The canonical name of its module."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a config says, as far as loading depends on it. Layers count from 0."""
+
+    family: Family
+    layer_types: tuple[str, ...]
+    k_eq_v: bool
+    first_shared: int  # layers from here on take K and V from an earlier layer
+    moe: bool
+    text_config: Mapping[str, Any]
+
+    def k_serves_as_v(self, layer: int | None) -> bool:
+        """Return True if this layer has no v_proj of its own."""
+        return layer is not None and self.k_eq_v and layer < self.first_shared and self.layer_types[layer] == FULL
+
+    def kv_shared(self, layer: int | None) -> bool:
+        """Return True if this layer takes K and V from an earlier one."""
+        return layer is not None and self.first_shared <= layer < len(self.layer_types)
+
+    def kv_donors(self, layer: int) -> list[int]:
+        """Layers whose k and v have the shapes of this shared layer's; first the one it really takes them from."""
+        kind = self.layer_types[layer]
+        return [i for i in reversed(range(self.first_shared)) if self.layer_types[i] == kind]

@@ -1,0 +1,115 @@
+"""What is known of a checkpoint before any release is asked: its model, and the role of each linear weight.
+
+Made once for a scan or a plan, and handed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..checkpoint.checkpoint import Checkpoint, Weight
+from ..errors import InputError, QuantStateError
+from . import gemma4
+from .detect import check_applicable
+from .family import Model, TensorRole
+
+MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The weight of a linear module, and its role in the model."""
+
+    weight: Weight
+    role: TensorRole
+
+    @property
+    def name(self) -> str:
+        """Its tensor name in the file."""
+        return self.weight.name
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight.quantized
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, its model, and the weights of its linear modules by name."""
+
+    checkpoint: Checkpoint
+    model: Model
+    linears: tuple[LinearWeight, ...]
+    invalid: tuple[QuantStateError, ...]  # quant states that do not describe their weight, or no weight of this model
+
+    @cached_property
+    def damaged(self) -> frozenset[str]:
+        """Names of the weights whose quant state the file itself contradicts."""
+        return _damaged_weights(self.checkpoint)
+
+    @cached_property
+    def by_layer(self) -> Mapping[tuple[int, str], LinearWeight]:
+        """Attention and MLP weights of the language model, by (layer, part)."""
+        return {
+            (linear.role.layer, linear.role.part): linear
+            for linear in self.linears
+            if linear.role.layer is not None
+            and linear.role.part is not None
+            and linear.role.kind in ("attention", "mlp")
+        }
+
+    @cached_property
+    def canonical_names(self) -> frozenset[str]:
+        """Every weight's name as transformers spells it."""
+        return frozenset(gemma4.canonical(name) for name in self.checkpoint.weights)
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Reads the config and gives every linear weight its role.
+
+    Raises NotApplicable when this is not a bitsandbytes checkpoint of a known family, InputError when its config
+    makes no sense or it has more linear modules than any model.
+    """
+    model = check_applicable(checkpoint)
+    linears = tuple(_find_linears(checkpoint))
+    if (count := sum(linear.role.kind != "expert" for linear in linears)) > MAX_LINEARS:
+        raise InputError(f"{count:,} linear modules exceed the limit of {MAX_LINEARS:,}", where=checkpoint.source.name)
+    return Inspection(checkpoint, model, linears, (*checkpoint.damaged, *_find_wrong_shapes(linears, model)))
+
+
+def _find_linears(checkpoint: Checkpoint) -> Iterator[LinearWeight]:
+    """Quantized weights, and unquantized ones of two dimensions; those with a damaged quant state are neither."""
+    damaged = _damaged_weights(checkpoint)
+    for weight in checkpoint.weights.values():
+        if weight.name in damaged:
+            continue
+        role = gemma4.classify_tensor(weight.name)
+        if weight.quantized or (role.kind in gemma4.LINEAR_KINDS and len(weight.tensor.info.shape) == 2):
+            yield LinearWeight(weight, role)
+
+
+def _damaged_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    where = {e.where for e in checkpoint.damaged}
+    return frozenset(w.name for w in checkpoint.weights.values() if where and f"{w.tensor.shard}: {w.name}" in where)
+
+
+def _find_wrong_shapes(linears: tuple[LinearWeight, ...], model: Model) -> Iterator[QuantStateError]:
+    """Language weights whose quant state gives a shape that the model cannot have, such as a transposed one.
+
+    The number of bytes does not show it: as many values are stored either way.
+    """
+    width = model.text_config.get("hidden_size")
+    for linear in linears:
+        side = 0 if linear.role.part in ("o_proj", "down_proj") else 1
+        state = linear.weight.state
+        if state is None or linear.role.kind not in ("attention", "mlp", "expert") or type(width) is not int:
+            continue
+        if len(state.shape) != 2 or state.shape[side] != width:
+            which = ("rows", "columns")[side]
+            yield QuantStateError(
+                f"quant state says shape {list(state.shape)[:8]}; hidden_size asks for {width:,} {which}",
+                where=f"{linear.weight.tensor.shard}: {linear.name}",
+                hint="config.json or the quant state is wrong; quantize the model again.",
+            )

@@ -1,0 +1,182 @@
+"""Plans a repair: scans a checkpoint, collects the changes, lays out every file, and scans what would come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from ..checkpoint.source import Source
+from ..engines.engine import Target
+from ..errors import InputError, Unrepairable
+from ..models.inspection import Inspection, inspect_checkpoint
+from ..rules.changes import Changes, Request
+from ..rules.files import is_pickle
+from ..rules.rule import Code, Severity
+from ..rules.scan import Finding, ScanResult, scan_checkpoint, scan_inspection
+from . import json_edit, model_card
+from .fixes import DEQUANTIZE_ALL, REPAIR, collect_changes
+from .layout import ShardPlan
+from .plan import JOURNAL, RECORD, Action, Edit, Options, Plan
+from .planned_source import PlannedSource
+from .shards import recut_shards, repaired_shards
+
+
+def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
+    """Scans a checkpoint and plans its repair for a target.
+
+    Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
+    invalid, and Unrepairable when no change of the files fixes a finding of the target.
+    """
+    options = options or Options()
+    checkpoint = open_checkpoint(source)
+    inspection = inspect_checkpoint(checkpoint)
+    if inspection.invalid:
+        raise inspection.invalid[0]
+    scan = scan_inspection(inspection, target)
+    blocking = [f for f in scan.findings if f.blocking and f.reason is not None]
+    if options.bf16:
+        blocking = [f for f in blocking if f.code is Code.UNKNOWN_CLASS]
+    releases = target.ranges_for(inspection.model.family.name)
+    request = Request(inspection, releases, options.partial_groups)
+    if blocking:
+        raise _refusal(target, blocking)
+    changes = collect_changes(request, DEQUANTIZE_ALL if options.bf16 else REPAIR)
+    if options.bf16:
+        shards = tuple(recut_shards(checkpoint, changes, options.max_shard_size))
+        return _complete_plan(inspection, target, scan, changes, shards, options)
+    if int8 := [name for name in changes.dequantize if checkpoint.weights[name].int8]:
+        raise Unrepairable(
+            f"{int8[0]} is an LLM.int8 weight that would have to be dequantized ({Code.INT8})",
+            hint=f"Name one of the releases of which a scan says {Severity.LOADS}.",
+        )
+    if not any(f.counts and f.reason is None for f in scan.findings):
+        return Plan(checkpoint, target, scan, (), (), {}, (), _remaining(scan), options)
+    plan = _complete_plan(inspection, target, scan, changes, tuple(repaired_shards(checkpoint, changes)), options)
+    after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
+    if left := [f for f in after.findings if f.blocking]:
+        raise _refusal(target, left)
+    return plan
+
+
+def _refusal(target: Target, blocking: Sequence[Finding]) -> Unrepairable:
+    worst = max(blocking, key=lambda f: f.severity)
+    name = f"{worst.tensors[0]}: " if worst.tensors else ""
+    return Unrepairable(
+        f"cannot be repaired for {target.label}: {name}{worst.message} ({worst.code})", hint=worst.reason
+    )
+
+
+def _remaining(scan: ScanResult) -> tuple[Finding, ...]:
+    return tuple(f for f in scan.findings if f.counts and f.reason is not None)
+
+
+def _complete_plan(
+    inspection: Inspection,
+    target: Target,
+    scan: ScanResult,
+    changes: Changes,
+    shards: tuple[ShardPlan, ...],
+    options: Options,
+) -> Plan:
+    _check_names(target, shards)
+    checkpoint = inspection.checkpoint
+    edits = tuple(_list_edits(checkpoint, changes))
+    known = replace(target, ranges=target.ranges_for(inspection.model.family.name))  # what the card may promise
+    texts = _write_config(checkpoint, changes) | _write_index(checkpoint, shards)
+    texts |= _write_card(checkpoint.source, known, edits, options)
+    written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
+    if INDEX not in texts and options.bf16:
+        written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
+    copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
+    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
+    if external := sorted(checkpoint.source.external_links & {*copied, *texts}):
+        raise InputError(
+            "is a link out of the model folder; a repair would copy what it leads to",
+            where=external[0],
+            hint="Put the file itself in its place. Only weights may be elsewhere.",
+        )
+    return Plan(checkpoint, target, scan, edits, shards, texts, copied, _remaining(scan), options)
+
+
+def _check_names(target: Target, shards: tuple[ShardPlan, ...]) -> None:
+    seen: set[str] = set()
+    for name in (t.info.name for s in shards for t in s.tensors):
+        if name in seen:
+            raise Unrepairable(f"cannot be repaired for {target.label}: two tensors would be named {name!r}")
+        seen.add(name)
+
+
+def _write_config(checkpoint: Checkpoint, changes: Changes) -> dict[str, str]:
+    """config.json, where it changes: only the keys that do, everything else to the character."""
+    if not changes.config:
+        return {}
+    text = checkpoint.config_text
+    for edit in changes.config:
+        if edit.remove:
+            text = json_edit.remove_key(text, edit.path)
+        else:
+            text = json_edit.set_value(text, edit.path, edit.value)
+    return {CONFIG: text}
+
+
+def _write_index(checkpoint: Checkpoint, shards: tuple[ShardPlan, ...]) -> dict[str, str]:
+    """The index, where one is needed and it changes."""
+    if checkpoint.index is None and len(shards) <= 1:
+        return {}
+    old: Mapping[str, Any] = checkpoint.index or {}
+    metadata = old.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(t.info.nbytes for s in shards for t in s.tensors)
+    weight_map = {t.info.name: s.name for s in shards for t in s.tensors}
+    index = dict(old) | {"metadata": metadata, "weight_map": weight_map}
+    ours = {*checkpoint.shards, *(s.name for s in shards)}
+    # Without an index every *.safetensors next to the config is read, those that the old one left out too.
+    strays = any(f.endswith(".safetensors") and "/" not in f and f not in ours for f in checkpoint.source.files)
+    kept = any(s.name in checkpoint.shards for s in shards)
+    if index == checkpoint.index or not (len(shards) > 1 or kept or strays):
+        return {}
+    return {INDEX: json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}
+
+
+def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: Options) -> dict[str, str]:
+    """README.md with its section; nothing where the file is not a text that a section could go into."""
+    old = None
+    if (size := source.files.get(model_card.CARD)) is not None:
+        if size > model_card.MAX_CARD:
+            return {}
+        try:
+            old = source.read(model_card.CARD, [(0, size)])[0].decode("utf-8")
+        except UnicodeDecodeError:
+            return {}
+    section = model_card.describe_repair(target, [e.action for e in edits], bf16=options.bf16)
+    return {model_card.CARD: model_card.insert_section(old, section, quantized=not options.bf16)}
+
+
+def _list_edits(checkpoint: Checkpoint, changes: Changes) -> Iterator[Edit]:
+    for name, code in changes.dequantize.items():
+        yield Edit(Action.DEQUANTIZE, name, code, "same values in full precision; its quant-state tensors are dropped")
+    for name, code in changes.drop.items():
+        yield Edit(Action.DROP, name, code, "")
+    for name, shards in checkpoint.duplicates.items():
+        if name in changes.drop:
+            continue  # none of them is kept
+        kept = checkpoint.tensors[name].shard
+        others = ", ".join(s for s in shards if s != kept)
+        yield Edit(Action.DROP, name, Code.DUPLICATE, f"from {others}; kept in {kept}")
+    for insert in changes.insert:
+        how = "values of" if insert.dequantize else "exact copy of"
+        yield Edit(Action.INSERT, insert.name, insert.code, f"{how} {insert.donor.name}")
+    for name, code in changes.quantize.items():
+        yield Edit(Action.QUANTIZE, name, code, "to NF4, which loses precision")
+    for name, parts in changes.stack.items():
+        yield Edit(Action.STACK, name, None, f"one tensor of {len(parts)} matrices")
+    for name, expert in changes.experts.items():
+        yield Edit(Action(expert.action), name, expert.code, expert.detail)
+    for name, code in changes.retype.items():
+        yield Edit(Action.RETYPE, name, code, "same bytes, declared U8 [N, 1]")
+    for edit in changes.config:
+        detail = "removed" if edit.remove else json.dumps(edit.value, ensure_ascii=False)
+        yield Edit(Action.CONFIG, ".".join(edit.path), edit.code, detail)

@@ -1,0 +1,93 @@
+"""What a fix may ask for: changes of tensors and of config.json, each with the finding that asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..checkpoint.checkpoint import Weight
+from ..engines.engine import Parameter, ReleaseRange
+from ..engines.vllm.parameters import parameters
+from ..models.inspection import Inspection, LinearWeight
+from .rule import Code
+
+
+@dataclass(frozen=True)
+class Insert:
+    """A weight that is added: an exact copy of `donor` with its quant-state tensors, or its dequantized values."""
+
+    name: str
+    donor: Weight
+    dequantize: bool
+    code: Code
+
+
+@dataclass(frozen=True)
+class ExpertChange:
+    """What is done to one tensor of experts: it is quantized, or renamed, to be under `prefix`."""
+
+    action: Literal["quantize", "rename"]
+    prefix: str
+    code: Code
+    detail: str
+
+
+@dataclass(frozen=True)
+class ConfigEdit:
+    """One change of config.json: a value set at a path of keys, or the key removed."""
+
+    path: tuple[str, ...]
+    value: Any
+    code: Code | None  # None: the user asked
+    remove: bool = False
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a repair changes, by name of the weight or tensor."""
+
+    dequantize: Mapping[str, Code | None] = field(default_factory=dict)  # weights; None: the user asked
+    drop: Mapping[str, Code] = field(default_factory=dict)  # tensors, next to those of dequantized weights
+    insert: tuple[Insert, ...] = ()
+    retype: Mapping[str, Code] = field(default_factory=dict)  # quantized weights whose header entry becomes U8 [N, 1]
+    experts: Mapping[str, ExpertChange] = field(default_factory=dict)
+    quantize: Mapping[str, Code] = field(default_factory=dict)  # unquantized weights that become NF4
+    stack: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)  # per-expert weights that become one tensor
+    config: tuple[ConfigEdit, ...] = ()
+
+    def __or__(self, other: Changes) -> Changes:
+        """Both; where both name a weight, the first one's reason stands."""
+        both: dict[str, Any] = {}
+        for f in fields(self):
+            mine, others = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, tuple):
+                both[f.name] = mine + others
+            else:
+                both[f.name] = dict(mine) | {k: v for k, v in others.items() if k not in mine}
+        return Changes(**both)
+
+    def keeps_quantized(self, linear: LinearWeight) -> bool:
+        """Return True if the weight is quantized and is not dequantized."""
+        return linear.quantized and linear.name not in self.dequantize
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a repair is asked for: a checkpoint, the releases that it should load in, and the user's choice."""
+
+    inspection: Inspection
+    releases: Sequence[ReleaseRange]
+    partial_groups: str = "dequantize"
+
+    def linears(self, so_far: Changes) -> list[LinearWeight]:
+        """The linear weights that are not dropped."""
+        return [linear for linear in self.inspection.linears if linear.name not in so_far.drop]
+
+    def parameters(self, so_far: Changes) -> Iterator[Parameter]:
+        """The parameters of every release, without a skip list."""
+        for release in self.releases:
+            yield from parameters(self.linears(so_far), self.inspection.model, release, ())
+
+
+Fix = Callable[[Request, Changes], Changes]  # what is asked, what is decided already: what is added to that

@@ -1,0 +1,70 @@
+"""What the release itself lacks or refuses, whatever the tensors are: the model's class, the plugin, LLM.int8, MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin
+from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
+
+_REQUIRES = releases_where(lambda r: r.plugin == "required")
+_REFUSES = releases_where(lambda r: r.plugin == "refused")
+_BOUNDS = ", ".join(f"{plugin} and newer need vLLM {vllm} or newer" for plugin, vllm in plugin_bounds())
+_OLDER = "; ".join(f"before vLLM {vllm}: pip install 'vllm-bnb-plugin<{plugin}'" for plugin, vllm in plugin_bounds())
+
+
+@rule(
+    Code.UNKNOWN_CLASS,
+    "model class unknown to the release",
+    why="The release has no class for this architecture.",
+    fix="Nothing in the checkpoint; a newer vLLM is needed.",
+)
+def check_unknown_class(case: Case) -> Iterator[Hit]:
+    family = case.inspection.model.family
+    if family.name not in case.release.families:
+        first = next(r.first for r in ranges() if family.name in r.families)
+        words = f"{family.architecture} is unknown to the release"
+        yield Hit(Severity.FAILS, (), words, f"{family.architecture} exists from vLLM {first} on")
+
+
+@rule(
+    Code.PLUGIN,
+    "vllm-bnb-plugin",
+    why=f"In {_REQUIRES} bitsandbytes support is a plugin, and without it the quantization method is unknown. With "
+    f"{_REFUSES} the plugin must not be installed. Of its versions, {_BOUNDS}.",
+    fix=f"pip install vllm-bnb-plugin ({_OLDER}); with {_REFUSES}: pip uninstall vllm-bnb-plugin",
+    upstream=[52802],
+)
+def check_plugin(case: Case) -> Iterator[Hit]:
+    here = case.installed
+    if case.release.plugin == "required" and (here is None or here.plugin is None):
+        severity = Severity.NOTE if here is None else Severity.FAILS
+        reason = f"not in the checkpoint: pip install vllm-bnb-plugin ({_OLDER})"
+        yield Hit(severity, (), "needs vllm-bnb-plugin", reason)
+    if case.release.plugin == "required" and here is not None and (limit := unfit_plugin(here)) is not None:
+        words = f"vllm-bnb-plugin {here.plugin} is installed, which does not work with vLLM {here.version}"
+        yield Hit(Severity.FAILS, (), words, f"not in the checkpoint: pip install 'vllm-bnb-plugin<{limit}'")
+    if case.release.plugin == "refused" and here is not None and here.plugin is not None:
+        reason = "not in the checkpoint: pip uninstall vllm-bnb-plugin"
+        words = "vllm-bnb-plugin is installed, but this release is incompatible with it"
+        yield Hit(Severity.FAILS, (), words, reason)
+
+
+@rule(
+    Code.INT8,
+    "LLM.int8",
+    why="The weights are quantized to 8 bits, not 4. vLLM loads such dense models when the skip list is in its own "
+    f"spelling, and {releases_where(lambda r: r.needs_v)} lacks V's scales where K serves as V; a mixture of experts "
+    "is refused.",
+    fix="Skip entries are added, and V where it is missing. What would need a weight dequantized needs the whole model "
+    "dequantized: `repair --bf16`.",
+)
+def check_int8(case: Case) -> Iterator[Hit]:
+    names = names_of(m for m in case.inspection.linears if m.weight.int8)
+    if not names:
+        return
+    reason = "what would need a weight dequantized needs the whole model dequantized: --bf16"
+    if case.inspection.model.moe:
+        yield Hit(Severity.FAILS, names, "LLM.int8 in a mixture of experts, which vLLM refuses", reason)
+    else:
+        yield Hit(Severity.NOTE, names, "LLM.int8, of which a repair fixes only the skip list and V", reason)
