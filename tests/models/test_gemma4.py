@@ -269,7 +269,7 @@ TEXT_ONLY = read_model({"architectures": ["Gemma4ForCausalLM"]} | TEXT)
 
 
 @pytest.mark.parametrize(
-    ("name"),
+    ("name", "module"),
     [
         (L + "self_attn.q_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
         (L + "self_attn.k_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
