@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.vllm.parameters import projections
@@ -66,6 +67,10 @@ class ScanResult:
     def ok(self) -> bool:
         """Does nothing count against the checkpoint for the target?"""
         return not any(f.counts for f in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as a JSON document, the one that `bnbfix scan --format json` prints."""
+        return _scan_document(self)
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
@@ -163,3 +168,39 @@ def _verdict(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerd
 def _worst(severities: Iterable[Severity]) -> Severity:
     """The verdict that findings of these severities make."""
     return max((s for s in severities if s.counts), default=Severity.LOADS)
+
+
+def _scan_document(result: ScanResult) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "model": result.model,
+        "family": result.family,
+        "target": result.target.name,
+        "verdict": result.verdict.value,
+        "weights": dict(result.counts),
+        "shards": result.shards,
+        "releases": [_verdict_document(v) for v in result.releases],
+        "findings": [_finding_document(f) for f in result.findings],
+    }
+
+
+def _verdict_document(v: ReleaseVerdict) -> dict[str, Any]:
+    codes = [c.value for c in v.codes]
+    return {**_range_document(v.release), "verdict": v.verdict.value, "codes": codes, "tensors": v.tensors}
+
+
+def _finding_document(f: Finding) -> dict[str, Any]:
+    return {
+        "code": f.code.value,
+        "severity": f.severity.value,
+        "title": f.code.explanation.title,
+        "tensors": list(f.tensors),
+        "releases": [_range_document(r) for r in f.releases],
+        "message": f.message,
+        "fix": f.fix,
+        "reason": f.reason,
+    }
+
+
+def _range_document(r: ReleaseRange) -> dict[str, str]:
+    return {"first": r.first, "last": r.last}

@@ -21,10 +21,9 @@ import pytest
 
 from bnbfix.errors import InputError, OutputError
 from bnbfix.report.json import render_lines
-from bnbfix.report.lines import Layout, Span
 from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.scan_table import table
-from bnbfix.report.terminal import write_file, write_lines
+from bnbfix.report.terminal import StyledText, TableOptions, write_file, write_lines
 from tests.support.build import Make
 from tests.support.command_line import Cli, Run, harmless, process
 from tests.support.folders import hostile, large_checkpoint
@@ -111,7 +110,7 @@ def test_lines_come_as_they_are_known() -> None:
         raise RuntimeError("asked for more")
 
     assert json.loads(next(render_lines(outcomes())))["model"] == "first"
-    lines = table(outcomes(), Layout(), several=True, with_map=False)
+    lines = table(outcomes(), TableOptions(), several=True, with_map=False)
     assert next(lines)[0].text == "first" and next(lines)[0].text == "error: no"
 
 
@@ -247,7 +246,7 @@ def test_quiet_says_nothing_where_all_is_well(run: Cli, pristine: Make, tmp_path
 
 
 def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    line = (Span("[red]fails", "bold red"), Span(" x"))
+    line = (StyledText("[red]fails", "bold red"), StyledText(" x"))
     write_lines([line])
     assert capsys.readouterr().out == "[red]fails x\n"
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -264,7 +263,7 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_long_names_are_broken_in_the_summary() -> None:
     long = ScanOutcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
     for width in (40, 80, 200):
-        lines = ["".join(s.text for s in line) for line in table([long], Layout(width), several=True, with_map=False)]
+        lines = ["".join(s.text for s in line) for line in table([long], TableOptions(width), several=True, with_map=False)]
         assert max(len(line.rstrip()) for line in lines) <= width
 
 

@@ -104,7 +104,7 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     found = outcomes(source, tmp_path / "nowhere")
     whole = json.loads("".join(report_json.render(found, several=True)))
     assert whole["schema"] == 1
-    assert whole["models"][0] == report_json.scan_document(scan(source))
+    assert whole["models"][0] == scan(source).to_dict()
     assert whole["models"][1] == {
         "schema": 1,
         "model": str(tmp_path / "nowhere"),

@@ -16,9 +16,9 @@ from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.models.gemma4 import read_model
 from bnbfix.report import html as report_html
 from bnbfix.report.layer_map import Cell, LayerMap, Row, Section, State, build_layer_map
-from bnbfix.report.lines import Layout
 from bnbfix.report.outcome import ScanOutcome, repaired
-from bnbfix.report.report_map import layer_map_lines
+from bnbfix.report.scan_table import layer_map_lines
+from bnbfix.report.terminal import TableOptions
 from bnbfix.rules.rule import Code
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import Make, copy_weight, opened, tensors_of
@@ -144,7 +144,7 @@ def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, q
 
 
 def text_map(grid: LayerMap, width: int = 80) -> list[str]:
-    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, Layout(width))]
+    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, TableOptions(width))]
 
 
 def tall(layers: int) -> LayerMap:
