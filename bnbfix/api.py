@@ -34,7 +34,8 @@ def choose_target(vllm: str | None) -> Target:
         UsageError: `vllm` is not a string, or not a release in the table.
     """
     if vllm is not None and not isinstance(vllm, str):
-        raise UsageError(f"vllm is {vllm!r}, a {type(vllm).__name__}; write it as a string")
+        kind = type(vllm).__name__
+        raise UsageError(f"vllm is {vllm!r}, a{'n' * (kind[0] in 'aeiou')} {kind}; write it as a string")
     target = resolve_target(vllm, None if vllm else find_installed())
     logger.info("target: %s, release ranges: %s", target.label, ", ".join(r.name for r in target.ranges))
     return target

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import bnbfix
-from bnbfix.engines.vllm.releases import Installed
+from bnbfix import api
 from bnbfix.errors import BnbfixError
+from bnbfix.hub.push import Destination
 from tests.support.build import Make
+from tests.support.command_line import install_vllm
 
 RESULTS = [
     "Edit",
@@ -282,9 +284,56 @@ def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
     result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
     finding = result.findings[0]
     assert isinstance(finding.code, bnbfix.Code) and isinstance(finding.severity, bnbfix.Severity)
-    assert json.dumps([finding.code.value, finding.severity, result.verdict])
+    assert str(finding.severity) == f"{finding.severity}" == "fails" and finding.code == "BNB102"
+    assert json.dumps([finding.code, finding.severity, result.verdict]) == '["BNB102", "fails", "fails"]'
     assert [r.release for r in result.releases] == list(result.target.ranges)
     assert pickle.loads(pickle.dumps(finding)) == finding
+
+
+def test_a_scan_result_is_the_json_document(pristine: Make) -> None:
+    result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
+    doc = result.to_dict()
+    assert json.loads(json.dumps(doc)) == doc
+    assert type(doc["verdict"]) is str and type(doc["findings"][0]["severity"]) is str
+    assert (doc["schema"], doc["verdict"], len(doc["findings"])) == (1, "fails", len(result.findings))
+
+
+@pytest.mark.parametrize(("vllm", "kind"), [(0.32, "float"), (1, "int"), (("0.32.0",), "tuple"), (0, "int")])
+def test_a_release_that_is_not_a_string_is_a_usage_error(pristine: Make, tmp_path: Path, vllm: Any, kind: str) -> None:
+    source = pristine("e4b", "all")
+    for call in (
+        lambda: bnbfix.scan(source, vllm),
+        lambda: bnbfix.plan_repair(source, vllm),
+        lambda: bnbfix.repair(source, tmp_path / "out", vllm),
+        lambda: bnbfix.check_before_upload(source, vllm),
+    ):
+        with pytest.raises(bnbfix.UsageError) as caught:
+            call()
+        assert str(caught.value) == f"vllm is {vllm!r}, a{'n' * (kind == 'int')} {kind}; write it as a string"
+
+
+def test_verify_needs_a_source_for_a_revision(tmp_path: Path) -> None:
+    with pytest.raises(bnbfix.UsageError, match="a revision needs a source on the Hub"):
+        bnbfix.verify(tmp_path, revision="main")
+
+
+def test_a_plan_is_written_in_a_second_step(pristine: Make, tmp_path: Path) -> None:
+    source, out = pristine("dense31b", "skip"), tmp_path / "out"
+    plan = bnbfix.plan_repair(source, "portable", out=out)
+    assert not out.exists()
+    result = api.write_repair(plan, out, device="cpu")
+    assert result.plan is plan and bnbfix.verify(out, source).ok
+    with pytest.raises(bnbfix.UsageError, match="exists and is not empty"):
+        bnbfix.plan_repair(source, "portable", out=out)
+    assert bnbfix.plan_repair(source, "portable", out=out, overwrite=True).edits == plan.edits
+
+
+def test_a_push_verifies_first(pristine: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bnbfix.repair(pristine("dense31b", "skip"), out, "portable", device="cpu")
+    (out / "config.json").write_text("{}")
+    with pytest.raises(bnbfix.VerifyError, match="nothing was pushed"):
+        api.push(out, Destination("org/name", False, False, None))
 
 
 # The check before an upload
@@ -320,7 +369,7 @@ def test_a_check_before_upload_returns_the_scan_of_what_loads(pristine: Make) ->
 def test_a_check_before_upload_does_not_hold_the_machine_against_the_checkpoint(
     pristine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bnbfix.api.find_installed", lambda: Installed("0.32.0", None))
+    install_vllm(monkeypatch, "0.32.0")
     source = pristine("e4b", "all", shards=2)
     assert not bnbfix.scan(source).ok and bnbfix.check_before_upload(source) is not None
 

@@ -51,6 +51,7 @@ Verbose = Annotated[
         "--verbose",
         "-v",
         count=True,
+        show_default=False,
         envvar="BNBFIX_VERBOSE",
         help="Log decisions to stderr; -vv: details too. "
         "For a scan, -v shows every tensor and the notes; -vv and -vvv log.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 import bnbfix
 from tests.support.build import Make
-from tests.support.command_line import Cli, Run, process
+from tests.support.command_line import EVIL, Cli, Run, harmless, process
 from tests.support.folders import LAYERS, large_checkpoint
 
 
@@ -66,7 +68,7 @@ def test_exit_code_3_nothing_here_to_check(
         (["scan", ".", "--format", "yaml"], "yaml"),
         (["scan", ".", "--nonsense"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
-        (["repair", "nowhere"], "repair needs --out DIR, or --dry-run to see the plan alone"),
+        (["repair", "nowhere"], "repair needs --out DIR, or --dry-run to only see the plan"),
         (["repair", "nowhere", "--out", "x"], "error: nowhere: no such folder"),
         (["verify", "nowhere"], "error: nowhere: no such folder"),
         (["explain"], "Missing argument 'CODE'"),
@@ -82,7 +84,7 @@ def test_exit_code_2_bad_usage(run: Cli, arguments: list[str], words: str) -> No
 
 def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
     done = run("verify", tmp_path, "--revision", "main")
-    assert (done.code, done.out, done.err) == (2, "", "error: --revision belongs to a --source on the Hub\n")
+    assert (done.code, done.out, done.err) == (2, "", "error: a revision needs a source on the Hub\n")
 
 
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
@@ -177,6 +179,38 @@ def test_an_interrupted_scan_ends_with_130(run: Cli, pristine: Make, monkeypatch
 def test_version(run: Cli) -> None:
     assert run("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
     assert process("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "logged", "detailed"), [([], False, False), (["-v"], True, False), (["-vv"], True, True)]
+)
+def test_verbose_logs_to_stderr(run: Cli, pristine: Make, options: list[str], logged: bool, detailed: bool) -> None:
+    command = ("repair", pristine("e4b", "all"), "--vllm", "0.32.0", "--dry-run")
+    plain, done = run(*command), run(*command, *options)
+    assert (done.code, done.out) == (plain.code, plain.out) and plain.err == ""
+    assert ("info: bnbfix.api: target: vLLM 0.32.0" in done.err) == logged
+    assert logging.getLogger("bnbfix").getEffectiveLevel() == (
+        logging.DEBUG if detailed else logging.INFO if logged else logging.WARNING
+    )
+    assert run(*command).err == ""  # and no handler is left
+
+
+def test_a_scan_logs_from_vv_on(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("scan", pristine("e4b", "all"), "--vllm", "0.32.0")
+    assert run(*command, "-v").err == ""
+    done = run(*command, "-vv")
+    assert done.out == run(*command, "--verbose").out != run(*command).out
+    assert "info: bnbfix.report.outcome: " in done.err and harmless(done.err)
+    monkeypatch.setenv("BNBFIX_VERBOSE", "1")
+    assert run(*command) == run(*command, "-v")
+
+
+def test_names_in_the_log_are_harmless(
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pristine("e4b", "all"), tmp_path / EVIL)
+    done = run("scan", tmp_path / EVIL, "--vllm", "0.32.0", "-vv")
+    assert r"\x1b[31m" in done.err and harmless(done.err)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])

@@ -29,6 +29,7 @@ def test_releases_has_a_row_for_each_range_and_fits_80_columns(run: Cli) -> None
     rows = [line.split()[0] for line in done.out.splitlines() if line.startswith("0.")]
     assert rows == [r.name for r in vllm_releases.ranges()]
     assert max(map(len, done.out.splitlines())) <= 80
+    assert "\u2026" not in done.out  # nothing is cut off
     assert "No vLLM is installed here." in done.words
 
 
@@ -50,7 +51,7 @@ def test_every_code_is_explained(run: Cli, code: Code) -> None:
     done = run("explain", code.value)
     assert (done.code, done.err) == (0, "")
     assert done.words.startswith(f"{code.value}: {code.explanation.title}")
-    assert code.explanation.why in done.words and f"Changes: {code.explanation.fix}" in done.words
+    assert code.explanation.why in done.words and f"Fix: {code.explanation.fix}" in done.words
     assert all(url in done.words for url in code.explanation.upstream)
     assert max(map(len, done.out.splitlines())) <= 80
     assert run("explain", code.value.lower()).out == done.out
@@ -91,8 +92,8 @@ def test_probe_agrees_with_the_table(run: Cli, pristine: Make, answer: Answer) -
     done = run("releases", "--probe", source)
     assert (done.code, done.err) == (0, "")
     assert "vLLM 0.32.0, transformers 5.14.1; the table's row is 0.32.0-" in done.words
-    assert "skip entry lm_head: names 1 module" in done.words
-    assert r"skip entry no\x1bsuch: not wrap_errors" in done.words
+    assert "skip entry lm_head: matches 1 module" in done.words
+    assert r"skip entry no\x1bsuch: matches nothing" in done.words
     assert done.words.endswith("The table agrees with this vLLM.")
     assert max(map(len, done.out.splitlines())) <= 80 and harmless(done.out)
     doc = run("releases", "--probe", source, "--format", "json").json
@@ -106,7 +107,7 @@ def test_probe_tells_where_the_table_is_wrong(run: Cli, pristine: Make, answer: 
     done = run("releases", "--probe", source)
     assert (done.code, done.err) == (1, "")
     assert f"{name}: the table says quantized, vLLM an ordinary parameter" in done.words
-    assert done.words.endswith("The table disagrees with this vLLM; its row needs fix_text.")
+    assert done.words.endswith("The table disagrees with this vLLM; its row needs a fix.")
     doc = run("releases", "--probe", source, "--format", "json").json
     assert doc["disagreements"] == [{"module": name, "table": "quantized", "vllm": "an ordinary parameter"}]
 

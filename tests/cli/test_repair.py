@@ -77,25 +77,25 @@ def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path)
 
 def test_a_dry_run_with_nothing_to_do_says_so(run: Cli, pristine: Make) -> None:
     done = run("repair", pristine("e4b", "all"), "--vllm", "0.32.0", "--dry-run")
-    assert (done.code, done.err, done.words) == (0, "", "Nothing to do: loads in 0.32.0 as it is.")
+    assert (done.code, done.err, done.words) == (0, "", "Nothing to do: loads unchanged in vLLM 0.32.0.")
 
 
 def test_repair_verify_scan_and_repair_again(run: Cli, pristine: Make, tmp_path: Path) -> None:
     source, out = pristine("dense31b", "partial", shards=2), tmp_path / "out"
     done = run("repair", source, "--vllm", "portable", "--out", out)
     assert (done.code, done.err) == (0, "")
-    assert f"Wrote{out}," in "".join(done.out.split()) and "for portable." in done.words
+    assert f"Wrote{out}," in "".join(done.out.split()) and "for every vLLM release." in done.words
     assert max(map(len, done.out.splitlines())) <= 80
     done = run("verify", out, "--source", source)
     assert (done.code, done.err) == (0, "")
     words = r"10 files match their hashes, 263 tensors equal the source's, 7 equal an independent decode"
-    assert words in done.words and done.words.endswith("scan for portable: clean.")
+    assert words in done.words and done.words.endswith("scan for every vLLM release: clean.")
     done = run("verify", out)
-    assert done.code == 0 and "10 files match their hashes; scan for portable: clean." in done.words
+    assert done.code == 0 and "10 files match their hashes; scan for every vLLM release: clean." in done.words
     done = run("scan", out, "--vllm", "portable")
-    assert done.code == 0 and done.words.endswith("Loads in every release.")
+    assert done.code == 0 and done.words.endswith("Loads in every vLLM release.")
     done = run("repair", out, "--vllm", "portable", "--out", tmp_path / "again")
-    assert (done.code, done.words) == (0, "Nothing to do: loads in portable as it is.")
+    assert (done.code, done.words) == (0, "Nothing to do: loads unchanged in every vLLM release.")
     assert not (tmp_path / "again").exists()
 
 
@@ -262,13 +262,15 @@ def test_an_interrupted_repair_ends_with_130_in_clear_words_and_without_output(
     assert calls == at
     assert (done.code, done.out) == (130, "")
     staging = tmp_path / ".out.bnbfix-partial"
-    beside = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if staging not in (p, *p.parents)]
-    assert beside == (["out", "out/old.txt"] if overwrite else [])
-    kept = f"  Finished files are kept in {staging}; the same command goes on from there.\n" if staging.exists() else ""
+    outside = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if staging not in (p, *p.parents)]
+    assert outside == (["out", "out/old.txt"] if overwrite else [])
+    kept = (
+        f"  Finished files are kept in {staging}; run the same command again to resume.\n" if staging.exists() else ""
+    )
     assert done.err == "error: interrupted; nothing was published\n" + kept
     again = run(*command)
     assert again.code == 0
     if kept:
-        assert "finished files of an interrupted repair were taken up" in again.err
+        assert "finished files of an interrupted repair were kept" in again.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not (tmp_path / "out" / "old.txt").exists()

@@ -164,12 +164,12 @@ def test_an_output_replaces_a_file_and_nothing_else(run: Cli, pristine: Make, tm
     (tmp_path / "link").symlink_to("old")
     assert run(*arguments, tmp_path / "link").code == 0
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "old").read_text())["verdict"] == "loads"
-    for bad, words in ((tmp_path, "is no regular file"), (tmp_path / "no" / "x", "cannot be written (No such file")):
+    for bad, words in ((tmp_path, "is not a regular file"), (tmp_path / "no" / "x", "cannot be written (No such file")):
         done = run(*arguments, bad)
         assert done.code == 2 and words in done.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
     done = run("scan", ".", "--output", tmp_path / "x")
-    assert done.code == 2 and "--output writes what --format names" in done.err
+    assert done.code == 2 and "--output needs a --format" in done.err
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "sarif", "github", "markdown", "html"])
@@ -263,7 +263,9 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_long_names_are_broken_in_the_summary() -> None:
     long = ScanOutcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
     for width in (40, 80, 200):
-        lines = ["".join(s.text for s in line) for line in table([long], TableOptions(width), several=True, with_map=False)]
+        lines = [
+            "".join(s.text for s in line) for line in table([long], TableOptions(width), several=True, with_map=False)
+        ]
         assert max(len(line.rstrip()) for line in lines) <= width
 
 

@@ -30,11 +30,11 @@ def loaded(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "ok", "words"),
     [
-        (loaded(), True, "loads it: 2 parameters came in, 1 of them quantized; it ran forward."),
-        (loaded(parameters=UNBOUND), False, r"have no quant state: x.N.weight\x1b[31m vLLM 0.32.0"),
-        (loaded(parameters=K_PLAIN), False, "were quantized while loading: model.layers.N.self_attn.qkv_proj.weight"),
-        (loaded(finite=False), False, "does not run it: the forward pass gave no finite numbers"),
-        ({"error": "KeyError: '\x1b[31m'"}, False, r"does not run it: KeyError: '\x1b[31m'"),
+        (loaded(), True, "loads it: 2 parameters, 1 of them quantized; the forward pass ran."),
+        (loaded(parameters=UNBOUND), False, r"have no quant state: x.7.weight\x1b[31m vLLM 0.32.0"),
+        (loaded(parameters=K_PLAIN), False, "were quantized while loading: model.layers.1.self_attn.qkv_proj.weight"),
+        (loaded(finite=False), False, "cannot run it: the forward pass gave no finite numbers"),
+        ({"error": "KeyError: '\x1b[31m'"}, False, r"cannot run it: KeyError: '\x1b[31m'"),
     ],
     ids=["ok", "unbound", "requantized", "not finite", "error"],
 )
@@ -46,7 +46,7 @@ def test_load_tells_what_the_engine_did(
     done = run("verify", tmp_path / "out", "--load")
     assert (done.code, done.err) == (0 if ok else 1, "")
     assert "vLLM 0.32.0, transformers 5.14.1" in done.words and words in done.words
-    assert "scan for 0.32.0: clean." in done.words
+    assert "scan for vLLM 0.32.0: clean." in done.words
     assert harmless(done.out) and max(map(len, done.out.splitlines())) <= 80
     done = run("verify", tmp_path / "out", "--load", "--format", "json")
     assert (done.code, done.err, done.json["load"]["ok"]) == (0 if ok else 1, "", ok)
