@@ -1,7 +1,7 @@
 """A scan as SARIF 2.1.0, which GitHub's code scanning and others show.
 
 A result for each finding: a location for each file that holds its tensors, and a logical location for each tensor.
-Files are relative to the working directory where the model lies below it, as code scanning wants them; otherwise
+Files are relative to the working directory if the model is below it, as code scanning wants them; otherwise
 relative to the model, under a uriBaseId of its own.
 """
 

@@ -1,4 +1,4 @@
-"""Plain text that every report of a scan shares: names of tensors and releases, the matrix, the conclusion."""
+"""Text that every report of a scan shares: names of tensors and releases, the matrix, the conclusion."""
 
 from __future__ import annotations
 

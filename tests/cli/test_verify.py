@@ -56,7 +56,7 @@ def test_load_tells_what_the_engine_did(
 @pytest.mark.parametrize(
     ("meminfo", "ok"),
     [("MemTotal: 1 kB\nMemAvailable: 1 kB\n", False), ("MemTotal: 1 kB\n", True), (None, True)],
-    ids=["too little", "not told", "no such file"],
+    ids=["too little", "no such line", "no such file"],
 )
 def test_memory_that_is_not_known_refuses_nothing(
     run: Cli,
