@@ -48,7 +48,7 @@ def test_a_public_name_is_there(name: str) -> None:
     assert name in dir(bnbfix)
 
 
-def test_public_names_are_sorted_and_all_are_told_to_the_type_checker() -> None:
+def test_public_names_are_sorted_and_known_to_the_type_checker() -> None:
     assert list(bnbfix.__all__) == sorted(bnbfix.__all__)
     source = inspect.getsource(bnbfix)
     block = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
@@ -389,7 +389,7 @@ def test_a_check_before_upload_passes_what_is_not_its_business(pristine: Make, t
         assert bnbfix.check_before_upload(tmp_path / name, "portable") is None
 
 
-def test_a_check_before_upload_does_not_pass_quantized_weights_that_no_config_tells_of(checkpoint: Make) -> None:
+def test_a_check_before_upload_refuses_quantized_weights_without_quantization_config(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]

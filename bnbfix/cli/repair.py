@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UsageError
 from ..report.terminal import progress_bar, show_logs
+from ..report.text import count
 from .options import AsFormat, Format, Interrupted, Model, Quiet, Revision, Verbose, Vllm, print_json
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def repair(
     except KeyboardInterrupt:
         raise Interrupted(_resume_hint(out)) from None
     if result.kept and not quiet:
-        print(f"resumed: {len(result.kept)} finished files of an interrupted repair were kept", file=sys.stderr)
+        print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     pushed = None
     if to is not None and result.written:
         quiet_bars = quiet_bars or not sys.stderr.isatty()

@@ -49,7 +49,7 @@ def test_names_are_shown_as_they_are_and_not_taken_for_markup(run: Cli, checkpoi
     assert done.err.startswith(f"error: {tmp_path}/[red]nowhere[/]: no such folder\n")
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_ascii(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ascii_terminal_gets_ascii(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint("dense31b", "skip")
     names = {"model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight": "model.vision_tower.\u4e2d.weight"}
     rename(source / "model.safetensors", names)

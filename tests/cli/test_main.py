@@ -142,7 +142,7 @@ def test_a_bug_is_not_dressed_up_as_an_error_of_the_user(
         run("scan", pristine("dense31b", "skip"))
 
 
-def test_a_reader_that_goes_away_is_no_traceback(pristine: Make) -> None:
+def test_a_closed_pipe_gives_no_traceback(pristine: Make) -> None:
     runner = (
         "import os, sys\nfrom bnbfix.cli.main import main\nr, w = os.pipe(); os.close(r); os.dup2(w, 1)\n"
         "sys.argv[0] = 'bnbfix'\nmain()"
@@ -264,7 +264,7 @@ def test_a_dry_run_imports_neither_torch_nor_bitsandbytes_nor_numpy(pristine: Ma
     assert (done.code, done.err) == (0, "\n") and "dequantized" in done.out
 
 
-def test_a_scan_reads_headers_and_quant_states_alone(
+def test_a_scan_only_reads_headers_and_quant_states(
     pristine: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     large_checkpoint(tmp_path / "large")

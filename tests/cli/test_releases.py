@@ -99,7 +99,7 @@ def test_probe_agrees_with_the_table(run: Cli, pristine: Make, answer: Answer) -
     assert doc["disagreements"] == [] and len(doc["modules"]) > 20 and doc["release"]["first"] == "0.32.0"
 
 
-def test_probe_tells_where_the_table_is_wrong(run: Cli, pristine: Make, answer: Answer) -> None:
+def test_probe_reports_where_the_table_is_wrong(run: Cli, pristine: Make, answer: Answer) -> None:
     source = pristine("dense31b", "all")
     name = next(m["name"] for m in probed(source, "0.32.0")["modules"] if m["quantized"])
     answer(probed(source, "0.32.0", **{name: False}))
@@ -142,7 +142,7 @@ def test_a_vllm_that_is_broken_or_slow_is_an_error_in_one_line(
         ("kill -9 $$", "vLLM ended with status -9 and no answer", "It was killed; was there too little memory?"),
     ],
 )
-def test_a_vllm_that_ends_without_an_answer_is_told_with_its_last_words(
+def test_a_vllm_that_ends_without_an_answer_is_reported_with_its_last_line(
     run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, words: str, hint: str | None
 ) -> None:
     source = pristine("text", "single", shards=2)

@@ -47,7 +47,7 @@ def test_a_dry_run_shows_shards_config_and_costs_and_writes_nothing(
     assert "7 weights dequantized" in done.words and "1 key of config.json changed" in done.words
 
 
-def test_a_dry_run_tells_copied_shards_from_rewritten_ones(run: Cli, pristine: Make) -> None:
+def test_a_dry_run_distinguishes_copied_and_rewritten_shards(run: Cli, pristine: Make) -> None:
     lines = run("repair", pristine("text", "single", shards=2), "--vllm", "0.22.1", "--dry-run").out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("model-0")] == ["copied", "rewritten"]
 
@@ -112,7 +112,7 @@ def test_a_repair_in_json_is_pure_json(run: Cli, pristine: Make, tmp_path: Path)
     assert done.json["out"] is None and done.json["nothing_to_do"] is True
 
 
-def test_repair_refuses_a_folder_that_is_not_empty_unless_told(run: Cli, pristine: Make, tmp_path: Path) -> None:
+def test_repair_refuses_a_folder_that_is_not_empty_without_overwrite(run: Cli, pristine: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").touch()
@@ -137,7 +137,7 @@ def test_repair_refuses_a_device_that_is_not_there(
     assert run(*arguments, "--device", "auto").code == 0
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "SLACK", 1 << 60)
@@ -178,7 +178,7 @@ def test_a_size_beyond_all_bounds_is_a_usage_error_too(run: Cli, pristine: Make)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0GB", "-1", "five", "5 apples", "5TB", "1e9", "0.1", "5GB5", "GB"])
-def test_what_is_no_size_is_a_usage_error(run: Cli, pristine: Make, text: str) -> None:
+def test_an_invalid_size_is_a_usage_error(run: Cli, pristine: Make, text: str) -> None:
     done = run("repair", pristine("text", "single", shards=2), "--dry-run", f"--max-shard-size={text}")
     assert (done.code, done.out) == (2, "")
     assert done.err == f"error: --max-shard-size {text!r} is not a size like 5GB or 500MB\n"
@@ -216,7 +216,7 @@ def test_partially_quantized_on_the_command_line(run: Cli, pristine: Make, flag:
     assert ("quantized to NF4, which loses precision" in words) == (flag == "quantize")
 
 
-def test_there_is_no_progress_where_stderr_is_no_terminal(pristine: Make, tmp_path: Path) -> None:
+def test_there_is_no_progress_without_a_terminal(pristine: Make, tmp_path: Path) -> None:
     done = process("repair", pristine("text", "single", shards=2), "--vllm", "0.22.1", "--out", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
     assert harmless(done.out) and f"Wrote{tmp_path / 'out'}," in "".join(done.out.split())
@@ -271,6 +271,6 @@ def test_an_interrupted_repair_ends_with_130_in_clear_words_and_without_output(
     again = run(*command)
     assert again.code == 0
     if kept:
-        assert "finished files of an interrupted repair were kept" in again.err
+        assert "resumed an interrupted repair: " in again.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not (tmp_path / "out" / "old.txt").exists()

@@ -80,7 +80,7 @@ def test_the_exit_code_of_several(
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
 
-def test_an_error_of_a_single_model_is_told_once(run: Cli) -> None:
+def test_the_error_of_a_single_model_is_reported_once(run: Cli) -> None:
     for options in ([], ["--quiet"]):
         hint = "  MODEL is a folder, or a repo on the Hub: org/name[@revision].\n"
         assert run("scan", "nowhere", *options) == Run(2, "", "error: nowhere: no such folder\n" + hint)
@@ -130,9 +130,7 @@ def test_every_format_shows_hostile_names_harmless(run: Cli, checkpoint: Make, f
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_writes_to_a_stdout_that_knows_ascii_alone(
-    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, format: str
-) -> None:
+def test_every_format_writes_to_an_ascii_stdout(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     source = checkpoint("dense31b", "skip")
     config = (source / "config.json").read_text("utf-8")
     (source / "config.json").write_text(config.replace('"lm_head"', '"\u4e2d"'), "utf-8")
@@ -208,7 +206,7 @@ def test_select_ignore_and_fail_on(run: Cli, pristine: Make) -> None:
     assert run("scan", source, "--select", "XYZ").err.startswith("error: --select 'XYZ' begins no finding's code")
 
 
-def test_a_damaged_quant_state_can_be_ignored_alone(run: Cli, checkpoint: Make) -> None:
+def test_an_invalid_quant_state_can_only_be_ignored_by_its_code(run: Cli, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "single")
     shard = source / "model.safetensors"
     shard.write_bytes(shard.read_bytes().replace(b'"blocksize": 64', b'"blocksize": 32', 1))

@@ -30,7 +30,7 @@ def test_a_piped_scan_fits_80_columns_too(pristine: Make) -> None:
     assert harmless(done.out)
 
 
-def test_a_width_that_is_no_number_is_not_heeded(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_width_that_is_not_a_number_is_ignored(run: Cli, pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = run("scan", pristine("e4b", "all"))
     monkeypatch.setenv("COLUMNS", "\u00b2\u00b2")  # digits, but no number
     assert run("scan", pristine("e4b", "all")) == shown
@@ -66,7 +66,7 @@ def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> N
     assert all(name in flat for name in names)
 
 
-def test_a_class_that_some_releases_do_not_know_is_no_failure_of_all(run: Cli, pristine: Make) -> None:
+def test_releases_that_do_not_know_the_class_do_not_count(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("unified12b", "skip"), "--vllm", "portable")
     assert "Fails in 3 of 7 release ranges (0.23.0-0.27.1)." in done.words  # the eighth does not know the class
     assert "Loads with wrong weights in 4 of 7 release ranges (0.28.0-0.33.0)." in done.words

@@ -38,7 +38,7 @@ def loaded(**changes: Any) -> dict[str, Any]:
     ],
     ids=["ok", "unbound", "requantized", "not finite", "error"],
 )
-def test_load_tells_what_the_engine_did(
+def test_load_reports_what_the_engine_did(
     run: Cli, pristine: Make, tmp_path: Path, answer: Answer, given: dict[str, Any], ok: bool, words: str
 ) -> None:
     bnbfix.repair(pristine("text", "partial", shards=2), tmp_path / "out", "0.32.0", device="cpu")

@@ -110,7 +110,7 @@ def test_the_map_of_a_mixture_has_router_and_experts(pristine: Make) -> None:
     assert language.rows[0].cells["experts"] == Cell(State.FIXABLE, "2 BF16", (Code.FUSED_EXPERTS,))
 
 
-def test_what_no_repair_mends_looks_otherwise(pristine: Make) -> None:
+def test_a_conflict_that_no_repair_fixes_has_its_own_mark(pristine: Make) -> None:
     language = section(grid_of(pristine("moe26b", "int8"), "0.22.1"), "language model")
     assert set(marks(language)[0][:7]) == {"X"}
 
@@ -123,7 +123,7 @@ def test_the_map_of_a_repaired_checkpoint_shows_what_was_repaired(pristine: Make
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"edits": 3}', '{"edits": [{"name": []}]}', '{"edits": [[]]}', "1"])
-def test_a_record_that_is_none_is_no_record(checkpoint: Make, text: str) -> None:
+def test_an_invalid_record_is_ignored(checkpoint: Make, text: str) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "bnbfix.json").write_text(text)
     assert repaired(LocalSource.open(source)) == frozenset()

@@ -40,7 +40,7 @@ def test_names_with_several_numbers_and_none_are_collapsed_too() -> None:
 @pytest.mark.parametrize(
     "name", ["layers.007.x", "layers.\u0663.x", "layers." + "9" * 5000 + ".x", "12.x", "a.{1,2}.b"]
 )
-def test_what_is_not_a_layer_number_is_left_alone(name: str) -> None:
+def test_other_numbers_are_left_unchanged(name: str) -> None:
     (shown,) = collapse([name])
     assert shown == name if name.isascii() else name.replace("\u0663", r"\u0663")
 
