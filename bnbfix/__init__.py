@@ -1,4 +1,4 @@
-"""Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers right.
+"""Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers correctly.
 
     import bnbfix
 
@@ -6,8 +6,9 @@
     if not result.ok:
         bnbfix.repair("gemma-4-E4B-it-bnb-4bit", "repaired", vllm="0.32.0")
 
-Nothing here prints. Errors are `bnbfix.BnbfixError` and its kinds; each has an `exit_code` and perhaps a `hint`.
-Names are imported when they are first used: a scan imports neither torch nor bitsandbytes nor numpy.
+Nothing here prints. Errors are subclasses of `bnbfix.BnbfixError`, with an `exit_code` and sometimes a `hint`. Logs go
+to the logger "bnbfix". Names are imported when they are first used: a scan imports neither torch nor bitsandbytes nor
+numpy.
 """
 
 from __future__ import annotations

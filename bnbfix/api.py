@@ -1,59 +1,91 @@
-"""The Python API: each function is one step of the command line, without its talk."""
+"""The Python API. The command line calls it too, and adds options, progress and reports."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
-from .checkpoint.source import LocalSource
+from .checkpoint.source import LocalSource, Source
 from .engines.engine import Target
 from .engines.vllm.releases import find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable
+from .errors import FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
 from .models.detect import read_model
 from .rules.scan import Finding, ScanResult, scan_checkpoint
 
 if TYPE_CHECKING:
+    from .hub.push import Destination, Pushed
     from .planner.plan import Plan
     from .verifier.verify import VerifyResult
-    from .writer.write import Progress, RepairResult
+    from .writer.write import RepairResult
 
+logger = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
+Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
 
 
-def _target(vllm: str | None) -> Target:
-    return resolve_target(vllm, None if vllm else find_installed())
+def choose_target(vllm: str | None) -> Target:
+    """The target that `vllm` names; None means the vLLM installed with bnbfix, or else "portable".
+
+    Raises:
+        UsageError: `vllm` is not a string, or not a release in the table.
+    """
+    if vllm is not None and not isinstance(vllm, str):
+        kind = type(vllm).__name__
+        raise UsageError(f"vllm is {vllm!r}, a{'n' * (kind[0] in 'aeiou')} {kind}; write it as a string")
+    target = resolve_target(vllm, None if vllm else find_installed())
+    logger.info("target: %s, release ranges: %s", target.label, ", ".join(r.name for r in target.ranges))
+    return target
 
 
 def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
-    """Says what would go wrong with a checkpoint, where, and what fixes it. Reads headers, never weights.
+    """Reports what would go wrong with a checkpoint, where, and what fixes it. Reads headers, never weights.
 
-    `path` is a folder with config.json and safetensors files, or a string that names a repo on the Hub,
-    `org/name[@revision]`, of which it reads byte ranges, less than 1% of a real one. `revision` is its branch, tag or
-    commit. `vllm` is a release ("0.22.1") or "portable"; left out, the vLLM installed beside bnbfix, else "portable".
-    `result.ok` says that nothing counts against the target; damaged quant states are findings (BNB201), not errors.
+    Args:
+        path: A folder with config.json and safetensors files, or a string that names a repo on the Hub,
+            `org/name[@revision]`. Of a repo it reads byte ranges, less than 1% of a real checkpoint.
+        vllm: A release ("0.22.1"), or "portable" for every release. None means the vLLM installed with bnbfix, or
+            else "portable".
+        revision: Branch, tag or commit of the repo.
 
-    Raises UsageError for a path or a release that makes no sense, InputError for files that are missing or broken,
-    NotApplicable for anything that is no bitsandbytes Gemma4 checkpoint, HubError when the Hub does not serve it.
+    Returns:
+        The result. `result.ok` is True when no finding counts against the target. Invalid quant states are findings
+        (BNB201), not errors.
+
+    Raises:
+        UsageError: The path or the release does not make sense.
+        InputError: A file is missing or broken.
+        NotApplicable: This is not a bitsandbytes Gemma4 checkpoint.
+        HubError: The Hub does not serve the repo.
     """
-    return scan_checkpoint(open_checkpoint(open_source(path, revision)), _target(vllm))
+    return scan_checkpoint(open_checkpoint(open_source(path, revision)), choose_target(vllm))
 
 
 def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
-    """Raises FindingsRemain, with the findings, when a checkpoint about to be uploaded would not load in the target;
-    returns its scan otherwise.
+    """Checks that a checkpoint that is about to be uploaded loads in the target.
 
-    None is returned for whatever bnbfix has no say in, since a pipeline uploads other things too: other models,
-    unquantized ones, adapters, folders without a model. A folder that holds quantized Gemma4 weights and does not say so
-    in config.json is no such thing, and raises NotApplicable. `vllm` and the other errors are those of `scan`.
+    Args:
+        folder: The folder that will be uploaded.
+        vllm: As in `scan`.
+
+    Returns:
+        The scan of a checkpoint that loads. None for everything that bnbfix does not judge, since a pipeline uploads
+        other things too: other models, unquantized ones, adapters, folders without a model.
+
+    Raises:
+        FindingsRemain: The checkpoint would not load; `findings` says why.
+        NotApplicable: The folder has quantized Gemma4 weights, but config.json does not say so.
+        UsageError, InputError: As in `scan`.
     """
     source = LocalSource.open(Path(folder))
     weights = [name for name in source.files if name.endswith((".safetensors", INDEX)) and "/" not in name]
     if CONFIG not in source.files or not weights:
         return None
-    target = _target(vllm)
+    target = choose_target(vllm)
     try:
         checkpoint = open_checkpoint(source)
         read_model(checkpoint.config)
@@ -65,7 +97,6 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
         if any(w.quantized for w in checkpoint.weights.values()):
             raise
         return None
-    # Whether the plugin is installed here says nothing of the checkpoint.
     if remaining := tuple(f for f in result.findings if f.blocking):
         raise _findings_error(str(folder), target, remaining)
     return result
@@ -85,28 +116,74 @@ def _findings_error(folder: str, target: Target, findings: tuple[Finding, ...]) 
 
 
 def plan_repair(
-    path: StrPath,
+    path: StrPath | Source,
     vllm: str | None = None,
     *,
     revision: str | None = None,
     bf16: bool = False,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | None = None,
     partial_groups: str = "dequantize",
+    out: StrPath | None = None,
+    overwrite: bool = False,
 ) -> Plan:
-    """Plans a repair to the byte, without writing: shards, offsets, config edits. `plan.edits` is empty when there is
-    nothing to do. `path` and `revision` are those of `scan`; of a repo it reads what a scan reads.
+    """Plans a repair to the byte, without writing: shards, offsets, config edits.
 
-    `bf16` dequantizes everything and drops quantization_config, in shards of at most `max_shard_size` bytes.
-    `partial_groups` says what becomes of fused groups that are partially quantized: "dequantize" their quantized members, or
-    "quantize" their plain ones, which loses precision.
+    Args:
+        path: As in `scan`. Of a repo it reads what a scan reads.
+        vllm: As in `scan`.
+        revision: As in `scan`.
+        bf16: Dequantize everything and drop quantization_config.
+        max_shard_size: Bytes of tensors in a shard, where `bf16` cuts shards anew. None means 5 GB.
+        partial_groups: What happens to fused groups that are partially quantized: "dequantize" their quantized
+            members, or "quantize" their unquantized ones, which loses precision.
+        out: The folder that the repair will write. If given, it is checked first, as `repair` checks it.
+        overwrite: `out` may hold files, which will be replaced.
 
-    Raises what `scan` raises, QuantStateError for a damaged quant state, Unrepairable when no edit of the files makes
-    them load in the target.
+    Returns:
+        The plan. `plan.edits` is empty when there is nothing to do.
+
+    Raises:
+        UsageError, InputError, NotApplicable, HubError: As in `scan`.
+        UsageError: An option does not make sense, or `out` is not empty or overlaps the source.
+        QuantStateError: A quant state is invalid.
+        Unrepairable: No edit of the files makes them load in the target.
     """
-    from .planner.plan import Options
+    from .planner.plan import MAX_SHARD_SIZE, Options
     from .planner.plan_repair import plan_checkpoint
 
-    return plan_checkpoint(open_source(path, revision), _target(vllm), Options(bf16, max_shard_size, partial_groups))
+    source = open_source(path, revision) if isinstance(path, str | os.PathLike) else path
+    if out is not None:
+        from .writer.staging import check_destination
+
+        check_destination(source, Path(out), overwrite=overwrite)
+    options = Options(bf16, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size, partial_groups)
+    plan = plan_checkpoint(source, choose_target(vllm), options)
+    logger.info("plan for %s: %d edits, %d bytes to write", source.name, len(plan.edits), plan.bytes_written)
+    return plan
+
+
+def write_repair(
+    plan: Plan,
+    out: StrPath,
+    *,
+    overwrite: bool = False,
+    stream: bool = False,
+    device: str = "auto",
+    hardlink: bool = False,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> RepairResult:
+    """Carries out a plan: the second half of `repair`, which explains the arguments and the errors.
+
+    Raises:
+        UsageError, OutputError, HubError: As in `repair`.
+    """
+    from .writer.download import execute_plan
+    from .writer.write import WriteOptions
+
+    options = WriteOptions(device, hardlink, workers, max_memory)
+    return execute_plan(plan, Path(out), options, overwrite=overwrite, stream=stream, progress=progress)
 
 
 def repair(
@@ -119,7 +196,7 @@ def repair(
     device: str = "auto",
     overwrite: bool = False,
     bf16: bool = False,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | None = None,
     partial_groups: str = "dequantize",
     hardlink: bool = False,
     workers: int | None = None,
@@ -128,41 +205,97 @@ def repair(
 ) -> RepairResult:
     """Writes a repaired copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
-    `path` and `revision` are those of `scan`. A repo is planned from byte ranges, then downloaded to the Hub's cache;
-    with `stream` each of its shards is fetched when it is needed and deleted after its last use.
-    `bf16`, `max_shard_size` and `partial_groups` are those of `plan_repair`. `device` is where weights are dequantized:
-    "auto", "cpu", "cuda" or "cuda:N"; the result does not depend on it. `hardlink` makes untouched shards hard links
-    to the source's, which are not hashed. `workers` shards are written side by side, in at most `max_memory` bytes of
-    RAM. `progress` is called with the number of bytes just fetched or written, by one thread at a time. With nothing to
-    repair nothing is fetched or written, and `result.written` is False. An interrupted repair is taken up again by the
-    next one.
+    The next repair resumes one that was interrupted. With nothing to repair, nothing is fetched or written.
 
-    Raises what `plan_repair` raises, UsageError when `out` is not empty (unless `overwrite`) or touches the source,
-    OutputError when it cannot be written.
+    Args:
+        path: As in `scan`. A repo is planned from byte ranges, then downloaded to the Hub's cache.
+        out: The folder to write. It must be empty or not exist, unless `overwrite`.
+        vllm: As in `scan`.
+        revision: As in `scan`.
+        stream: Fetch each shard of a repo when it is needed, and delete it after its last use.
+        device: Where weights are dequantized: "auto", "cpu", "cuda" or "cuda:N". The result does not depend on it.
+        overwrite: Replace what is in `out`.
+        bf16: As in `plan_repair`.
+        max_shard_size: As in `plan_repair`.
+        partial_groups: As in `plan_repair`.
+        hardlink: Make untouched shards hard links to the source's. They are not hashed.
+        workers: The number of shards that are written in parallel. None means that bnbfix chooses it.
+        max_memory: Bytes of RAM to use at most.
+        progress: Called with the number of bytes just fetched or written, by one thread at a time.
+
+    Returns:
+        What was written. `result.written` is False when there was nothing to do.
+
+    Raises:
+        UsageError, InputError, NotApplicable, QuantStateError, Unrepairable, HubError: As in `plan_repair`.
+        UsageError: `out` is not empty or overlaps the source, or the device is not there.
+        OutputError: The output cannot be written.
     """
-    from .planner.plan import Options
-    from .planner.plan_repair import plan_checkpoint
-    from .writer.download import execute_plan
-    from .writer.staging import check_destination
-    from .writer.write import WriteOptions
-
-    source = open_source(path, revision)
-    check_destination(source, Path(out), overwrite=overwrite)
-    plan = plan_checkpoint(source, _target(vllm), Options(bf16, max_shard_size, partial_groups))
-    how = WriteOptions(device, hardlink, workers, max_memory)
-    return execute_plan(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
+    plan = plan_repair(
+        path,
+        vllm,
+        revision=revision,
+        bf16=bf16,
+        max_shard_size=max_shard_size,
+        partial_groups=partial_groups,
+        out=out,
+        overwrite=overwrite,
+    )
+    return write_repair(
+        plan,
+        out,
+        overwrite=overwrite,
+        stream=stream,
+        device=device,
+        hardlink=hardlink,
+        workers=workers,
+        max_memory=max_memory,
+        progress=progress,
+    )
 
 
 def verify(
     out: StrPath, source: StrPath | None = None, *, revision: str | None = None, progress: Progress | None = None
 ) -> VerifyResult:
-    """Proves a repair: every file against the hashes in its record, a fresh scan for its target, and, with `source`,
-    every byte against the plan: kept bytes equal, dequantized numbers equal to an independent decode. `source` and
-    `revision` are what `scan` takes; a repo is downloaded to the Hub's cache.
+    """Proves a repair: every file against the hashes in its record, and a fresh scan for its target.
 
-    Raises InputError when `out` cannot be read or has no record; what differs is in `result.problems`, not raised.
+    With `source` it also compares every byte with the plan: kept bytes are equal, and dequantized numbers equal an
+    independent decode.
+
+    Args:
+        out: The folder that `repair` wrote.
+        source: What it was repaired from, as in `scan`. A repo is downloaded to the Hub's cache.
+        revision: Branch, tag or commit of that repo.
+        progress: Called with the number of bytes just fetched or compared.
+
+    Returns:
+        The result. Differences are in `result.problems`; they are not raised.
+
+    Raises:
+        InputError: `out` cannot be read or has no record.
+        UsageError, HubError: As in `scan`, for `source`; `revision` needs a `source`.
     """
     from .verifier.verify import verify_output
 
-    found = open_source(source, revision) if source is not None else None
-    return verify_output(Path(out), found, progress=progress)
+    if revision is not None and source is None:
+        raise UsageError("a revision needs a source on the Hub")
+    origin = open_source(source, revision) if source is not None else None
+    return verify_output(Path(out), origin, progress=progress)
+
+
+def push(out: StrPath, to: Destination, *, progress: Progress | None = None, quiet: bool = True) -> Pushed:
+    """Verifies a repaired folder, then uploads it to the Hub in one commit.
+
+    Args:
+        out: The folder that `repair` wrote.
+        to: The repo to push to.
+        progress: Called with the number of bytes just hashed.
+        quiet: Keep huggingface_hub from showing its progress on stderr.
+
+    Raises:
+        VerifyError: The folder does not verify; nothing is pushed.
+        HubError: The Hub refuses the upload.
+    """
+    from .hub.push import publish
+
+    return publish(Path(out), to, progress, quiet=quiet)

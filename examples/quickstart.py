@@ -17,7 +17,7 @@ import tiny_gemma4
 
 
 def bnbfix(*arguments: str, expect: int) -> None:
-    """Runs the command line as a user would, and stops when it ends with another exit code than expected."""
+    """Runs the command line as a user would, and stops if its exit code is not the expected one."""
     print(f"\n$ bnbfix {' '.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "bnbfix", *arguments]).returncode
     if code != expect:
@@ -28,8 +28,8 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     shutil.rmtree(folder, ignore_errors=True)
     model, repaired = folder / "tiny-gemma4-bnb-4bit", folder / "repaired"
-    # 31B's structure: K serves as V in full-attention layers, two fused groups are part quantized, part bf16, and the
-    # skip list is spelled as transformers spells it.
+    # 31B's structure: K serves as V in full-attention layers, two fused groups are partially quantized, and the
+    # skip list is in transformers' spelling.
     tiny_gemma4.make(model, "dense31b", "partial", shards=2)
     print(f"made {model}: {sum(1 for _ in model.iterdir())} files")
     bnbfix("scan", str(model), "--vllm", "portable", expect=1)

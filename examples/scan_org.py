@@ -2,7 +2,7 @@
 
     python examples/scan_org.py ORG --output ORG.jsonl [--vllm TARGET] [--limit N]
 
-Needs no container and no GPU: a scan reads headers alone. Put it into cron, or any job runner; it ends with the exit
+Needs no container and no GPU: a scan only reads headers. Run it from cron, or any job runner; it ends with the exit
 code of `bnbfix scan`, which is 1 when a model would not load.
 """
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("org")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the JSON Lines go")
     parser.add_argument("--vllm", default="portable", help="the vLLM release that they should load in")
-    parser.add_argument("--limit", type=int, help="no more models than this")
+    parser.add_argument("--limit", type=int, help="scan at most this many models")
     args = parser.parse_args()
 
     models = [m.id for m in HfApi().list_models(author=args.org, limit=args.limit)]

@@ -271,7 +271,7 @@ tags: [gemma4, bitsandbytes]
 ---
 # Tiny Gemma4: {family}, {quant}
 
-Random weights in the structure of a Gemma4 checkpoint, for tests. It has learnt nothing.
+Random weights in the structure of a Gemma4 checkpoint, for tests. They are untrained.
 """
 
 
@@ -358,14 +358,14 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def _is_quantized(name: str, shape: tuple[int, ...], quant: Config) -> bool:
-    """Whether transformers quantizes it: a Linear that no skip entry names, by its start or its end."""
+    """Whether transformers quantizes it: a Linear that no skip entry matches, by its start or its end."""
     module = name.removesuffix(".weight")
     linear = len(shape) == 2 and module != name and "embed_tokens" not in name
     skipped = quant["llm_int8_skip_modules"] or ()
     return linear and not any(module.startswith(entry) or module.endswith(entry) for entry in skipped)
 
 
-def _pack(name: str, weight: torch.Tensor, quant: Config) -> Tensors:
+def _quantize(name: str, weight: torch.Tensor, quant: Config) -> Tensors:
     if quant["load_in_8bit"]:
         quantized, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         scale_name = name.removesuffix("weight") + "SCB"
@@ -384,7 +384,7 @@ def _tensors(shapes: Shapes, quant: Config | None, generator: torch.Generator) -
     for name, shape in shapes.items():
         value = _values(name, shape, generator)
         quantized = quant is not None and _is_quantized(name, shape, quant)
-        tensors |= _pack(name, value, quant) if quant and quantized else {name: value}
+        tensors |= _quantize(name, value, quant) if quant and quantized else {name: value}
     return tensors
 
 

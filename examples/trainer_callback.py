@@ -1,11 +1,11 @@
-"""A callback for transformers' Trainer: no checkpoint that vLLM cannot load leaves the machine.
+"""A callback for transformers' Trainer: stops a checkpoint that vLLM cannot load from leaving the machine.
 
     trainer = Trainer(..., callbacks=[CheckCheckpoints(vllm="portable")])
 
 It looks at every checkpoint that is saved, before it is pushed too, and stops the run with `bnbfix.FindingsRemain`;
-with `stop=False` it warns and goes on. What is no bitsandbytes Gemma4 checkpoint, an adapter for one, passes.
+with `stop=False` it warns and goes on. Everything but a bitsandbytes Gemma4 checkpoint passes, an adapter for example.
 
-`trainer.push_to_hub()` tells its callbacks before it saves what it pushes. So at the end of a run:
+`trainer.push_to_hub()` calls its callbacks before it saves what it pushes. So at the end of a run:
 
     trainer.save_model()
     bnbfix.check_before_upload(trainer.args.output_dir)

@@ -1,4 +1,4 @@
-"""Uploads a model folder to the Hub, but not one that vLLM cannot load.
+"""Uploads a model folder to the Hub, unless vLLM cannot load it.
 
 python examples/upload.py FOLDER ORG/NAME [--vllm TARGET] [--private]
 """

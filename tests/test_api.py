@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import bnbfix
-from bnbfix.engines.engine import Installed
+from bnbfix import api
 from bnbfix.errors import BnbfixError
+from bnbfix.hub.push import Destination
 from tests.support.build import Make
 
 RESULTS = [
@@ -46,7 +47,7 @@ def test_a_public_name_is_there(name: str) -> None:
     assert name in dir(bnbfix)
 
 
-def test_public_names_are_sorted_and_all_are_told_to_the_type_checker() -> None:
+def test_public_names_are_sorted_and_known_to_the_type_checker() -> None:
     assert list(bnbfix.__all__) == sorted(bnbfix.__all__)
     source = inspect.getsource(bnbfix)
     block = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
@@ -282,83 +283,53 @@ def test_enums_read_well_and_results_go_into_json(pristine: Make) -> None:
     result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
     finding = result.findings[0]
     assert isinstance(finding.code, bnbfix.Code) and isinstance(finding.severity, bnbfix.Severity)
-    assert json.dumps([finding.code.value, finding.severity, result.verdict])
+    assert str(finding.severity) == f"{finding.severity}" == "fails" and finding.code == "BNB102"
+    assert json.dumps([finding.code, finding.severity, result.verdict]) == '["BNB102", "fails", "fails"]'
     assert [r.release for r in result.releases] == list(result.target.ranges)
     assert pickle.loads(pickle.dumps(finding)) == finding
 
 
-# The check before an upload
+def test_a_scan_result_is_the_json_document(pristine: Make) -> None:
+    result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
+    doc = result.to_dict()
+    assert json.loads(json.dumps(doc)) == doc
+    assert type(doc["verdict"]) is str and type(doc["findings"][0]["severity"]) is str
+    assert (doc["schema"], doc["verdict"], len(doc["findings"])) == (1, "fails", len(result.findings))
 
 
-def test_a_check_before_upload_raises_with_the_findings(pristine: Make) -> None:
-    source = pristine("dense31b", "partial", shards=2)
-    with pytest.raises(bnbfix.FindingsRemain) as caught:
-        bnbfix.check_before_upload(source, "portable")
-    e = caught.value
-    assert e.exit_code == 1 and isinstance(e, BnbfixError)
-    assert e.findings == tuple(f for f in bnbfix.scan(source, "portable").findings if f.counts)
-    assert str(e) == (
-        f"{source}: is not fit for every vLLM release: BNB102 ordinary weight, quantized parameter (16 tensors), "
-        "BNB103 fused group partially quantized (5 tensors), BNB104 K serves as V, but V has no quant state (2 tensors)"
-    )
-    assert f"Upload what `bnbfix repair {source} --out DIR --vllm portable` writes." in str(e.hint)
+@pytest.mark.parametrize(("vllm", "kind"), [(0.32, "float"), (1, "int"), (("0.32.0",), "tuple"), (0, "int")])
+def test_a_release_that_is_not_a_string_is_a_usage_error(pristine: Make, tmp_path: Path, vllm: Any, kind: str) -> None:
+    source = pristine("e4b", "all")
+    for call in (
+        lambda: bnbfix.scan(source, vllm),
+        lambda: bnbfix.plan_repair(source, vllm),
+        lambda: bnbfix.repair(source, tmp_path / "out", vllm),
+        lambda: bnbfix.check_before_upload(source, vllm),
+    ):
+        with pytest.raises(bnbfix.UsageError) as caught:
+            call()
+        assert str(caught.value) == f"vllm is {vllm!r}, a{'n' * (kind == 'int')} {kind}; write it as a string"
 
 
-def test_a_check_before_upload_proposes_no_repair_where_there_is_none(pristine: Make) -> None:
-    source = pristine("moe26b", "all")
-    with pytest.raises(bnbfix.FindingsRemain) as caught:
-        bnbfix.check_before_upload(source, "0.22.1")
-    assert caught.value.hint == f"See `bnbfix scan {source} --vllm 0.22.1`."
-    assert "is not fit for vLLM 0.22.1: " in str(caught.value) and "BNB401" in str(caught.value)
+def test_verify_needs_a_source_for_a_revision(tmp_path: Path) -> None:
+    with pytest.raises(bnbfix.UsageError, match="a revision needs a source on the Hub"):
+        bnbfix.verify(tmp_path, revision="main")
 
 
-def test_a_check_before_upload_returns_the_scan_of_what_loads(pristine: Make) -> None:
-    source = pristine("e4b", "all", shards=2)
-    assert bnbfix.check_before_upload(source, "0.32.0") == bnbfix.scan(source, "0.32.0")
+def test_a_plan_is_written_in_a_second_step(pristine: Make, tmp_path: Path) -> None:
+    source, out = pristine("dense31b", "skip"), tmp_path / "out"
+    plan = bnbfix.plan_repair(source, "portable", out=out)
+    assert not out.exists()
+    result = api.write_repair(plan, out, device="cpu")
+    assert result.plan is plan and bnbfix.verify(out, source).ok
+    with pytest.raises(bnbfix.UsageError, match="exists and is not empty"):
+        bnbfix.plan_repair(source, "portable", out=out)
+    assert bnbfix.plan_repair(source, "portable", out=out, overwrite=True).edits == plan.edits
 
 
-def test_a_check_before_upload_does_not_hold_the_machine_against_the_checkpoint(
-    pristine: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bnbfix.api.find_installed", lambda: Installed("0.32.0", None))
-    source = pristine("e4b", "all", shards=2)
-    assert not bnbfix.scan(source).ok and bnbfix.check_before_upload(source) is not None
-
-
-def test_a_check_before_upload_passes_what_is_not_its_business(pristine: Make, tmp_path: Path) -> None:
-    assert bnbfix.check_before_upload(pristine("dense31b", "bf16"), "portable") is None
-    for name, files in {
-        "empty": {},
-        "no weights": {"config.json": "{"},
-        "no config": {"x.safetensors": ""},
-        "adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
-        "below": {"config.json": "{", "unet/model.safetensors": ""},
-    }.items():
-        for file, text in files.items():
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).write_text(text)
-        (tmp_path / name).mkdir(exist_ok=True)
-        assert bnbfix.check_before_upload(tmp_path / name, "portable") is None
-
-
-def test_a_check_before_upload_does_not_pass_quantized_weights_that_no_config_tells_of(checkpoint: Make) -> None:
-    source = checkpoint("dense31b", "all")
-    config = json.loads((source / "config.json").read_text())
-    del config["quantization_config"]
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(bnbfix.NotApplicable, match="has no bitsandbytes quantization_config"):
-        bnbfix.check_before_upload(source, "portable")
-    config["architectures"] = ["LlamaForCausalLM"]
-    (source / "config.json").write_text(json.dumps(config))
-    assert bnbfix.check_before_upload(source, "portable") is None
-
-
-def test_a_check_before_upload_raises_what_a_scan_raises(checkpoint: Make, tmp_path: Path) -> None:
-    source = checkpoint("dense31b", "all")
-    (source / "config.json").write_text("{")
-    with pytest.raises(bnbfix.InputError, match="is not valid JSON"):
-        bnbfix.check_before_upload(source, "portable")
-    with pytest.raises(bnbfix.UsageError, match="no such folder"):
-        bnbfix.check_before_upload(tmp_path / "nowhere", "portable")
-    with pytest.raises(bnbfix.UsageError, match=r"0\.1\.0"):
-        bnbfix.check_before_upload(source, "0.1.0")
+def test_a_push_verifies_first(pristine: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bnbfix.repair(pristine("dense31b", "skip"), out, "portable", device="cpu")
+    (out / "config.json").write_text("{}")
+    with pytest.raises(bnbfix.VerifyError, match="nothing was pushed"):
+        api.push(out, Destination("org/name", False, False, None))

@@ -46,8 +46,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "bitsandbytes": {"kernels.bnb"},
     "huggingface_hub": {"hub.source", "hub.client"},
     "numpy": {"kernels.reference", "kernels.native"},
-    "rich": {"report.results", "report.terminal", "cli.main"},
-    "typer": {"cli.main", "cli.scan"},
+    "rich": {"report.results", "report.terminal"},
+    "typer": {"cli.main", "cli.options", "cli.releases", "cli.repair", "cli.scan", "cli.verify"},
     "vllm": {WORKER},
     "vllm_bnb_plugin": {WORKER},
 }

@@ -166,6 +166,16 @@ def test_the_workflow_names_options_that_exist(pristine: Make, tmp_path: Path) -
     assert (tmp_path / "bnbfix.sarif").exists()
 
 
+def test_the_readme_shows_what_a_scan_prints(pristine: Make, tmp_path: Path) -> None:
+    shutil.copytree(pristine("dense31b", "partial", shards=2), tmp_path / "tiny-gemma4-bnb-4bit")
+    sample = (ROOT / "README.md").read_text("utf-8").split("\n$ bnbfix ")[1].split("\n```")[0]
+    command, *lines = sample.splitlines()
+    done = python("-m", "bnbfix", *command.split(), cwd=tmp_path, PYTHONIOENCODING="utf-8")
+    at = lines.index("...")
+    assert done.stdout.splitlines()[:at] == lines[:at]
+    assert done.stdout.splitlines()[at - len(lines) + 1 :] == lines[at + 1 :]
+
+
 # The pre-commit hook
 
 
@@ -195,7 +205,7 @@ def test_the_hook_checks_each_folder_once(pristine: Make, tmp_path: Path, capsys
     assert capsys.readouterr() == ("", "")
     assert pre_commit.main(["--vllm", "0.32.0", *files[good], *files[bad]]) == 1
     assert capsys.readouterr().err.count("error: ") == 1
-    assert pre_commit.main([str(tmp_path / "config.json")]) == 0  # no safetensors beside it: another's config
+    assert pre_commit.main([str(tmp_path / "config.json")]) == 0  # no safetensors next to it: not a checkpoint
     (tmp_path / "model.safetensors").touch()
     assert pre_commit.main([*files[bad], str(tmp_path / "config.json")]) == 2
     assert pre_commit.main([]) == 0

@@ -1,8 +1,8 @@
 """The pre-commit hook: checks the folders of the files that are about to be committed.
 
-    python -m bnbfix.pre_commit [--vllm TARGET] FILE...
+    python -m bnbfix.cli.pre_commit [--vllm TARGET] FILE...
 
-Ends with the exit code of the worst folder; what is no bitsandbytes Gemma4 checkpoint passes.
+It ends with the exit code of the worst folder. Folders without a bitsandbytes Gemma4 checkpoint pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..report.terminal import print_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks each folder once."""
+    """Checks each folder once, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="bnbfix-pre-commit", description="Checks checkpoints before a commit.")
     parser.add_argument("--vllm", metavar="TARGET", help='a vLLM release, or "portable" (the default)')
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")

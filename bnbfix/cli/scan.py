@@ -12,11 +12,12 @@ import typer
 
 from ..errors import UsageError
 from ..report.outcome import ScanOutcome, read_names, scan_models
-from ..report.terminal import layout, print_error, write_file, write_lines, write_text
+from ..report.terminal import print_error, show_logs, table_options, write_file, write_lines, write_text
 from ..rules.selection import LEVELS, Selection, worst
+from .options import Quiet, Revision, Verbose, Vllm
 
 
-class Format(str, Enum):
+class ScanFormat(str, Enum):
     """How a scan is written."""
 
     table = "table"
@@ -43,23 +44,13 @@ Render = Callable[[Iterable[ScanOutcome]], Iterator[str]]
 Models = Annotated[
     list[str] | None, typer.Argument(metavar="MODEL", help="Folders, or repos on the Hub: org/name[@revision].")
 ]
-Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repo.")]
 From = Annotated[
-    str | None, typer.Option("--from", metavar="FILE", help="Scan the models that FILE names, one a line; - is stdin.")
+    str | None, typer.Option("--from", metavar="FILE", help="Scan the models listed in FILE, one per line; - is stdin.")
 ]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
-        "--vllm",
-        metavar="TARGET",
-        envvar="BNBFIX_VLLM",
-        help='A vLLM release (0.22.1), or "portable": one checkpoint for every release. '
-        "Left out: the vLLM installed here, else portable.",
-    ),
-]
-AsFormat = Annotated[Format, typer.Option("--format", envvar="BNBFIX_FORMAT", help="How the result is written.")]
+AsScanFormat = Annotated[ScanFormat, typer.Option("--format", envvar="BNBFIX_FORMAT", help="Output format.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Write --format to FILE, and the table to stdout.")
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Write the --format document to FILE, and the table to stdout."),
 ]
 Select = Annotated[
     list[str] | None,
@@ -67,7 +58,7 @@ Select = Annotated[
         "--select",
         metavar="CODES",
         envvar="BNBFIX_SELECT",
-        help="Count these findings alone: codes or their beginnings (BNB1), with commas between.",
+        help="Only count these findings: codes or prefixes of codes (BNB1), separated by commas.",
     ),
 ]
 Ignore = Annotated[
@@ -77,10 +68,12 @@ Ignore = Annotated[
 FailOn = Annotated[
     Level, typer.Option("--fail-on", envvar="BNBFIX_FAIL_ON", help="The least severity that makes the exit code 1.")
 ]
-ExitZero = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain: --fail-on never.")]
-Map = Annotated[bool, typer.Option("--map", help="Draw which modules of which layers are quantized or in conflict.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar="BNBFIX_VERBOSE", help="Every tensor, and notes too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="A line for each model, no more.")]
+ExitZero = Annotated[
+    bool, typer.Option("--exit-zero", help="Exit 0 even when findings remain; the same as --fail-on never.")
+]
+Map = Annotated[
+    bool, typer.Option("--map", help="Draw a map of the modules that are quantized or in conflict, by layer.")
+]
 
 
 def scan(
@@ -88,36 +81,37 @@ def scan(
     source: From = None,
     vllm: Vllm = None,
     revision: Revision = None,
-    format: AsFormat = Format.table,
+    format: AsScanFormat = ScanFormat.table,
     output: Output = None,
     select: Select = None,
     ignore: Ignore = None,
     fail_on: FailOn = Level.degraded,
     exit_zero: ExitZero = False,
     map: Map = False,
-    verbose: Verbose = False,
+    verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
-    """Say what would go wrong in vLLM, where, and what fixes it. Reads headers only."""
-    from ..engines.vllm.releases import find_installed, resolve_target
+    """Report what would go wrong in vLLM, where, and what fixes it. Reads headers only."""
+    from ..api import choose_target
 
+    show_logs(verbose - 1)
     names = _names(models or [], source)
     several = source is not None or len(names) > 1
     selection = Selection.parse(select or (), ignore or ())
-    if output is not None and format is Format.table:
-        raise UsageError("--output writes what --format names, and a table goes to stdout", hint="Add --format.")
+    if output is not None and format is ScanFormat.table:
+        raise UsageError("--output needs a --format; the table goes to stdout", hint="Add --format.")
     render = _renderer(format, several)
-    target = resolve_target(vllm, None if vllm else find_installed())
+    target = choose_target(vllm)
     seen: list[ScanOutcome] = []
     outcomes = _kept(
-        scan_models(names, target, selection, revision=revision, with_grid=map or format is Format.html), seen
+        scan_models(names, target, selection, revision=revision, with_grid=map or format is ScanFormat.html), seen
     )
-    if output is None and format is not Format.table:
+    if output is None and format is not ScanFormat.table:
         write_text(render(outcomes))
     else:
         from ..report.scan_table import table
 
-        shown = layout(verbose=verbose, quiet=quiet)
+        shown = table_options(verbose=verbose > 0, quiet=quiet)
         write_lines(table(outcomes, shown, several=several, with_map=map))
     if output is not None:
         write_file(output, render(seen))
@@ -125,7 +119,7 @@ def scan(
 
 
 def _names(models: list[str], source: str | None) -> list[str]:
-    """The models that are named, each once, in order."""
+    """The models of the command line and of --from, each once, in order."""
     if source is not None:
         try:
             text = sys.stdin.read() if source == "-" else Path(source).read_text("utf-8")
@@ -133,21 +127,23 @@ def _names(models: list[str], source: str | None) -> list[str]:
             raise UsageError(f"--from cannot be read ({getattr(e, 'strerror', None) or e})", where=source) from e
         models = models + read_names(text, "stdin" if source == "-" else source)
     if not models:
-        raise UsageError("Missing argument 'MODEL'", hint="Name folders or repos, or a file of them: --from FILE.")
+        raise UsageError(
+            "Missing argument 'MODEL'", hint="Give folders or repos, or a file that lists them: --from FILE."
+        )
     return list(dict.fromkeys(models))
 
 
-def _renderer(format: Format, several: bool) -> Render:
-    """What writes a format. Each is imported when it is asked for."""
-    if format is Format.sarif:
+def _renderer(format: ScanFormat, several: bool) -> Render:
+    """The function that writes a format; its module is imported only now."""
+    if format is ScanFormat.sarif:
         from ..report.sarif import render
-    elif format is Format.markdown:
+    elif format is ScanFormat.markdown:
         from ..report.markdown import render
-    elif format is Format.github:
+    elif format is ScanFormat.github:
         from ..report.github import render
-    elif format is Format.html:
+    elif format is ScanFormat.html:
         from ..report.html import render
-    elif format is Format.jsonl:
+    elif format is ScanFormat.jsonl:
         from ..report.json import render_lines as render
     else:
         from ..report.json import render as render_whole
@@ -163,7 +159,7 @@ def _kept(outcomes: Iterable[ScanOutcome], seen: list[ScanOutcome]) -> Iterator[
 
 
 def _exit(outcomes: list[ScanOutcome], level: str, several: bool) -> int:
-    """The exit code, after a word on stderr for what could not be scanned or must not be used."""
+    """The exit code, after an error on stderr for each model that could not be scanned or must not be used."""
     for o in outcomes:
         if o.error is not None:
             words = str(o.error)

@@ -8,7 +8,7 @@ from posixpath import normpath
 from ..rules.rule import Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
-from .text import SHOWN, collapse, count, escape_control_chars, fix_text, runs
+from .text import SHOWN, collapse, count, escape_control_chars, fix_text, join_ranges
 
 COMMANDS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "notice"}
 
@@ -28,7 +28,12 @@ def _message(f: Finding) -> str:
     names = collapse(f.tensors)
     more = [f"and {count(len(names) - SHOWN, 'more pattern')}"] if len(names) > SHOWN else []
     return "\n".join(
-        [f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}", *names[:SHOWN], *more, fix_text(f)]
+        [
+            f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}",
+            *names[:SHOWN],
+            *more,
+            fix_text(f),
+        ]
     )
 
 

@@ -1,7 +1,7 @@
 """A scan as one self-contained page: verdicts by release, a map of the checkpoint, and the findings.
 
-It asks nothing from anywhere: no script, no image, no font; its style is inside, and its policy forbids the rest. All
-of it is ASCII, so it may be written in any encoding.
+It loads nothing: no script, no image, no font. Its style sheet is inside, and its policy forbids the rest. All of it is
+ASCII, so that it can be written in any encoding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import resources
 
 from ..__version__ import __version__
 from ..rules.scan import Finding, ScanResult
-from .layer_map import Cell, LayerMap, Row, Section, State
+from .layer_map import Cell, LayerMap, Section, State
 from .outcome import ScanOutcome
 from .text import (
     by_code,
@@ -25,18 +25,27 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
+    join_ranges,
     matrix,
-    runs,
     summarize,
+    target_label,
     totals,
 )
 
-SIGNS = {"loads": "\u2713", "degraded": "~", "wrong": "\u2260", "fails": "\u2715", "error": "!", "skipped": "\u2013"}
-OPEN = 8  # so many names are shown at once; more are behind a click
+SIGNS = {
+    "loads": "\u2713",
+    "note": "i",
+    "degraded": "~",
+    "wrong": "\u2260",
+    "fails": "\u2715",
+    "error": "!",
+    "skipped": "\u2013",
+}
+OPEN = 8  # up to this many names are shown at once; more are behind a click
 
 
 def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
-    """The page. Outcomes should carry their grids."""
+    """The page. Outcomes should carry their layer maps."""
     found = list(outcomes)
     text = "\n".join(_page(found))
     yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
@@ -50,7 +59,7 @@ def style() -> str:
 def _page(found: Sequence[ScanOutcome]) -> Iterator[str]:
     css = style()
     own = b64encode(sha256(css.encode()).digest()).decode()
-    title = _e(escape_control_chars(found[0].model)) if len(found) == 1 else count(len(found), "model")
+    title = _e(found[0].model) if len(found) == 1 else count(len(found), "model")
     yield f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -86,20 +95,20 @@ def _model(o: ScanOutcome, key: str) -> Iterator[str]:
     yield f'<article id="{key}">'
     if o.result is None:
         verdict = summarize(o).verdict
-        yield f"<header><h1>{_e(escape_control_chars(o.model))}</h1>\n<p>{_verdict(verdict)} {_e(escape_control_chars(str(o.error)))}</p>"
-        yield f"<p>{_e(escape_control_chars(o.error.hint))}</p></header>" if o.error and o.error.hint else "</header>"
+        yield f"<header><h1>{_e(o.model)}</h1>\n<p>{_verdict(verdict)} {_e(str(o.error))}</p>"
+        yield f"<p>{_e(o.error.hint)}</p></header>" if o.error and o.error.hint else "</header>"
     else:
         yield from _header(o, o.result)
         yield from _releases(o.result, key)
         if o.grid is not None:
-            yield from _map(o.grid, _target(o.result), key)
+            yield from _map(o.grid, target_label(o.result), key)
         yield from _findings(o.result, key)
     yield "</article>"
 
 
 def _header(o: ScanOutcome, result: ScanResult) -> Iterator[str]:
     last = conclude(o)
-    yield f"<header><h1>{_e(escape_control_chars(o.model))}</h1>\n<p>{_e(contents(result))}</p>"
+    yield f"<header><h1>{_e(o.model)}</h1>\n<p>{_e(contents(result))}</p>"
     yield f'<p class="last">{_verdict(result.verdict)} {_e(last.words)}</p>'
     yield f"<p>Repair it: <code>{_e(last.command)}</code></p></header>" if last.command else "</header>"
 
@@ -109,25 +118,21 @@ def _verdict(verdict: str) -> str:
 
 
 def _releases(result: ScanResult, key: str) -> Iterator[str]:
-    told = {f.code.value for f in result.findings}
+    reported = {f.code.value for f in result.findings}
     yield '<section class="releases"><h2>By vLLM release</h2>\n<div class="scroll"><table class="list">'
     yield '<thead><tr><th scope="col">vLLM<th scope="col">verdict<th scope="col" class="n">tensors'
     yield '<th scope="col">because of</thead><tbody>'
     for v in matrix(result.releases):
-        codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in told else c for c in v.codes.split())
+        codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in reported else c for c in v.codes.split())
         yield f'<tr><th scope="row">{v.releases}<td>{_verdict(v.verdict)}'
         yield f'<td class="n">{v.tensors or ""}<td>{codes}'
     yield "</tbody></table></div></section>"
 
 
-def _target(result: ScanResult) -> str:
-    return "every release" if len(result.target.ranges) > 1 else f"vLLM {_e(result.target.name)}"
-
-
 def _map(grid: LayerMap, target: str, key: str) -> Iterator[str]:
-    yield f'<section class="map"><h2>Map of the checkpoint, for {target}</h2>\n<ul class="legend">'
+    yield f'<section class="map"><h2>Map of the checkpoint, for {_e(target)}</h2>\n<ul class="legend">'
     for state, n in grid.counts().items():
-        yield f'<li><span class="cell {_name(state)}">{state.mark}</span> {state.meaning} <small>{n}</small>'
+        yield f'<li><span class="cell {state.name.lower()}">{state.mark}</span> {state.meaning} <small>{n}</small>'
     yield '</ul>\n<div class="stacks">'
     for section in grid.sections:
         yield from _around(section, key) if section.columns == ("",) else _stack(section, key)
@@ -141,26 +146,18 @@ def _stack(section: Section, key: str) -> Iterator[str]:
     yield "</thead><tbody>"
     for row in section.rows:
         kind = f" <small>{row.kind.replace('sliding, ', '')}</small>" if row.kind not in ("", "sliding") else ""
-        label = f'<tr{_full(row)}><th scope="row">{row.label}{kind}'
-        yield label + "".join(_cell(row.cells.get(c), f"layer {row.label}, {c}", key) for c in section.columns)
+        full = ' class="full"' if row.kind.startswith("full") else ""
+        cells = [(row.cells.get(c), f"layer {row.label}, {c}") for c in section.columns]
+        marks = "".join(f"<td>{_mark(cell, where, key) if cell else ''}" for cell, where in cells)
+        yield f'<tr{full}><th scope="row">{row.label}{kind}{marks}'
     yield "</tbody></table></div>"
-
-
-def _full(row: Row) -> str:
-    return ' class="full"' if row.kind.startswith("full") else ""
-
-
-def _cell(cell: Cell | None, where: str, key: str) -> str:
-    if cell is None:
-        return "<td>"
-    return f"<td>{_mark(cell, where, key)}"
 
 
 def _mark(cell: Cell, where: str, key: str) -> str:
     codes = " ".join(c.value for c in cell.codes)
     meaning = cell.state.meaning if cell.state is not State.ABSENT else "not in the file"
-    title = _e(escape_control_chars(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}"))
-    attributes = f'class="cell {_name(cell.state)}" title="{title}"'
+    title = _e(f"{where}: {meaning}{f' ({codes})' if codes else ''}; {cell.note}")
+    attributes = f'class="cell {cell.state.name.lower()}" title="{title}"'
     if cell.codes:
         return f'<a href="#{key}-{cell.codes[0].value}" {attributes}>{cell.state.mark}</a>'
     return f"<abbr {attributes}>{cell.state.mark}</abbr>"
@@ -169,18 +166,14 @@ def _mark(cell: Cell, where: str, key: str) -> str:
 def _around(section: Section, key: str) -> Iterator[str]:
     yield f'<div class="stack scroll"><table class="around"><caption>{section.title}</caption><tbody>'
     for row in section.rows:
-        name = _e(escape_control_chars(row.label)).replace(".", ".<wbr>").replace("_", "_<wbr>")
+        name = _e(row.label).replace(".", ".<wbr>").replace("_", "_<wbr>")
         yield f'<tr><td>{_mark(row.cells[""], row.label, key)}<th scope="row">{name}'
-        yield f"<td><small>{_e(escape_control_chars(row.cells[''].note))}</small>"
+        yield f"<td><small>{_e(row.cells[''].note)}</small>"
     yield "</tbody></table></div>"
 
 
-def _name(state: State) -> str:
-    return state.name.lower()
-
-
 def _findings(result: ScanResult, key: str) -> Iterator[str]:
-    yield f'<section class="findings"><h2>Findings, for {_target(result)}</h2>'
+    yield f'<section class="findings"><h2>Findings, for {_e(target_label(result))}</h2>'
     if not result.findings:
         yield "<p>None.</p>"
     for same in by_code(result.findings):
@@ -190,12 +183,11 @@ def _findings(result: ScanResult, key: str) -> Iterator[str]:
 
 def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
     code, worst = findings[0].code, max(f.severity for f in findings)
-    verdict = worst
-    yield f'<section class="finding {verdict}" id="{key}-{code.value}"><h3>{code.value} '
-    yield f'<span class="verdict {verdict}">{worst}</span> {_e(code.explanation.title)}</h3>'
+    yield f'<section class="finding {worst}" id="{key}-{code.value}"><h3>{code.value} '
+    yield f'<span class="verdict {worst}">{worst}</span> {_e(code.explanation.title)}</h3>'
     yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
     for f in findings:
-        yield f"<li>{runs(f.releases)} <b>{f.severity}</b>: {_e(escape_control_chars(f.message))}"
+        yield f"<li>vLLM {join_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"<li>{_prose(words)}"
     yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)
@@ -211,9 +203,10 @@ def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """Text with what stands between backticks as code."""
+    """Text whose `code` between backticks is marked up as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", _e(text))
 
 
 def _e(text: str) -> str:
-    return escape(text, quote=True)
+    """Text from anywhere, made safe for HTML and for the eye."""
+    return escape(escape_control_chars(text), quote=True)

@@ -1,6 +1,6 @@
 """Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
 
-Shapes are told in README.md, under "JSON".
+README.md shows their shapes, under "JSON".
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..rules.scan import SCHEMA, Finding, ReleaseVerdict, ScanResult
+from ..rules.scan import SCHEMA
 from .outcome import ScanOutcome
 
 if TYPE_CHECKING:  # a scan needs none of these
@@ -29,34 +29,19 @@ def render(outcomes: Iterable[ScanOutcome], *, several: bool) -> Iterator[str]:
 
 
 def render_lines(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
-    """JSON Lines: a document for each model, in a line of its own, as soon as it is known."""
+    """JSON Lines: a document for each model, on a line of its own, as soon as it is known."""
     for outcome in outcomes:
         yield json.dumps(outcome_document(outcome)) + "\n"
 
 
 def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
-    """A scan's document, or {schema, model, error} where there was none."""
+    """A scan's document, or {schema, model, error} where there is no scan."""
     if outcome.result is not None:
-        return scan_document(outcome.result)
+        return outcome.result.to_dict()
     error = outcome.error
     assert error is not None
-    told = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
-    return {"schema": SCHEMA, "model": outcome.model, "error": told}
-
-
-def scan_document(result: ScanResult) -> dict[str, Any]:
-    """{schema, model, target, verdict, releases, findings, ...}"""
-    return {
-        "schema": SCHEMA,
-        "model": result.model,
-        "family": result.family,
-        "target": result.target.name,
-        "verdict": result.verdict,
-        "weights": dict(result.counts),
-        "shards": result.shards,
-        "releases": [_release(v) for v in result.releases],
-        "findings": [_finding(f) for f in result.findings],
-    }
+    described = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
+    return {"schema": SCHEMA, "model": outcome.model, "error": described}
 
 
 def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
@@ -87,7 +72,7 @@ def repair_document(result: RepairResult) -> dict[str, Any]:
 
 
 def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
-    """{pushed: {repo, url, commit}}; null where there was nothing to push."""
+    """{pushed: {repo, url, commit}}; null when nothing was pushed."""
     return {"pushed": vars(pushed) if pushed else None}
 
 
@@ -112,7 +97,11 @@ def load_document(result: LoadResult) -> dict[str, Any]:
 
 def probe_document(result: ProbeResult) -> dict[str, Any]:
     """{schema, versions, release, modules, skips, disagreements}"""
-    doc = {"schema": SCHEMA} | _lists(vars(result)) | {"release": _span(result.release)}
+    doc = (
+        {"schema": SCHEMA}
+        | _lists(vars(result))
+        | {"release": {"first": result.release.first, "last": result.release.last}}
+    )
     return doc | {"disagreements": [vars(d) for d in result.disagreements]}
 
 
@@ -125,25 +114,4 @@ def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "ranges": [{k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows],
-    }
-
-
-def _span(r: ReleaseRange) -> dict[str, str]:
-    return {"first": r.first, "last": r.last}
-
-
-def _release(v: ReleaseVerdict) -> dict[str, Any]:
-    return _span(v.release) | {"verdict": v.verdict, "codes": [c.value for c in v.codes], "tensors": v.tensors}
-
-
-def _finding(f: Finding) -> dict[str, Any]:
-    return {
-        "code": f.code.value,
-        "severity": f.severity,
-        "title": f.code.explanation.title,
-        "tensors": list(f.tensors),
-        "releases": [_span(r) for r in f.releases],
-        "message": f.message,
-        "fix": f.fix,
-        "reason": f.reason,
     }

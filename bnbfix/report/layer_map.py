@@ -1,4 +1,4 @@
-"""A checkpoint as a map: layers down, modules across, and what is in each cell. Pure; report.py's quant-state tensors draw it."""
+"""A checkpoint as a map: layers down, modules across, and what is in each cell. `scan_table` and `html` draw it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..rules.scan import Finding
 
 
 class State(Enum):
-    """What is in a cell: the mark that shows it without colour, and what it means. The later one hides the earlier."""
+    """What is in a cell: the mark that shows it without colour, and what it means. A later one hides an earlier one."""
 
-    ABSENT = ("=", "not in the file, and needs not be")
+    ABSENT = ("=", "not in the file, and not needed")
     UNQUANTIZED = (".", "full precision")
     QUANTIZED = ("Q", "quantized")
     REPAIRED = ("R", "changed by an earlier repair")
     FIXABLE = ("!", "in conflict; a repair fixes it")
-    CONFLICT = ("X", "in conflict; a repair does not mend it")
+    CONFLICT = ("X", "in conflict; no repair fixes it")
 
     @property
     def mark(self) -> str:
@@ -37,7 +37,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Cell:
-    """Tensors that share a place. `note` says what they are, or why there are none."""
+    """Tensors that share a cell. `note` says what they are, or why there are none."""
 
     state: State
     note: str
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A stack of layers, or all that lies around them (one column, "")."""
+    """A stack of layers, or everything around them (one column, "")."""
 
     title: str
     columns: tuple[str, ...]
@@ -79,7 +79,7 @@ _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
 _IN_LAYER = re.compile(
     rf"model\.(?P<tower>{'|'.join(TOWERS)})\.(?:encoder\.)?layers\.(?P<layer>{_NUMBER})\.(?P<rest>.+)"
 )
-_COLUMNS: tuple[tuple[str, str], ...] = (  # what is left of a name behind the layer's number -> column, in their order
+_COLUMNS: tuple[tuple[str, str], ...] = (  # column, and the rest of the name after the layer's number; in display order
     ("q", r"self_attn\.q_proj"),
     ("k", r"self_attn\.k_proj"),
     ("v", r"self_attn\.v_proj"),
@@ -100,7 +100,7 @@ _COLUMNS: tuple[tuple[str, str], ...] = (  # what is left of a name behind the l
     ("input gate", r"per_layer_input_gate"),
     ("input proj", r"per_layer_projection"),
 )
-REST = "norms"  # norms, scalars and bounds: whatever is no projection
+REST = "norms"  # norms, scalars and bounds: everything that is not a projection
 _ORDER = (*(column for column, _ in _COLUMNS), REST)
 _PATTERNS = tuple((column, re.compile(rf"{pattern}(?:\.linear)?(?:\.weight)?")) for column, pattern in _COLUMNS)
 
@@ -109,7 +109,7 @@ _Place = tuple[str, str, str]  # section, row, column
 
 @dataclass
 class _Tensors:
-    """What comes together in a cell while the map is drawn."""
+    """What is collected for a cell while the map is built."""
 
     forms: Counter[str] = field(default_factory=Counter)
     states: set[State] = field(default_factory=set)
@@ -172,7 +172,7 @@ def _sections(cells: Mapping[_Place, Cell], model: Model) -> Iterator[Section]:
 
 
 def _layer(n: int, cells: dict[str, Cell], columns: tuple[str, ...], model: Model) -> Row:
-    """A layer of the language model, whose kind tells why K or V may be missing."""
+    """A layer of the language model, whose kind explains why K or V may be missing."""
     if n >= len(model.layer_types):  # config.json knows no such layer
         return Row(str(n), "", cells)
     kind = "full" if model.layer_types[n] == FULL else "sliding"

@@ -1,4 +1,4 @@
-"""A scan as GitHub's and the Hub's markdown: for a pull request, a model card or a job's summary."""
+"""A scan as GitHub's and the Hub's markdown: for a pull request, a model card or a job summary."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
+    join_ranges,
     matrix,
-    runs,
     summarize,
     totals,
 )
 
-BAR = "\\|"  # ends no cell, in a code span neither
+BAR = "\\|"  # does not end a cell, not even in a code span
 SIGNS = {
     "loads": "\u2705",
+    "note": "\u2139\ufe0f",
     "degraded": "\u26a0\ufe0f",
     "wrong": "\u274c",
     "fails": "\u274c",
@@ -84,7 +85,7 @@ def _code(findings: Sequence[Finding]) -> Iterator[str]:
     yield f"### {findings[0].code.value} {worst}: {escape(findings[0].code.explanation.title)}"
     yield ""
     for f in findings:
-        yield f"- {runs(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
+        yield f"- vLLM {join_ranges(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"- {escape(words)}"
     yield ""
@@ -107,7 +108,7 @@ def escape(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text in a code span, which knows no escapes but a fence longer than any run of backticks."""
+    """Text in a code span, where only a fence longer than any run of backticks escapes them."""
     fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
     return f"{fence}{pad}{text}{pad}{fence}"

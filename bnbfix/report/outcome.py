@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ from ..rules.selection import Selection, findings_code
 if TYPE_CHECKING:
     from .layer_map import LayerMap
 
-RECORD = "bnbfix.json"  # what `bnbfix repair` leaves beside the weights
+logger = logging.getLogger(__name__)
+RECORD = "bnbfix.json"  # what `bnbfix repair` writes next to the weights; a scan does not import the writer
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class ScanOutcome:
     """What became of one MODEL: a result, or the error that kept it from being scanned."""
 
     model: str
-    result: ScanResult | None = None  # with the findings that were selected; verdicts tell of all
+    result: ScanResult | None = None  # with the selected findings only; its verdicts cover all
     error: BnbfixError | None = None
-    left_out: int = 0  # findings that --select and --ignore left out
+    left_out: int = 0  # findings that were not selected
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
     grid: LayerMap | None = field(default=None, repr=False)
 
@@ -41,7 +43,7 @@ class ScanOutcome:
         return INDEX if finding.code is Code.INDEX else CONFIG
 
     def exit_code(self, fail_on: Severity | None = Severity.DEGRADED) -> int:
-        """As it would be for this model alone."""
+        """The exit code for only this model."""
         if self.result is None:
             return self.error.exit_code if self.error else 0
         return findings_code(self.result.findings, fail_on)
@@ -55,7 +57,7 @@ def scan_models(
     revision: str | None = None,
     with_grid: bool = False,
 ) -> Iterator[ScanOutcome]:
-    """The outcome of each model, in order, as soon as it is known. `revision` is that of every repo."""
+    """The outcome of each model, in order, as soon as it is known. `revision` applies to every repo."""
     for model in models:
         try:
             yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid)
@@ -69,6 +71,7 @@ def scan_models(
 def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> ScanOutcome:
     checkpoint = open_checkpoint(source)
     result = scan_checkpoint(checkpoint, target)
+    logger.info("%s: %s for %s, %d findings", model, result.verdict, target.name, len(result.findings))
     chosen = selection.of(result.findings)
     grid = None
     if with_grid:
@@ -86,13 +89,13 @@ def _outcome(source: Source, model: str, target: Target, selection: Selection, w
 
 
 def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """The shard of each tensor; files are their own; config.json for names that are neither, such as skip entries."""
+    """The shard of each tensor; the file itself for a file; config.json for other names, such as skip entries."""
     tensors, files = checkpoint.tensors if names else {}, checkpoint.source.files
     return {n: tensors[n].shard if n in tensors else n if n in files else CONFIG for n in names}
 
 
 def repaired(source: Source) -> frozenset[str]:
-    """Names of the tensors that an earlier repair changed, as its record has them; whether it is true, verify says."""
+    """Names of the tensors that an earlier repair changed, according to its record, which is not verified here."""
     if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
         return frozenset()
     try:
@@ -103,9 +106,9 @@ def repaired(source: Source) -> frozenset[str]:
 
 
 def read_names(text: str, where: str) -> list[str]:
-    """The models that a list names, one a line, without comments; raises UsageError when there are none."""
+    """The models in a list, one a line, without comments; raises UsageError when there are none."""
     lines = (line.strip() for line in text.splitlines())
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise UsageError("names no model", where=where, hint="One MODEL a line; # begins a comment.")
+        raise UsageError("names no model", where=where, hint="Write one model per line; # begins a comment.")
     return names

@@ -1,8 +1,8 @@
 """A scan as SARIF 2.1.0, which GitHub's code scanning and others show.
 
 A result for each finding: a location for each file that holds its tensors, and a logical location for each tensor.
-Files are relative to the working directory where the model lies below it, as code scanning wants them; else relative
-to the model, under a uriBaseId of its own.
+Files are relative to the working directory if the model is below it, as code scanning wants them; otherwise
+relative to the model, under a uriBaseId of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..__version__ import __version__
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
-from .text import collapse, count, escape_control_chars, fix_text, runs
+from .text import collapse, count, escape_control_chars, fix_text, join_ranges
 
 SCHEMA_URI = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note"}
@@ -66,8 +66,8 @@ def _rule(code: Code, worst: Severity) -> dict[str, Any]:
         "shortDescription": {"text": e.title},
         "fullDescription": {"text": e.why},
         "help": {
-            "text": f"{e.why}\n\nMend: {e.fix}" + (f"\n\nUpstream:\n{links}" if links else ""),
-            "markdown": f"{e.why}\n\n**Changes**: {e.fix}" + (f"\n\n**Upstream**\n\n{links}" if links else ""),
+            "text": f"{e.why}\n\nFix: {e.fix}" + (f"\n\nUpstream:\n{links}" if links else ""),
+            "markdown": f"{e.why}\n\n**Fix**: {e.fix}" + (f"\n\n**Upstream**\n\n{links}" if links else ""),
         },
         "defaultConfiguration": {"level": LEVELS[worst]},
         "properties": {"tags": ["vllm", "bitsandbytes"]},
@@ -81,7 +81,7 @@ def _result(
     o: ScanOutcome, f: Finding, index: int, base: tuple[str, str | None], prints: Counter[str]
 ) -> dict[str, Any]:
     patterns = collapse(f.tensors)
-    text = f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
+    text = f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
     if patterns:
         text += f" {count(len(f.tensors), 'name')}: {', '.join(patterns)}."
     files: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def _result(
         "level": LEVELS[f.severity],
         "message": {"text": f"{text} {fix_text(f)}"},
         "locations": locations,
-        # The first name is the one that code scanning looks at, the second is ours.
+        # Code scanning reads the first name; the second is ours.
         "partialFingerprints": {"primaryLocationLineHash": f"{key}:{prints[key]}", "bnbfix/v1": f"{key}:{prints[key]}"},
         "properties": {
             "severity": f.severity,
@@ -107,7 +107,7 @@ def _result(
 
 
 def fingerprint(f: Finding, file: str) -> str:
-    """The same in a later scan, when layers, shards or releases have become more or fewer."""
+    """Identifies a finding across scans; it does not depend on the number of layers, shards or releases."""
     patterns = sorted({re.sub(r"\d+", "N", name) for name in f.tensors})
     file = re.sub(r"\d+", "N", file)
     whole = "\0".join((file, f.code.value, f.severity.name, re.sub(r"\d+", "N", f.message), *patterns))
@@ -126,17 +126,15 @@ def _location(file: str, names: list[str], base: tuple[str, str | None]) -> dict
 
 
 def _base(model: str, here: Path, bases: dict[str, dict[str, Any]]) -> tuple[str, str | None]:
-    """What a file's URI starts with, and the base that it is relative to, which is noted in `bases`."""
+    """The start of a file's URI, and the base that it is relative to, which is added to `bases`."""
     folder = Path(model).resolve() if Path(model).is_dir() else None
     if folder is not None and folder.is_relative_to(here.resolve()):
         inside = folder.relative_to(here.resolve()).as_posix()
         return ("" if inside == "." else quote(inside) + "/"), None
     uri = folder.as_uri() + "/" if folder is not None else None
-    known = next(
-        (name for name, base in bases.items() if base["description"]["text"] == escape_control_chars(model)), None
-    )
-    name = known or f"MODEL{len(bases) or ''}"
-    bases[name] = ({"uri": uri} if uri else {}) | {"description": {"text": escape_control_chars(model)}}
+    base = ({"uri": uri} if uri else {}) | {"description": {"text": escape_control_chars(model)}}
+    name = next((name for name, known in bases.items() if known == base), f"MODEL{len(bases) or ''}")
+    bases[name] = base
     return "", name
 
 

@@ -1,17 +1,18 @@
-"""A scan for people at a terminal: the matrix, the findings, the map, good at 80 columns and in a pipe.
+"""A scan for people at a terminal: the matrix, the findings and the map, for 80 columns and for pipes.
 
-Laid out here, without rich, which would cost more time than the scan; a terminal's colours are laid over it at the end.
+It is laid out without rich, whose import takes longer than the scan; `terminal` adds the colours at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
-from .lines import Layout, Line, Span, fold
 from .outcome import ScanOutcome
+from .terminal import StyledLine, StyledText, TableOptions, fold
 from .text import (
     SHOWN,
     Summary,
@@ -22,141 +23,211 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
+    join_ranges,
     matrix,
-    runs,
+    natural_order,
     summarize,
     totals,
 )
 
-STYLES = {Severity.FAILS: "red", Severity.WRONG: "magenta", Severity.DEGRADED: "yellow", Severity.LOADS: "green"}
+if TYPE_CHECKING:
+    from .layer_map import LayerMap, Section, State
+
+STYLES = {
+    Severity.LOADS: "green",
+    Severity.NOTE: "cyan",
+    Severity.DEGRADED: "yellow",
+    Severity.WRONG: "magenta",
+    Severity.FAILS: "red",
+}
 VERDICTS = {str(s): style for s, style in STYLES.items()} | {"error": "red", "skipped": "dim"}
+CELL_STYLES = {  # by the name of a cell's state
+    "QUANTIZED": "cyan",
+    "REPAIRED": "green",
+    "FIXABLE": "bold yellow",
+    "CONFLICT": "bold red",
+    "ABSENT": "dim",
+}
 
 
-def table(outcomes: Iterable[ScanOutcome], layout: Layout, *, several: bool, with_map: bool) -> Iterator[Line]:
+def table(
+    outcomes: Iterable[ScanOutcome], options: TableOptions, *, several: bool, with_map: bool
+) -> Iterator[StyledLine]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
     rows: list[Summary] = []
     for outcome in outcomes:
         rows.append(summarize(outcome))
-        if layout.quiet:
-            if several or outcome.result is not None:  # of a single model's error, the command line itself tells
+        if options.quiet:
+            if several or outcome.result is not None:  # the command line itself reports a single model's error
                 yield from _quiet(rows[-1])
         else:
-            yield from _report(outcome if with_map else replace(outcome, grid=None), layout, several)
+            yield from _report(outcome if with_map else replace(outcome, grid=None), options, several)
     if several:
-        if not layout.quiet:
-            yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], layout)
+        if not options.quiet:
+            yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], options)
             yield ()
-        yield (Span(totals(rows), "bold"),)
+        yield (StyledText(totals(rows), "bold"),)
 
 
-def _quiet(row: Summary) -> Iterator[Line]:
-    yield Span(f"{row.model}: "), Span(row.verdict, VERDICTS[row.verdict]), Span(f" {row.because}".rstrip())
+def _quiet(row: Summary) -> Iterator[StyledLine]:
+    yield (
+        StyledText(f"{row.model}: "),
+        StyledText(row.verdict, VERDICTS[row.verdict]),
+        StyledText(f" {row.because}".rstrip()),
+    )
 
 
-def _summary(row: Summary) -> list[Span]:
-    return [Span(row.model), Span(row.verdict, VERDICTS[row.verdict]), Span(row.because)]
+def _summary(row: Summary) -> list[StyledText]:
+    return [StyledText(row.model), StyledText(row.verdict, VERDICTS[row.verdict]), StyledText(row.because)]
 
 
-def _report(outcome: ScanOutcome, layout: Layout, several: bool) -> Iterator[Line]:
+def _report(outcome: ScanOutcome, options: TableOptions, several: bool) -> Iterator[StyledLine]:
     if outcome.result is None:
         if several:
-            yield from _wrapped(escape_control_chars(outcome.model), layout, "bold")
-            yield from _wrapped(f"error: {escape_control_chars(str(outcome.error))}", layout, "red")
+            yield from _wrapped(escape_control_chars(outcome.model), options, "bold")
+            yield from _wrapped(f"error: {escape_control_chars(str(outcome.error))}", options, "red")
             yield ()
         return
-    yield from scan_lines(outcome, outcome.result, layout)
+    yield from scan_lines(outcome, outcome.result, options)
     if several:
         yield ()
 
 
-def scan_lines(outcome: ScanOutcome, result: ScanResult, layout: Layout) -> Iterator[Line]:
+def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) -> Iterator[StyledLine]:
     """The matrix of releases, every finding of the target, the map where there is one, and the conclusion."""
-    yield from _wrapped(escape_control_chars(result.model), layout, "bold")
-    yield from _wrapped(contents(result), layout)
+    yield from _wrapped(escape_control_chars(result.model), options, "bold")
+    yield from _wrapped(contents(result), options)
     yield ()
-    yield from _matrix(result.releases, layout)
+    yield from _matrix(result.releases, options)
     yield ()
-    for same in by_code(f for f in result.findings if f.counts or layout.verbose):
-        yield from _code(same, layout)
+    for same in by_code(f for f in result.findings if f.counts or options.verbose):
+        yield from _code(same, options)
     notes = [f for f in result.findings if not f.counts]
-    if notes and not layout.verbose:
+    if notes and not options.verbose:
         codes = ", ".join(sorted({f.code.value for f in notes}))
-        yield from _wrapped(f"{count(len(notes), 'note')} ({codes}), shown with --verbose", layout, "dim")
+        yield from _wrapped(f"{count(len(notes), 'note')} ({codes}), shown with --verbose", options, "dim")
     if outcome.grid is not None:
-        from .report_map import layer_map_lines
-
-        if notes and not layout.verbose:
+        if notes and not options.verbose:
             yield ()
-        yield from layer_map_lines(outcome.grid, layout)
+        yield from layer_map_lines(outcome.grid, options)
         yield ()
     last = conclude(outcome)
     words = last.words + (f" Repair it: {last.command}" if last.command else "")
-    for i, text in enumerate(fold(words, layout.width)):
-        end = len(last.words) if i == 0 else 0  # the command is told more quietly than the verdict
-        yield Span(text[:end], f"bold {STYLES[last.verdict]}"), Span(text[end:])
+    for i, text in enumerate(fold(words, options.width)):
+        end = len(last.words) if i == 0 else 0  # only the verdict is bold
+        yield StyledText(text[:end], f"bold {STYLES[last.verdict]}"), StyledText(text[end:])
 
 
-def _matrix(verdicts: Sequence[ReleaseVerdict], layout: Layout) -> Iterator[Line]:
+def _matrix(verdicts: Sequence[ReleaseVerdict], options: TableOptions) -> Iterator[StyledLine]:
     rows = [
-        [Span(v.releases), Span(v.verdict, STYLES[v.verdict]), Span(str(v.tensors or "")), Span(v.codes)]
+        [
+            StyledText(v.releases),
+            StyledText(v.verdict, STYLES[v.verdict]),
+            StyledText(str(v.tensors or "")),
+            StyledText(v.codes),
+        ]
         for v in matrix(verdicts)
     ]
-    return _grid(("vLLM", "verdict", "tensors", "because of"), rows, layout, right=2)
+    return _grid(("vLLM", "verdict", "tensors", "because of"), rows, options, right=2)
 
 
-def _grid(heads: Sequence[str], rows: Sequence[Sequence[Span]], layout: Layout, right: int = -1) -> Iterator[Line]:
+def _grid(
+    heads: Sequence[str], rows: Sequence[Sequence[StyledText]], options: TableOptions, right: int = -1
+) -> Iterator[StyledLine]:
     """Columns with a rule below their heads. What the first and the last have no room for is wrapped."""
     widths = [max([len(head), *(len(row[i].text) for row in rows)]) for i, head in enumerate(heads)]
-    room = layout.width - sum(widths[1:-1]) - 2 * (len(heads) - 1)
+    room = options.width - sum(widths[1:-1]) - 2 * (len(heads) - 1)
     widths[-1] = min(widths[-1], max(room - widths[0], room // 2, 8))
     widths[0] = min(widths[0], max(room - widths[-1], 8))
-    yield _columns([Span(head, "bold") for head in heads], widths, right)
-    yield (Span(layout.rule * (sum(widths) + 2 * (len(widths) - 1))),)
+    yield _columns([StyledText(head, "bold") for head in heads], widths, right)
+    yield (StyledText(options.rule * (sum(widths) + 2 * (len(widths) - 1))),)
     for row in rows:
         parts = [fold(span.text, width) for span, width in zip(row, widths, strict=True)]
         for n in range(max(map(len, parts))):
-            cells = [Span(p[n] if n < len(p) else "", s.style) for p, s in zip(parts, row, strict=True)]
+            cells = [StyledText(p[n] if n < len(p) else "", s.style) for p, s in zip(parts, row, strict=True)]
             yield _columns(cells, widths, right)
 
 
-def _columns(cells: Sequence[Span], widths: Sequence[int], right: int) -> Line:
-    line: list[Span] = []
+def _columns(cells: Sequence[StyledText], widths: Sequence[int], right: int) -> StyledLine:
+    line: list[StyledText] = []
     for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-        blank = Span(" " * (width - len(cell.text)))
+        blank = StyledText(" " * (width - len(cell.text)))
         line += [blank, cell] if i == right else [cell, blank]
-        line.append(Span("  "))
+        line.append(StyledText("  "))
     return tuple(line)
 
 
-def _code(findings: Sequence[Finding], layout: Layout) -> Iterator[Line]:
-    """All findings of one code: what each range of releases makes of which tensors, and the fix once."""
+def _code(findings: Sequence[Finding], options: TableOptions) -> Iterator[StyledLine]:
+    """All findings of one code: releases, verdicts and tensors of each, and the fix once."""
     worst = max(f.severity for f in findings)
-    style = STYLES.get(worst, "cyan")
     yield (
-        Span(findings[0].code.value, "bold"),
-        Span(f" {worst}", style),
-        Span(f": {findings[0].code.explanation.title}"),
+        StyledText(findings[0].code.value, "bold"),
+        StyledText(f" {worst}", STYLES[worst]),
+        StyledText(f": {findings[0].code.explanation.title}"),
     )
     shown: tuple[str, ...] | None = None
     for f in findings:
-        yield from _wrapped(f"{runs(f.releases)} {f.severity}: {escape_control_chars(f.message)}", layout, by=2)
+        yield from _wrapped(
+            f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
+        )
         if f.tensors != shown:
-            yield from _names(f.tensors, layout)
+            yield from _names(f.tensors, options)
         shown = f.tensors
     for words in dict.fromkeys(map(fix_text, findings)):
-        yield from _wrapped(words, layout, by=2)
+        yield from _wrapped(words, options, by=2)
     yield ()
 
 
-def _names(tensors: Sequence[str], layout: Layout) -> Iterator[Line]:
-    names = [escape_control_chars(n) for n in tensors] if layout.verbose else collapse(tensors)
-    shown = names if layout.verbose else names[:SHOWN]
+def _names(tensors: Sequence[str], options: TableOptions) -> Iterator[StyledLine]:
+    names = (
+        list(map(escape_control_chars, sorted(tensors, key=natural_order))) if options.verbose else collapse(tensors)
+    )
+    shown = names if options.verbose else names[:SHOWN]
     for name in shown:
-        yield from _wrapped(name, layout, by=4)
+        yield from _wrapped(name, options, by=4)
     if more := len(names) - len(shown):
-        yield from _wrapped(f"and {count(more, 'more pattern')}; --verbose shows all", layout, by=4)
+        yield from _wrapped(f"and {count(more, 'more pattern')}; --verbose shows all", options, by=4)
 
 
-def _wrapped(text: str, layout: Layout, style: str = "", by: int = 0) -> Iterator[Line]:
-    for part in fold(text, layout.width - by):
-        yield (Span(" " * by + part, style),)
+def _wrapped(text: str, options: TableOptions, style: str = "", by: int = 0) -> Iterator[StyledLine]:
+    for part in fold(text, options.width - by):
+        yield (StyledText(" " * by + part, style),)
+
+
+def layer_map_lines(grid: LayerMap, options: TableOptions) -> Iterator[StyledLine]:
+    """The map, transposed to be small: modules down, layers across, a character for each cell, and a legend."""
+    for section in grid.sections:
+        yield from _around(section, options) if section.columns == ("",) else _stack(section, options)
+    for state in grid.counts():
+        yield StyledText("  "), _mark(state), StyledText(f" {state.meaning}", CELL_STYLES.get(state.name, ""))
+
+
+def _mark(state: State) -> StyledText:
+    return StyledText(state.mark, CELL_STYLES.get(state.name, ""))
+
+
+def _stack(section: Section, options: TableOptions) -> Iterator[StyledLine]:
+    label = max(map(len, section.columns)) + 4
+    step = max((options.width - label) // 10, 1) * 10
+    for start in range(0, len(section.rows), step):
+        rows = section.rows[start : start + step]
+        yield (StyledText(f"{section.title}, layers {rows[0].label} to {rows[-1].label}", "bold"),)
+        yield (StyledText(" " * label + "".join(f"{row.label:<10}"[:10] for row in rows[::10]).rstrip(), "dim"),)
+        if any(row.kind for row in rows):
+            kinds = "".join("|" if row.kind.startswith("full") else " " for row in rows)
+            yield StyledText(f"  {'full':<{label - 2}}", "dim"), StyledText(kinds, "dim")
+        for column in section.columns:
+            cells = [row.cells.get(column) for row in rows]
+            marks = [_mark(cell.state) if cell else StyledText(" ") for cell in cells]
+            yield (StyledText(f"  {column:<{label - 2}}"), *marks)
+        yield ()
+
+
+def _around(section: Section, options: TableOptions) -> Iterator[StyledLine]:
+    yield (StyledText(section.title, "bold"),)
+    for row in section.rows:
+        cell = row.cells[""]
+        first, *rest = fold(escape_control_chars(f"{row.label} ({cell.note})"), options.width - 4)
+        yield StyledText("  "), _mark(cell.state), StyledText(f" {first}")
+        yield from ((StyledText("    " + part),) for part in rest)
+    yield ()

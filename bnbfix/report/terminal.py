@@ -1,22 +1,47 @@
-"""Where words go: results to stdout or a file, talk to stderr."""
+"""Writes to the terminal: styled lines and documents to stdout or a file, errors, progress and logs to stderr."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import wrap
+from typing import NamedTuple
 
 from ..errors import OutputError
 from .text import escape_control_chars
 
-if TYPE_CHECKING:
-    from .lines import Layout, Line
-
 WIDTH = 80  # where there is no terminal to ask
+
+
+class StyledText(NamedTuple):
+    """Text in one style, as rich names styles."""
+
+    text: str
+    style: str = ""
+
+
+StyledLine = tuple[StyledText, ...]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How much a table shows, and in which width."""
+
+    width: int = WIDTH
+    rule: str = "\u2500"
+    verbose: bool = False
+    quiet: bool = False
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Text in lines of a width; names without blanks are broken anywhere."""
+    return wrap(text, max(width, 8), break_on_hyphens=False) or [""]
 
 
 def print_error(message: str, hint: str | None = None) -> None:
@@ -26,19 +51,50 @@ def print_error(message: str, hint: str | None = None) -> None:
         print(f"  {escape_control_chars(hint)}", file=sys.stderr)
 
 
-def layout(*, verbose: bool, quiet: bool) -> Layout:
-    """How a table is laid out on this stdout."""
-    from .lines import Layout
+def show_logs(verbosity: int) -> None:
+    """Shows bnbfix's log on stderr: nothing at 0, decisions at 1, details at 2."""
+    logger = logging.getLogger("bnbfix")
+    for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
+        logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET if verbosity < 1 else logging.INFO if verbosity == 1 else logging.DEBUG)
+    if verbosity > 0:
+        logger.addHandler(_StderrHandler())
 
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever stderr is at the moment, which is the progress bar's while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{record.levelname.lower()}: {record.name}: {record.getMessage()}"
+        print(escape_control_chars(line), file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(words: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; gives a function that is called with the bytes just done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def table_options(*, verbose: bool, quiet: bool) -> TableOptions:
+    """The options of a table on this stdout."""
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdecimal() and int(columns) >= 20 else WIDTH
     if not columns and sys.stdout.isatty():
         with suppress(OSError):
             width = os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
-    return Layout(width, "\u2500" if _knows("\u2500") else "-", verbose, quiet)
+    return TableOptions(width, "\u2500" if _can_encode("\u2500") else "-", verbose, quiet)
 
 
-def _knows(text: str) -> bool:
+def _can_encode(text: str) -> bool:
     """Can stdout's encoding spell this?"""
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -47,7 +103,7 @@ def _knows(text: str) -> bool:
     return True
 
 
-def write_lines(lines: Iterable[Line]) -> None:
+def write_lines(lines: Iterable[StyledLine]) -> None:
     """Lines to stdout as they come; in colour where that is a terminal, which is when rich is worth its time."""
     if sys.stdout.isatty() or os.environ.get("FORCE_COLOR"):
         from rich.console import Console
@@ -58,7 +114,7 @@ def write_lines(lines: Iterable[Line]) -> None:
             console.print(Text.assemble(*line))
         return
     for line in lines:
-        sys.stdout.write("".join(span.text for span in line).rstrip() + "\n")
+        sys.stdout.write("".join(part.text for part in line).rstrip() + "\n")
         sys.stdout.flush()
 
 
@@ -72,7 +128,7 @@ def write_text(parts: Iterable[str]) -> None:
 def write_file(path: Path, parts: Iterable[str]) -> None:
     """A document to a file, whole or not at all; raises OutputError when it cannot be written."""
     if path.exists() and not path.is_file():
-        raise OutputError("is no regular file", where=str(path))
+        raise OutputError("is not a regular file", where=str(path))
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     if path.is_symlink():
         raise OutputError("is a link to itself", where=str(path))

@@ -1,11 +1,10 @@
-"""Words that every report of a scan shares: names, ranges of releases, conclusions. All of it plain text."""
+"""Text that every report of a scan shares: names of tensors and releases, the matrix, the conclusion."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..engines.engine import ReleaseRange
@@ -15,6 +14,8 @@ from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome
 
 SHOWN = 4  # name patterns of a finding, where not all are wanted
+RUNS = 4  # runs of numbers that a name pattern spells out; of more, the first two and the last
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.|$)")  # a layer or an expert; short, so that int() is cheap
 
 
 def escape_control_chars(text: str) -> str:
@@ -30,30 +31,24 @@ def count(n: int, noun: str) -> str:
 
 
 def contents(result: ScanResult) -> str:
-    """Class, shards and kinds of weights, in a line."""
+    """Class, shards and forms of weights, in a line."""
     forms = ", ".join(f"{n} {form}" for form, n in result.counts)
     return escape_control_chars(f"{result.family}, {count(result.shards, 'shard')}, {forms}")
 
 
-def range_name(releases: Sequence[ReleaseRange]) -> str:
-    """Neighbouring ranges as one."""
-    first, last = releases[0].first, releases[-1].last
-    return first if first == last else f"{first}-{last}"
-
-
-def runs(releases: Sequence[ReleaseRange]) -> str:
-    """`vLLM 0.19.0-0.22.1, 0.28.0`: ranges, neighbours together."""
-    table, found = list(ranges()), list[list[ReleaseRange]]()
+def join_ranges(releases: Iterable[ReleaseRange]) -> str:
+    """`0.19.0-0.22.1, 0.28.0`: neighbouring ranges are joined."""
+    table, groups = list(ranges()), list[list[ReleaseRange]]()
     for r in releases:
-        if found and table.index(found[-1][-1]) + 1 == table.index(r):
-            found[-1].append(r)
+        if groups and table.index(groups[-1][-1]) + 1 == table.index(r):
+            groups[-1].append(r)
         else:
-            found.append([r])
-    return "vLLM " + ", ".join(range_name(run) for run in found)
+            groups.append([r])
+    return ", ".join(g[0].first if g[0].first == g[-1].last else f"{g[0].first}-{g[-1].last}" for g in groups)
 
 
-class Line(NamedTuple):
-    """A line of the matrix of releases."""
+class MatrixRow(NamedTuple):
+    """A row of the matrix of releases."""
 
     releases: str
     verdict: Severity
@@ -61,22 +56,19 @@ class Line(NamedTuple):
     codes: str
 
 
-def matrix(verdicts: Sequence[ReleaseVerdict]) -> list[Line]:
-    """The verdicts, neighbouring ranges that say the same together."""
+def matrix(verdicts: Sequence[ReleaseVerdict]) -> list[MatrixRow]:
+    """The verdicts; neighbouring ranges that say the same are joined."""
     groups: list[list[ReleaseVerdict]] = []
     for v in verdicts:
-        if groups and _key(groups[-1][-1]) == _key(v):
+        last = groups[-1][0] if groups else None
+        if last and (last.verdict, last.codes, last.tensors) == (v.verdict, v.codes, v.tensors):
             groups[-1].append(v)
         else:
             groups.append([v])
     return [
-        Line(range_name([v.release for v in g]), g[0].verdict, g[0].tensors, " ".join(c.value for c in g[0].codes))
+        MatrixRow(join_ranges(v.release for v in g), g[0].verdict, g[0].tensors, " ".join(c.value for c in g[0].codes))
         for g in groups
     ]
-
-
-def _key(v: ReleaseVerdict) -> tuple[Severity, tuple[Code, ...], int]:
-    return v.verdict, v.codes, v.tensors
 
 
 def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -87,48 +79,94 @@ def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
     return list(groups.values())
 
 
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """A sort key that takes the numbers in a name for numbers: layer 2 before layer 10."""
+    found = re.findall(r"([^0-9]*)([0-9]{0,9})", name)
+    return [(words, int(digits or -1)) for words, digits in found]
+
+
 def collapse(names: Iterable[str]) -> list[str]:
-    """Names with their numbers taken out, and how many stand behind each."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", escape_control_chars(n)) for n in names)
-    return [f"{name} x{n}" if n > 1 else name for name, n in counts.items()]
+    """Names that differ only in their numbers as one pattern, with the numbers and the count.
+
+    `layers.5.mlp.up_proj` stays what it is; of several it makes `layers.{0-3,5}.mlp.up_proj x5`.
+    """
+    groups: dict[tuple[str, ...], list[list[int]]] = {}
+    for name in map(escape_control_chars, names):
+        groups.setdefault(tuple(_NUMBER.split(name)), []).append([int(n) for n in _NUMBER.findall(name)])
+    patterns = []
+    for (first, *rest), numbers in groups.items():
+        columns = [_join_numbers(column) for column in zip(*numbers, strict=True)]
+        pattern = first + "".join(c + part for c, part in zip(columns, rest, strict=True))
+        patterns.append(pattern if len(numbers) == 1 else f"{pattern} x{len(numbers)}")
+    return patterns
+
+
+def _join_numbers(numbers: Iterable[int]) -> str:
+    """`5`, `{0-3,5}` or `{5,11,...,59}`."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and runs[-1][-1] + 1 == n:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
+    if len(words) > RUNS:
+        words = [*words[:2], "...", words[-1]]
+    text = ",".join(words)
+    return text if text.isdecimal() else f"{{{text}}}"
 
 
 def fix_text(finding: Finding) -> str:
-    """What a repair does about it, or why it does nothing."""
+    """What a repair does about a finding, or why it does nothing."""
     return f"No fix here: {escape_control_chars(finding.reason)}" if finding.reason else f"Fix: {finding.fix}"
 
 
-@dataclass(frozen=True)
-class Conclusion:
-    """The last word on a model, and the command that fixes it if there is one."""
+class Conclusion(NamedTuple):
+    """The last words on a model, and the command that fixes it if there is one."""
 
     verdict: Severity
     words: str
     command: str | None = None
 
 
+_VERDICTS = {Severity.FAILS: "Fails", Severity.WRONG: "Loads with wrong weights", Severity.DEGRADED: "Degraded"}
+
+
+def target_label(result: ScanResult) -> str:
+    """The target in words: `vLLM 0.22.1`, or `every vLLM release`, as far as it knows the model."""
+    several = len(result.target.ranges) > 1
+    unknown = several and any(Code.UNKNOWN_CLASS in v.codes for v in result.releases)
+    return result.target.label + (" that knows the model" if unknown else "")
+
+
 def conclude(outcome: ScanOutcome) -> Conclusion:
-    """The last word on a model that was scanned."""
+    """The last words on a model that was scanned."""
     result = outcome.result
     assert result is not None
-    several = len(result.target.ranges) > 1
-    name = "every release" if several else f"vLLM {result.target.name}"
-    if several and any(Code.UNKNOWN_CLASS in v.codes for v in result.releases):
-        name = "every release that knows the model"
-    words = {
-        Severity.LOADS: "Loads",
-        Severity.DEGRADED: "Degraded",
-        Severity.WRONG: "Loads with wrong weights",
-        Severity.FAILS: "Does not load",
-    }[result.verdict]
-    text = f"{words} in {name}."
+    text = " ".join(_verdict_sentences(result))
     if outcome.left_out:
         text += f" {count(outcome.left_out, 'finding')} left out by --select or --ignore."
     remaining = [f for f in result.findings if f.counts]
-    blocked = [f for f in remaining if f.reason is not None and f.code is not Code.PLUGIN]
-    if blocked or all(f.reason is not None for f in remaining):
+    unfixable = any(f.blocking and f.reason is not None for f in remaining)
+    if unfixable or all(f.reason is not None for f in remaining):
         return Conclusion(result.verdict, text)
     return Conclusion(result.verdict, text, f"bnbfix repair MODEL --out DIR --vllm {result.target.name}")
+
+
+def _verdict_sentences(result: ScanResult) -> list[str]:
+    """`Fails in 2 of 8 release ranges (0.31.0-0.33.0).`, worst verdict first."""
+    label, target = target_label(result), result.target
+    judged = [v for v in result.releases if v.release in target.ranges and Code.UNKNOWN_CLASS not in v.codes]
+    if len(target.ranges) > 1:
+        sentences = []
+        for verdict, words in _VERDICTS.items():
+            found = [v.release for v in judged if v.verdict is verdict]
+            if found and len(found) < len(judged):
+                where = f"{len(found)} of {len(judged)} release ranges ({join_ranges(found)})"
+                sentences.append(f"{words} in {where}.")
+        if sentences:
+            return sentences
+    return [f"{_VERDICTS.get(result.verdict, 'Loads')} in {label}."]
 
 
 class Summary(NamedTuple):
@@ -141,20 +179,17 @@ class Summary(NamedTuple):
 
 def summarize(outcome: ScanOutcome) -> Summary:
     """A model in a row."""
+    model = escape_control_chars(outcome.model)
     if outcome.result is None:
         kind = "skipped" if outcome.error is not None and outcome.error.exit_code == 3 else "error"
-        return Summary(
-            escape_control_chars(outcome.model),
-            kind,
-            escape_control_chars(str(outcome.error).removeprefix(f"{outcome.model}: ")),
-        )
+        return Summary(model, kind, escape_control_chars(str(outcome.error).removeprefix(f"{outcome.model}: ")))
     counting = sorted({f.code.value for f in outcome.result.findings if f.counts})
-    return Summary(escape_control_chars(outcome.model), outcome.result.verdict, " ".join(counting))
+    return Summary(model, outcome.result.verdict, " ".join(counting))
 
 
 def totals(rows: Iterable[Summary]) -> str:
     """`3 models: 1 loads, 2 fails`."""
     counts = Counter(row.verdict for row in rows)
-    order = ("loads", "degraded", "wrong", "fails", "skipped", "error")
+    order = ("loads", "note", "degraded", "wrong", "fails", "skipped", "error")
     parts = ", ".join(f"{counts[v]} {v}" for v in order if counts[v])
     return f"{count(sum(counts.values()), 'model')}: {parts}"

@@ -21,10 +21,9 @@ import pytest
 
 from bnbfix.errors import InputError, OutputError
 from bnbfix.report.json import render_lines
-from bnbfix.report.lines import Layout, Span
 from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.scan_table import table
-from bnbfix.report.terminal import write_file, write_lines
+from bnbfix.report.terminal import StyledText, TableOptions, write_file, write_lines
 from tests.support.build import Make
 from tests.support.command_line import Cli, Run, harmless, process
 from tests.support.folders import hostile, large_checkpoint
@@ -81,7 +80,7 @@ def test_the_exit_code_of_several(
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
 
-def test_an_error_of_a_single_model_is_told_once(run: Cli) -> None:
+def test_the_error_of_a_single_model_is_reported_once(run: Cli) -> None:
     for options in ([], ["--quiet"]):
         hint = "  MODEL is a folder, or a repo on the Hub: org/name[@revision].\n"
         assert run("scan", "nowhere", *options) == Run(2, "", "error: nowhere: no such folder\n" + hint)
@@ -111,7 +110,7 @@ def test_lines_come_as_they_are_known() -> None:
         raise RuntimeError("asked for more")
 
     assert json.loads(next(render_lines(outcomes())))["model"] == "first"
-    lines = table(outcomes(), Layout(), several=True, with_map=False)
+    lines = table(outcomes(), TableOptions(), several=True, with_map=False)
     assert next(lines)[0].text == "first" and next(lines)[0].text == "error: no"
 
 
@@ -131,9 +130,7 @@ def test_every_format_shows_hostile_names_harmless(run: Cli, checkpoint: Make, f
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_writes_to_a_stdout_that_knows_ascii_alone(
-    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, format: str
-) -> None:
+def test_every_format_writes_to_an_ascii_stdout(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     source = checkpoint("dense31b", "skip")
     config = (source / "config.json").read_text("utf-8")
     (source / "config.json").write_text(config.replace('"lm_head"', '"\u4e2d"'), "utf-8")
@@ -165,12 +162,12 @@ def test_an_output_replaces_a_file_and_nothing_else(run: Cli, pristine: Make, tm
     (tmp_path / "link").symlink_to("old")
     assert run(*arguments, tmp_path / "link").code == 0
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "old").read_text())["verdict"] == "loads"
-    for bad, words in ((tmp_path, "is no regular file"), (tmp_path / "no" / "x", "cannot be written (No such file")):
+    for bad, words in ((tmp_path, "is not a regular file"), (tmp_path / "no" / "x", "cannot be written (No such file")):
         done = run(*arguments, bad)
         assert done.code == 2 and words in done.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
     done = run("scan", ".", "--output", tmp_path / "x")
-    assert done.code == 2 and "--output writes what --format names" in done.err
+    assert done.code == 2 and "--output needs a --format" in done.err
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "sarif", "github", "markdown", "html"])
@@ -209,7 +206,7 @@ def test_select_ignore_and_fail_on(run: Cli, pristine: Make) -> None:
     assert run("scan", source, "--select", "XYZ").err.startswith("error: --select 'XYZ' begins no finding's code")
 
 
-def test_a_damaged_quant_state_can_be_ignored_alone(run: Cli, checkpoint: Make) -> None:
+def test_an_invalid_quant_state_can_only_be_ignored_by_its_code(run: Cli, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "single")
     shard = source / "model.safetensors"
     shard.write_bytes(shard.read_bytes().replace(b'"blocksize": 64', b'"blocksize": 32', 1))
@@ -247,7 +244,7 @@ def test_quiet_says_nothing_where_all_is_well(run: Cli, pristine: Make, tmp_path
 
 
 def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    line = (Span("[red]fails", "bold red"), Span(" x"))
+    line = (StyledText("[red]fails", "bold red"), StyledText(" x"))
     write_lines([line])
     assert capsys.readouterr().out == "[red]fails x\n"
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -264,7 +261,9 @@ def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_long_names_are_broken_in_the_summary() -> None:
     long = ScanOutcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
     for width in (40, 80, 200):
-        lines = ["".join(s.text for s in line) for line in table([long], Layout(width), several=True, with_map=False)]
+        lines = [
+            "".join(s.text for s in line) for line in table([long], TableOptions(width), several=True, with_map=False)
+        ]
         assert max(len(line.rstrip()) for line in lines) <= width
 
 

@@ -179,7 +179,7 @@ def test_a_killed_stream_goes_on_from_its_finished_shards(hub: Hub, pristine: Ma
     assert not (tmp_path / "out").exists()
     hub.server.reset()
     done = hub.run(*command)
-    assert done.code == 0 and "of an interrupted repair were taken up" in done.err
+    assert done.code == 0 and "resumed an interrupted repair: 1 finished file kept" in done.err
     assert os.listdir(tmp_path) == ["out"]
     bnbfix.repair(source, tmp_path / "local", "0.22.1")
     assert contents(tmp_path / "out") == contents(tmp_path / "local")

@@ -16,7 +16,6 @@ from bnbfix.checkpoint.checkpoint import HEADER_GUESS
 from bnbfix.errors import UsageError
 from bnbfix.hub.byte_ranges import GAP, content_range_error, merge_ranges
 from bnbfix.hub.resolve import open_source, parse_repo
-from bnbfix.report.json import scan_document
 from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN
@@ -29,7 +28,7 @@ import make_31b
 
 def found(folder: Path, target: str = "portable") -> dict[str, Any]:
     """The document of a local scan, without the model's name."""
-    doc = json.loads(json.dumps(scan_document(bnbfix.scan(folder, target))))
+    doc = json.loads(json.dumps(bnbfix.scan(folder, target).to_dict()))
     del doc["model"]
     return doc
 

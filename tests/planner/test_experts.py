@@ -167,7 +167,9 @@ def test_experts_that_differ_are_not_joined(
         tmp_path / "source",
         lambda i, name, values: {name + n: t for n, t in (other(values) if i == 4 else {"": values}).items()},
     )
-    with pytest.raises(bnbfix.Unrepairable, match=r"experts\.\d+\.\w+\.weight is .* of one dtype and shape become one tensor"):
+    with pytest.raises(
+        bnbfix.Unrepairable, match=r"experts\.\d+\.\w+\.weight is .* of one dtype and shape become one tensor"
+    ):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.22.1", bf16=True)
 
 

@@ -48,7 +48,7 @@ def test_codes_are_selected_by_their_beginnings_and_ignored() -> None:
 
 @pytest.mark.parametrize("given", ["BNB9", "", "X", "BNB101,", "101"])
 @pytest.mark.parametrize("option", ["select", "ignore"])
-def test_what_begins_no_code_is_a_usage_error(option: str, given: str) -> None:
+def test_an_unknown_code_prefix_is_a_usage_error(option: str, given: str) -> None:
     with pytest.raises(UsageError, match=f"--{option} '.*' begins no finding's code"):
         Selection.parse(**{option: [given]})
 
@@ -79,7 +79,7 @@ def test_a_list_of_models_has_comments_and_blank_lines() -> None:
         read_names("# nothing\n", "f")
 
 
-def test_selection_leaves_the_verdicts_alone(pristine: Make) -> None:
+def test_a_selection_does_not_change_the_verdicts(pristine: Make) -> None:
     source = pristine("dense31b", "partial", shards=2)
     (o,) = scan_models([str(source)], resolve_target("portable"), Selection.parse(ignore=["BNB"]))
     whole = scan(source)
@@ -104,7 +104,7 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     found = outcomes(source, tmp_path / "nowhere")
     whole = json.loads("".join(report_json.render(found, several=True)))
     assert whole["schema"] == 1
-    assert whole["models"][0] == report_json.scan_document(scan(source))
+    assert whole["models"][0] == scan(source).to_dict()
     assert whole["models"][1] == {
         "schema": 1,
         "model": str(tmp_path / "nowhere"),
@@ -143,7 +143,7 @@ def sarif(found: list[ScanOutcome], here: Path = Path("/")) -> dict[str, Any]:
         ("dense31b", "storage-bf16"),
     ],
 )
-def test_sarif_follows_the_schema_and_tells_every_finding(pristine: Make, family: str, quant: str) -> None:
+def test_sarif_follows_the_schema_and_has_every_finding(pristine: Make, family: str, quant: str) -> None:
     source = pristine(family, quant, shards=2)
     (run,) = sarif(outcomes(source))["runs"]
     rules, findings = run["tool"]["driver"]["rules"], scan(source).findings
@@ -243,12 +243,12 @@ def test_every_finding_is_one_annotation_in_one_line(pristine: Make, tmp_path: P
 # Markdown
 
 
-def test_markdown_tells_the_matrix_the_findings_and_the_command(pristine: Make) -> None:
+def test_markdown_has_the_matrix_the_findings_and_the_command(pristine: Make) -> None:
     source = pristine("dense31b", "partial", shards=2)
     text = "".join(report_markdown.render(outcomes(source)))
     assert "| 0.19.0-0.22.1 | \u274c fails | 7 | BNB103 BNB104 |" in text
     assert "### BNB104 fails: K serves as V, but V has no quant state" in text
-    assert "- `model.language_model.layers.N.self_attn.k_proj.weight x2`" in text
+    assert "- `model.language_model.layers.{2,5}.self_attn.k_proj.weight x2`" in text
     assert "Repair it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
     assert "## Summary" not in text
     text = "".join(report_markdown.render(outcomes(source, "/nowhere", pristine("e4b", "all"), target="0.32.0")))

@@ -16,9 +16,9 @@ from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.report import html as report_html
 from bnbfix.report.layer_map import Cell, LayerMap, Row, Section, State, build_layer_map
-from bnbfix.report.lines import Layout
 from bnbfix.report.outcome import ScanOutcome, repaired
-from bnbfix.report.report_map import layer_map_lines
+from bnbfix.report.scan_table import layer_map_lines
+from bnbfix.report.terminal import TableOptions
 from bnbfix.rules.rule import Code
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import Make, copy_weight, opened, tensors_of
@@ -110,7 +110,7 @@ def test_the_map_of_a_mixture_has_router_and_experts(pristine: Make) -> None:
     assert language.rows[0].cells["experts"] == Cell(State.FIXABLE, "2 BF16", (Code.FUSED_EXPERTS,))
 
 
-def test_what_no_repair_mends_looks_otherwise(pristine: Make) -> None:
+def test_a_conflict_that_no_repair_fixes_has_its_own_mark(pristine: Make) -> None:
     language = section(grid_of(pristine("moe26b", "int8"), "0.22.1"), "language model")
     assert set(marks(language)[0][:7]) == {"X"}
 
@@ -123,7 +123,7 @@ def test_the_map_of_a_repaired_checkpoint_shows_what_was_repaired(pristine: Make
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"edits": 3}', '{"edits": [{"name": []}]}', '{"edits": [[]]}', "1"])
-def test_a_record_that_is_none_is_no_record(checkpoint: Make, text: str) -> None:
+def test_an_invalid_record_is_ignored(checkpoint: Make, text: str) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "bnbfix.json").write_text(text)
     assert repaired(LocalSource.open(source)) == frozenset()
@@ -144,7 +144,7 @@ def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, q
 
 
 def text_map(grid: LayerMap, width: int = 80) -> list[str]:
-    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, Layout(width))]
+    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, TableOptions(width))]
 
 
 def tall(layers: int) -> LayerMap:
@@ -213,7 +213,12 @@ def page(*found: ScanOutcome) -> Page:
 def test_the_page_shows_the_matrix_the_map_and_the_findings(pristine: Make) -> None:
     found = outcomes(pristine("dense31b", "partial", shards=2), grid=True)
     p = page(*found)
-    for words in ("0.19.0-0.22.1", "Does not load in every release.", "language model, 6 layers", "K serves as V, but"):
+    for words in (
+        "0.19.0-0.22.1",
+        "Fails in 4 of 8 release ranges (0.19.0-0.27.1).",
+        "language model, 6 layers",
+        "K serves as V, but",
+    ):
         assert words in p.text
     assert found[0].grid is not None
     cells = [a for tag, a in p.tags if tag in ("abbr", "a") and "cell" in (a.get("class") or "")]

