@@ -140,15 +140,14 @@ def repair(
     OutputError when it cannot be written.
     """
     from .planner.plan import Options, plan_checkpoint
-    from .writer.download import execute_plan
     from .writer.staging import check_destination
-    from .writer.write import WriteOptions
+    from .writer.write import WriteOptions, write_plan
 
     source = open_source(path, revision)
     check_destination(source, Path(out), overwrite=overwrite)
     plan = plan_checkpoint(source, _target(vllm), Options(bf16, max_shard_size, partial_groups))
     how = WriteOptions(device, hardlink, workers, max_memory)
-    return execute_plan(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
+    return write_plan(plan, Path(out), how, overwrite=overwrite, stream=stream, progress=progress)
 
 
 def verify(

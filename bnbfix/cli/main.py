@@ -164,14 +164,15 @@ def _repair(
     quiet: bool,
 ) -> int:
     from ..hub.push import publish
-    from ..writer.download import execute_plan, missing_files
+    from ..writer.download import missing_files
     from ..writer.staging import unfinished
+    from ..writer.write import write_plan
 
     total = plan.bytes_written + sum(missing_files(plan).values())
     silent = quiet or format is Format.json
     try:
         with _progress(f"writing {out}", total, quiet=silent) as step:
-            result = execute_plan(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
+            result = write_plan(plan, out, how, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command goes on from there." if left else None

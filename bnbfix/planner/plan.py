@@ -20,7 +20,7 @@ from ..errors import InputError, Unrepairable, UsageError
 from ..models.gemma4 import read_model
 from ..rules.files import is_pickle
 from ..rules.rule import Code, Severity
-from ..rules.scan import Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
+from ..rules.scan import SCHEMA, Finding, ScanResult, check_applicable, scan_checkpoint, target_ranges
 from . import json_edit
 from . import model_card as card
 from .dequantize_all import collect_dequantize_all
@@ -140,6 +140,28 @@ class Plan:
         old, new = self.checkpoint.config_text, self.texts[CONFIG]
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), CONFIG, CONFIG, n=1, lineterm="")
         return "\n".join(lines)
+
+    def to_dict(self, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
+        """The document of `bnbfix repair --dry-run --format json`. `needed` and `free` are bytes of disk.
+
+        {schema, model, target, edits, shards, config_diff, bytes_read, bytes_written, disk_needed, disk_free}
+        """
+        return {
+            "schema": SCHEMA,
+            "model": self.checkpoint.source.name,
+            "target": self.target.name,
+            "nothing_to_do": self.nothing_to_do,
+            "edits": [e.document() for e in self.edits],
+            "shards": [
+                {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
+                for s in self.shards
+            ],
+            "config_diff": self.config_diff(),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "disk_needed": needed,
+            "disk_free": free,
+        }
 
 
 def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:

@@ -422,7 +422,7 @@ def test_repair_refuses_a_device_that_is_not_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = ["repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out"]
     done = run(*arguments, "--device", device)
-    assert (done.code, done.out) == (2, "") and "--device" in done.err
+    assert (done.code, done.out) == (2, "") and "device" in done.err
     assert list(tmp_path.iterdir()) == []
     assert run(*arguments, "--device", "auto").code == 0
 

@@ -297,7 +297,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up(pristine: Make, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnbfix.writer.write.check_space", lambda plan, out: None)  # others fill it after the check
+    monkeypatch.setattr("bnbfix.writer.write.check_space", lambda plan, out, stream: None)  # filled later
     source = pristine("dense31b", "partial", shards=2)
     with pytest.raises(OutputError, match="No space left on device"):
         bnbfix.repair(source, tiny_disk / "out", vllm="0.22.1", device="cpu")

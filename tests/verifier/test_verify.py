@@ -57,10 +57,10 @@ def spoilt(repaired: Spoil, tmp_path: Path) -> Spoil:
 
 def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets how many bytes are compared at a time, in every module that goes by it."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK")]
+    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
     assert modules
     for module in modules:
-        monkeypatch.setattr(module, "CHUNK", n)
+        monkeypatch.setattr(module, "CHUNK_BYTES", n)
 
 
 def flip(file: Path, at: int) -> None:

@@ -256,6 +256,6 @@ def mounted(pristine: Make, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 def test_an_output_that_is_the_source_by_another_name_is_refused(mounted: tuple[Path, Path], place: str) -> None:
     one, other = mounted
     before = tree(one)
-    with pytest.raises(UsageError, match="the output must lie outside the source"):
+    with pytest.raises(UsageError, match="the output must be outside the source"):
         fix(one / "model", other / place, overwrite=True)
     assert tree(one) == before

@@ -25,6 +25,7 @@ import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
+from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.writer import output_file, syscalls, write
 from bnbfix.writer import staging as destination
@@ -62,11 +63,11 @@ def fix(source: Path, out: Path, **options: Any) -> bnbfix.RepairResult:
 
 def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets how many bytes are moved at a time, in every module that goes by it."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK")]
+    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
     assert modules
     for module in modules:
-        monkeypatch.setattr(module, "CHUNK", n)
-    monkeypatch.setattr(output_file, "KERNEL_BYTES", n)
+        monkeypatch.setattr(module, "CHUNK_BYTES", n)
+    monkeypatch.setattr(output_file, "COPY_BYTES", n)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -462,18 +463,13 @@ def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: 
     ],
 )
 def test_torch_is_asked_for_a_device_where_the_plan_needs_one(
-    pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, quant: str, target: str, asked: bool
+    pristine: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, quant: str, target: str, asked: bool
 ) -> None:
-    requests: list[str] = []
-
-    def resolve(request: str) -> str:
-        requests.append(request)
-        return "cpu"
-
-    monkeypatch.setattr(write, "resolve_device", resolve)
     plan = bnbfix.plan_repair(pristine(family, quant, shards=2), target)
-    write.write_plan(plan, tmp_path / "out")
-    assert requests == (["auto"] if asked else [])
+    with caplog.at_level("INFO", "bnbfix.writer"):
+        write.write_plan(plan, tmp_path / "out")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert [m for m in caplog.messages if "kernels" in m] == [f"kernels run on {device}"] * asked
 
 
 @pytest.mark.cuda
@@ -490,7 +486,7 @@ def test_a_repair_on_cuda_is_byte_for_byte_that_of_the_cpu(
 
 
 def test_a_device_that_is_not_there_is_an_error_even_where_none_is_needed(pristine: Make, tmp_path: Path) -> None:
-    with pytest.raises(bnbfix.UsageError, match="--device cuda:70: torch sees"):
+    with pytest.raises(bnbfix.UsageError, match="device cuda:70: torch sees"):
         fix(pristine("text", "single", shards=2), tmp_path / "out", vllm="0.22.1", device="cuda:70")
     assert tree(tmp_path) == {}
 
@@ -635,7 +631,7 @@ def test_source_and_destination_may_not_hold_each_other(checkpoint: Make, tmp_pa
         (tmp_path / "link").symlink_to(source)
     out = tmp_path / "link" / "out" if place == "link" else source / place
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match="must lie outside"):
+    with pytest.raises(UsageError, match="must be outside"):
         fix(source, out, overwrite=True)
     assert tree(tmp_path) == before
 
@@ -649,7 +645,7 @@ def test_a_source_in_a_place_that_a_repair_clears_away_is_refused(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match=f"lies in {leftover}, which a repair to .*out clears away"):
+    with pytest.raises(UsageError, match=f"is in {leftover}, which a repair to .*out deletes"):
         fix(source, tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == before
     assert fix(source, tmp_path / "another").written
@@ -660,7 +656,7 @@ def test_a_source_where_a_repair_through_a_link_clears_away_is_refused(pristine:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     source = Path(shutil.copytree(pristine("text", "single", shards=2), tmp_path / "disk" / ".real.bnbfix-partial"))
     before = tree(source)
-    with pytest.raises(UsageError, match=r"lies in \.real\.bnbfix-partial"):
+    with pytest.raises(UsageError, match=r"is in \.real\.bnbfix-partial"):
         fix(source, tmp_path / "link")
     assert tree(source) == before
 
@@ -891,15 +887,13 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     plan = bnbfix.plan_repair(small, "portable")
     usage = shutil.disk_usage(tmp_path)
-    needed = plan.bytes_written + destination.SLACK
-    for free, enough in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        if enough:
-            destination.check_space(plan, tmp_path / "a" / "out")
-            continue
-        with pytest.raises(OutputError, match=f"not enough disk: {free + 1:,} bytes are needed, {free:,} are free"):
-            write.write_plan(plan, tmp_path / "a" / "out")
+    needed = plan.bytes_written + destination.SLACK_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=f"not enough disk: {needed:,} bytes are needed, {needed - 1:,} are free"):
+        write.write_plan(plan, tmp_path / "a" / "out")
     assert tree(tmp_path) == {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert write.write_plan(plan, tmp_path / "a" / "out").written
 
 
 def test_a_parent_that_cannot_be_made_is_an_output_error(small: Path, tmp_path: Path) -> None:
@@ -922,11 +916,11 @@ def test_an_output_that_would_not_scan_clean_is_never_published(
 def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*quantized: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("bnbfix.kernels.bnb._native", lambda *quantized: None)
-    monkeypatch.setattr("bnbfix.kernels.bnb._torch", broken)
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(torch, "frombuffer", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
     assert tree(tmp_path) == {}
