@@ -94,7 +94,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def unfinished(out: Path) -> Path | None:
-    """The folder in which an interrupted repair to `out` left finished files; None if there is no such folder."""
+    """The folder in which an interrupted repair to `out` left finished files; None if there is none."""
     folder, _ = _scratch(resolve_output(out))
     return folder if folder.is_dir() else None
 

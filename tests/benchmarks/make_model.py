@@ -40,7 +40,7 @@ def fill(folder: Path, seed: int = 7) -> None:
 
 
 def noise(rng: np.random.Generator, dtype: str, size: int) -> bytes:
-    """Random bytes that are no NaN or infinity in their dtype."""
+    """Random bytes that are not NaN or infinity in their dtype."""
     if dtype == "U8":
         return rng.bytes(size)
     if dtype == "F32":

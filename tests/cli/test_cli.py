@@ -430,7 +430,7 @@ def test_repair_refuses_a_device_that_is_not_there(
 def test_a_full_disk_is_told_before_anything_is_written(
     run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(destination, "SLACK", 1 << 60)
+    monkeypatch.setattr(destination, "SLACK_BYTES", 1 << 60)
     done = run("repair", pristine("dense31b", "skip"), "--vllm", "portable", "--out", tmp_path / "out")
     assert (done.code, done.out) == (2, "") and "not enough disk" in done.err
     assert list(tmp_path.iterdir()) == []

@@ -427,7 +427,7 @@ def test_int8_does_not_depend_on_torchs_default_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_extreme_int8_scales_decode_alike_and_in_silence(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_extreme_int8_scales_decode_alike_and_silently(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
     codes = torch.tensor([-127, -1, 0, 1, 127], dtype=torch.int8)
     scales = torch.tensor([0.0, 1e-39, 6e-5, 7e4, 1e30, 3e38, math.inf])
     raw = as_bytes(codes.repeat(len(scales)))
@@ -452,7 +452,7 @@ def test_what_is_not_finite_is_within_rounding_of_nothing(value: float, recwarn:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_one_nan_is_like_another_and_like_nothing_else(dtype: str) -> None:
+def test_every_nan_equals_every_nan_and_nothing_else(dtype: str) -> None:
     kind = getattr(torch, dtype)
     values = torch.tensor([1.0, math.nan, math.inf, -0.0], dtype=kind)
     other = values.clone().view(torch.int32 if dtype == "float32" else torch.int16)

@@ -29,6 +29,7 @@ from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.writer import output_file, syscalls, write
 from bnbfix.writer import staging as destination
+from bnbfix.writer.record import repaired_tensors
 from tests.support.build import Make
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
@@ -50,7 +51,7 @@ IDS = ["-".join(map(str, case)) for case in CASES]
 def repaired(
     request: pytest.FixtureRequest, pristine: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, bnbfix.RepairResult]:
-    """A pristine source and the result of its repair; nobody may change either."""
+    """A pristine source and the result of its repair; tests must not change either."""
     family, quant, shards, target = request.param
     source = pristine(family, quant, shards=shards)
     out = tmp_path_factory.mktemp("repaired") / "out"
@@ -62,7 +63,7 @@ def fix(source: Path, out: Path, **options: Any) -> bnbfix.RepairResult:
 
 
 def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets how many bytes are moved at a time, in every module that goes by it."""
+    """Sets how many bytes are moved at a time, in every module that has the constant."""
     modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
     assert modules
     for module in modules:
@@ -88,7 +89,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         found = load_file(shard)
-        assert not set(found) & set(out), "a tensor lies in two shards"
+        assert not set(found) & set(out), "a tensor is in two shards"
         out |= found
     return out
 
@@ -191,7 +192,7 @@ def test_the_safetensors_library_opens_every_shard_and_metadata_survives(repaire
         with safe_open(source / shard, "pt") as old, safe_open(result.out / shard, "pt") as new:
             assert new.metadata() == old.metadata() == {"format": "pt"}
             assert len(new.keys()) > 0
-            for name in new.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in new.keys():  # noqa: SIM118 - safe_open is not a mapping
                 new.get_tensor(name)
 
 
@@ -221,7 +222,7 @@ def test_untouched_shards_and_other_files_are_the_same_bytes(repaired: Repaired)
     assert set(tree(result.out)) == same | changed | {"bnbfix.json"}
 
 
-def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_path: Path) -> None:
+def test_nested_folders_links_and_empty_files_are_copied(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "assets" / "deep").mkdir(parents=True)
     (source / "assets" / "deep" / "blob.dat").write_bytes(bytes(range(256)) * 40)
@@ -240,7 +241,7 @@ def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_p
     assert not any(name.startswith(".cache") for name in out)
 
 
-def test_a_file_name_that_is_no_utf8_comes_along_and_is_recorded(checkpoint: Make, tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_copied_and_recorded(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("text", "single", shards=2)
     name = os.fsdecode(b"caf\xe9 \xff.txt")
     try:
@@ -264,7 +265,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("per_layer_config", [False, True])
-def test_config_differs_by_the_planned_keys_alone_and_keeps_its_order(
+def test_config_differs_only_by_the_planned_keys_and_keeps_its_order(
     pristine: Make, tmp_path: Path, per_layer_config: bool
 ) -> None:
     source = pristine("dense31b", "storage-bf16", shards=2, per_layer_config=per_layer_config)
@@ -350,7 +351,7 @@ def test_modes_follow_the_umask(pristine: Make, tmp_path: Path, umask: int) -> N
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
-def test_the_record_tells_the_target_every_edit_and_true_hashes(repaired: Repaired) -> None:
+def test_the_record_has_the_target_every_edit_and_true_hashes(repaired: Repaired) -> None:
     _, result = repaired
     assert result.out is not None
     files = {n: hashlib.sha256(data).hexdigest() for n, data in tree(result.out).items() if n != "bnbfix.json"}
@@ -376,6 +377,24 @@ def test_the_result_says_where_and_what(repaired: Repaired) -> None:
     assert result.plan.checkpoint.source.name == str(source)
     assert bnbfix.scan(result.out, result.plan.target.name).ok
     assert not bnbfix.scan(source, result.plan.target.name).ok
+    assert repr(result) == f"RepairResult(out={str(result.out)!r}, files={len(result.files)}, linked=0, kept=0)"
+    document = result.to_dict()
+    assert document | result.plan.to_dict() == document
+    assert {k: document[k] for k in ("out", "sha256", "linked", "resumed")} == {
+        "out": str(result.out),
+        "sha256": result.files,
+        "linked": [],
+        "resumed": [],
+    }
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_the_record_says_which_tensors_were_repaired(repaired: Repaired) -> None:
+    source, result = repaired
+    assert result.out is not None
+    changed = {e.name for e in result.plan.edits if e.action not in ("drop", "config")}
+    assert repaired_tensors(LocalSource.open(result.out)) == changed
+    assert repaired_tensors(LocalSource.open(source)) == frozenset()
 
 
 def test_progress_adds_up_to_the_bytes_of_the_output(pristine: Make, tmp_path: Path) -> None:
@@ -436,15 +455,15 @@ def test_short_reads_and_writes_of_the_system_change_nothing(
 def test_a_second_repair_has_nothing_to_do_and_writes_nothing(repaired: Repaired, tmp_path: Path) -> None:
     _, result = repaired
     assert result.out is not None
-    before, beside = stats(result.out), sorted(tmp_path.iterdir())
+    before, neighbours = stats(result.out), sorted(tmp_path.iterdir())
     again = bnbfix.repair(result.out, tmp_path / "again", vllm=result.plan.target.name, device="cpu")
     assert (again.written, again.out, again.files, again.plan.edits) == (False, None, {}, ())
     assert again.plan.nothing_to_do and again.plan.bytes_written == 0
-    assert sorted(tmp_path.iterdir()) == beside
+    assert sorted(tmp_path.iterdir()) == neighbours
     assert stats(result.out) == before
 
 
-def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: Make, tmp_path: Path) -> None:
+def test_nothing_to_do_leaves_an_old_output_unchanged_even_with_overwrite(pristine: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert not fix(pristine("e4b", "all"), tmp_path / "out", vllm="0.32.0", overwrite=True).written
@@ -569,7 +588,7 @@ def test_experts_under_another_prefix_are_renamed_and_keep_their_bytes(pristine:
 
 
 @pytest.mark.parametrize("target", ["portable", "0.22.1"])
-def test_experts_that_no_edit_can_mend_are_refused(pristine: Make, tmp_path: Path, target: str) -> None:
+def test_experts_that_no_edit_can_repair_are_refused(pristine: Make, tmp_path: Path, target: str) -> None:
     with pytest.raises(bnbfix.Unrepairable, match="BNB401"):
         fix(pristine("moe26b", "skip", shards=2), tmp_path / "out", vllm=target)
     assert tree(tmp_path) == {}
@@ -599,7 +618,7 @@ def test_a_link_to_an_empty_folder_is_followed(pristine: Make, tmp_path: Path) -
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]
 
 
-def test_a_relative_destination_lies_in_the_working_folder(
+def test_a_relative_destination_is_in_the_working_folder(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -607,7 +626,7 @@ def test_a_relative_destination_lies_in_the_working_folder(
     assert result.out == tmp_path / "out" and (tmp_path / "out" / "bnbfix.json").exists()
 
 
-def test_a_destination_that_is_not_empty_is_refused_and_left_alone(pristine: Make, tmp_path: Path) -> None:
+def test_a_destination_that_is_not_empty_is_refused_and_unchanged(pristine: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty") as caught:
@@ -705,7 +724,7 @@ STAGING = ".out.bnbfix-partial"
 
 
 @pytest.fixture
-def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def simple_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are read and written, and folders renamed, one call after another: the calls that tests make fail."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(destination, "exchange", lambda one, other: False)
@@ -761,7 +780,7 @@ def test_a_failure_of_the_system_leaves_everything_as_it_was(
     small: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plain_calls: None,
+    simple_calls: None,
     kind: str,
     code: int,
     expected: type[bnbfix.BnbfixError],
@@ -793,7 +812,7 @@ def test_a_failure_of_the_system_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("kind", ["write", "fsync", "rename"])
 def test_an_interrupt_leaves_everything_as_it_was(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_calls: None, kind: str
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simple_calls: None, kind: str
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
@@ -969,9 +988,9 @@ def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_preci
     small: Path, tmp_path: Path
 ) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
-    lying = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
+    inconsistent = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):
-        write.write_plan(lying, tmp_path / "out")
+        write.write_plan(inconsistent, tmp_path / "out")
     assert tree(tmp_path) == {}
 
 
@@ -986,10 +1005,29 @@ def test_a_file_system_that_shares_bytes_is_used_and_the_output_is_the_same(
         shared.append(os.pwrite(target, data, 0))
         return 0
 
-    fix(small, tmp_path / "plain", vllm="0.22.1")
+    fix(small, tmp_path / "copied", vllm="0.22.1")
     monkeypatch.setattr(fcntl, "ioctl", clone)
     result = fix(small, tmp_path / "out", vllm="0.22.1")
-    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    assert tree(tmp_path / "out") == tree(tmp_path / "copied")
     whole = [s.size for s in result.plan.shards if s.copied]
     whole += [(small / name).stat().st_size for name in result.plan.copied]
     assert sorted(shared) == sorted(whole) and len(whole) > 4
+
+
+def test_the_log_says_how_each_file_came_about(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with caplog.at_level("DEBUG", "bnbfix.writer"):
+        result = fix(small, tmp_path / "a", vllm="0.22.1")
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+        fix(small, tmp_path / "b", vllm="0.22.1")
+        fix(small, tmp_path / "c", vllm="0.22.1", hardlink=True)
+    (copied,) = (s for s in result.plan.shards if s.copied)
+    ways = [m.rpartition(", ")[2] for m in caplog.messages if m.startswith(f"{copied.name}: {copied.size:,} bytes")]
+    assert ways == (["kernel copy", "read and written"] if sys.platform == "linux" else ["read and written"] * 2)
+    assert f"{copied.name}: hard link" in caplog.messages
+    assert f"published {tmp_path / 'a'}" in caplog.messages
