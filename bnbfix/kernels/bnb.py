@@ -47,7 +47,7 @@ class QuantizedTensor:
 def choose_device(request: str, cuda_count: int) -> str:
     """The torch device that a request means on a machine with this many CUDA devices.
 
-    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that is not there.
+    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that torch does not see.
     """
     if request == "auto":
         return "cuda:0" if cuda_count else "cpu"
