@@ -179,11 +179,10 @@ def write_repair(
     Raises:
         UsageError, OutputError, HubError: As in `repair`.
     """
-    from .writer.download import execute_plan
-    from .writer.write import WriteOptions
+    from .writer.write import WriteOptions, write_plan
 
     options = WriteOptions(device, hardlink, workers, max_memory)
-    return execute_plan(plan, Path(out), options, overwrite=overwrite, stream=stream, progress=progress)
+    return write_plan(plan, Path(out), options, overwrite=overwrite, stream=stream, progress=progress)
 
 
 def repair(

@@ -166,7 +166,7 @@ def test_a_repair_needs_no_device_to_be_named(pristine: Make, tmp_path: Path) ->
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_a_usage_error(pristine: Make, tmp_path: Path, device: str) -> None:
-    with pytest.raises(bnbfix.UsageError, match="--device"):
+    with pytest.raises(bnbfix.UsageError, match=rf"^device .*{device}"):
         bnbfix.repair(pristine("dense31b", "partial", shards=2), tmp_path / "out", "portable", device=device)
     assert list(tmp_path.iterdir()) == []
 

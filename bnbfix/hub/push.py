@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..checkpoint.source import LocalSource, Source
 from ..errors import HubError, UsageError, VerifyError
-from ..verifier.verify import read_record, verify_output
+from ..verifier.verify import verify_output
+from ..writer.record import read_record
 from ..writer.write import Progress
 from .resolve import parse_repo
 

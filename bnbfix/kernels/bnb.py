@@ -1,4 +1,4 @@
-"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. The only module that imports torch and bitsandbytes."""
+"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. No other module imports torch and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,16 @@ from ..errors import QuantStateError, UsageError
 if TYPE_CHECKING:
     import torch
 
-Decode = Callable[
-    [bytes, int, int], memoryview
-]  # quantized rows of one block, which row is the first, how many: values
-Start = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: begun, and waited for
+logger = logging.getLogger(__name__)
+# Decodes rows of one block each, from (quantized rows, number of the first row, number of rows), to their values.
+Decode = Callable[[bytes, int, int], memoryview]
+StartDecode = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: started, and waited for
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
-KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks are shown as several with the same scale
+KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks become several rows with the same scale
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
-# FP4 has two zeros. Whether the second, code 8, comes out as +0 or -0 depends on the kernel and on the shape; the first
-# is +0 everywhere, as both are in bitsandbytes' table. So quantized bytes go through this, which makes every 8 a 0.
+CPU_HINT = 'Use device="cpu" (--device cpu); the result is the same'
+# FP4 has two zeros. Whether the second, code 8, becomes +0 or -0 depends on the kernel and on the shape; the first is
+# +0 everywhere, as both are in bitsandbytes' table. So quantized bytes go through this table, which makes every 8 a 0.
 FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
 
 
@@ -46,7 +47,7 @@ class QuantizedTensor:
 def choose_device(request: str, cuda_count: int) -> str:
     """The torch device that a request means on a machine with this many CUDA devices.
 
-    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that is not there.
+    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that torch does not see.
     """
     if request == "auto":
         return "cuda:0" if cuda_count else "cpu"
@@ -54,16 +55,16 @@ def choose_device(request: str, cuda_count: int) -> str:
         return "cpu"
     m = re.fullmatch(r"cuda(?::(\d+))?", request)
     if m is None:
-        raise UsageError(f"--device {request!r} is none of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"device {request!r} is not one of auto, cpu, cuda, cuda:N")
     number = int(m[1] or 0)
     if number >= cuda_count:
         there = f"{cuda_count} CUDA device{'s' if cuda_count != 1 else ''}" if cuda_count else "no CUDA device"
-        raise UsageError(f"--device {request}: torch sees {there}", hint="Use --device cpu; the result is the same.")
+        raise UsageError(f"device {request}: torch sees {there}", hint=f"{CPU_HINT}.")
     return f"cuda:{number}"
 
 
 def resolve_device(request: str) -> str:
-    """`choose_device` with what torch sees here. "cpu", and "auto" without a GPU's driver, need no torch to answer."""
+    """`choose_device` with the devices torch sees. "cpu", and "auto" without a GPU driver, need no torch."""
     if request == "cpu" or (request == "auto" and not gpu_driver()):
         return "cpu"
     import torch
@@ -72,12 +73,12 @@ def resolve_device(request: str) -> str:
 
 
 def gpu_driver() -> bool:
-    """May there be a GPU that torch can use? On Linux its driver shows as a device file; elsewhere, torch must say."""
+    """Is a GPU possible? On Linux its driver shows as a device file; on other systems only torch knows."""
     return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in GPU_DRIVERS)
 
 
 def use_threads(count: int) -> None:
-    """How many threads kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
+    """Sets how many threads the kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
     from . import native
 
     library = native.load()
@@ -92,63 +93,77 @@ def use_threads(count: int) -> None:
 def dequantize(quantized: QuantizedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
     """Yields the weight's values in `state.dtype`, little-endian and in order, at most `chunk_bytes` at a time.
 
-    A chunk holds at least one block, and stays valid after the next is drawn. On CUDA the next one is under way while
-    one is yielded. Raises QuantStateError when `read` comes back short, as the kernel would read on past the buffer,
-    and UsageError when the GPU fails.
+    A chunk holds at least one block, and stays valid after the next is drawn. On CUDA the next one is being decoded
+    while one is yielded. Raises QuantStateError when `read` returns too few bytes, since the kernel would read past the
+    buffer, and UsageError when the GPU fails.
 
-    The kernel is shown nothing but whole blocks, as rows of one block, of 1024 values at most, because on the CPU
-    its answer depends on the shape (bitsandbytes 0.50, csrc/cpu_ops.cpp and backends/cpu/ops.py):
+    The kernel gets only whole blocks, as rows of one block, of 1024 values at most, because on the CPU its result
+    depends on the shape (bitsandbytes 0.50, csrc/cpu_ops.cpp and backends/cpu/ops.py):
     - With AVX-512, a weight whose columns are a multiple of 16 but not of the blocksize gets the scales of other
       blocks. 31B's vision tower has such columns: 4304.
     - With an odd last dimension, or AVX-512 and blocks of 2048 or more, a generic fallback runs, which torch compiles
       and whose table is made in torch's default dtype: under bfloat16, as in vLLM, that table is wrong.
     """
     with _gpu_errors(device):
-        yield from _chunks(quantized, device, chunk_bytes)
+        native = native_decoder(quantized) if device == "cpu" else None
+        start = _deferred(native) if native is not None else _torch_decoder(quantized, device)
+        yield from decode_chunks(quantized, start, chunk_bytes, ahead=0 if device == "cpu" else 1)
 
 
-def _chunks(quantized: QuantizedTensor, device: str, chunk_bytes: int) -> Iterator[memoryview]:
+def decode_chunks(
+    quantized: QuantizedTensor, start: StartDecode, chunk_bytes: int, *, ahead: int
+) -> Iterator[memoryview]:
+    """Decodes a weight by chunks, of which up to `ahead` are started before the one that is waited for."""
     state = quantized.state
-    size, width = min(state.blocksize, KERNEL_BLOCK), WIDTH[state.dtype]
-    native = _native(quantized, size) if device == "cpu" else None
-    start = partial(partial, native) if native is not None else _torch(quantized, size, device)
-    ahead = 0 if device == "cpu" else 1
+    size, width = _row_size(state), WIDTH[state.dtype]
     step = max(1, chunk_bytes // (state.blocksize * width)) * state.blocksize
-    begun: deque[tuple[Callable[[], memoryview], int]] = deque()
+    started: deque[tuple[Callable[[], memoryview], int]] = deque()
     for begin in range(0, state.numel, step):
         count = min(step, state.numel - begin)
         rows = -(-count // size)
         raw = quantized.read(begin // 2, (count + 1) // 2)
         if len(raw) != (count + 1) // 2:
-            raise QuantStateError(f"a read of {(count + 1) // 2:,} quantized bytes came back with {len(raw):,}")
+            raise QuantStateError(f"a read of {(count + 1) // 2:,} quantized bytes returned {len(raw):,}")
         if len(raw) != rows * size // 2:
             raw = raw.ljust(rows * size // 2, b"\0")  # to the end of the last block
         if state.quant_type == "fp4":
             raw = raw.translate(FP4_ONE_ZERO)
-        begun.append((start(raw, begin // size, rows), count * width))
-        if len(begun) > ahead:
-            values, nbytes = begun.popleft()
+        started.append((start(raw, begin // size, rows), count * width))
+        if len(started) > ahead:
+            values, nbytes = started.popleft()
             yield values()[:nbytes]
-    for values, nbytes in begun:
+    for values, nbytes in started:
         yield values()[:nbytes]
 
 
 @contextmanager
 def _gpu_errors(device: str) -> Iterator[None]:
-    """Raises UsageError for what torch says of a GPU: no memory left, no kernel for it, no library for its CUDA."""
+    """Raises UsageError for torch's errors of a GPU: no memory left, no kernel for it, no library for its CUDA."""
     try:
         yield
     except RuntimeError as e:
         if device == "cpu":
             raise
         words = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise UsageError(
-            f"--device {device}: {words}", hint="Free the GPU's memory, or use --device cpu; the result is the same."
-        ) from e
+        raise UsageError(f"device {device}: {words}", hint=f"{CPU_HINT}. Or free the GPU's memory.") from e
 
 
-def _native(quantized: QuantizedTensor, size: int) -> Decode | None:
-    """bitsandbytes' library without torch; None where it cannot be had or would flush small numbers to zero."""
+def _row_size(state: QuantState) -> int:
+    """Values in a row for the kernel."""
+    return min(state.blocksize, KERNEL_BLOCK)
+
+
+def _deferred(decode: Decode) -> StartDecode:
+    """A decoder in two steps, of which the second does all the work."""
+
+    def start(raw: bytes, first: int, rows: int) -> Callable[[], memoryview]:
+        return lambda: decode(raw, first, rows)
+
+    return start
+
+
+def native_decoder(quantized: QuantizedTensor) -> Decode | None:
+    """bitsandbytes' library without torch; None if it is not available or would flush small numbers to zero."""
     from . import native
 
     library, state = native.load(), quantized.state
@@ -156,16 +171,18 @@ def _native(quantized: QuantizedTensor, size: int) -> Decode | None:
         return None
     scales = library.scales(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
     if native.any_below(scales, SUBNORMAL):
+        logger.debug("a weight of shape %s has scales below %.1e: decoded through torch", state.shape, SUBNORMAL)
         return None
-    return library.decoder(scales, state, size)
+    return library.decoder(scales, state, _row_size(state))
 
 
-def _torch(quantized: QuantizedTensor, size: int, device: str) -> Start:
+def _torch_decoder(quantized: QuantizedTensor, device: str) -> StartDecode:
     """The same kernel through torch, on the CPU or on CUDA."""
     import torch
 
     bnb = _bitsandbytes()
     state = quantized.state
+    size = _row_size(state)
     dtype: torch.dtype = getattr(torch, state.dtype)
     absmax = _absmax(quantized, device)
     # Numbers below the normal ones are flushed to zero by AVX512-BF16 and by CUDA (--use_fast_math), in float32 too;
@@ -189,14 +206,14 @@ def _torch(quantized: QuantizedTensor, size: int, device: str) -> Start:
     def decode(raw: bytes, first: int, rows: int) -> memoryview:
         return memoryview(kernel(torch.frombuffer(bytearray(raw), dtype=torch.uint8), first, rows).numpy().data)
 
-    return partial(partial, decode) if device == "cpu" else _stream_on_gpu(kernel, device)
+    return _deferred(decode) if device == "cpu" else _stream_on_gpu(kernel, device)
 
 
-def _stream_on_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> Start:
-    """Chunks through pinned memory: one stream copies in and runs the kernel, another copies back meanwhile.
+def _stream_on_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], device: str) -> StartDecode:
+    """Moves chunks through pinned memory: one stream copies in and runs the kernel, another copies back meanwhile.
 
-    Every chunk has buffers of its own. torch's allocators hand a buffer out again, without a call to CUDA, once it is
-    dropped here and the streams that used it are done with it; so there are as many as are in use at a time.
+    Every chunk has its own buffers. torch's allocators reuse a buffer, without a call to CUDA, once it is dropped here
+    and the streams that used it are done with it; so there are only as many as are in use at a time.
     """
     import torch
 
@@ -210,14 +227,14 @@ def _stream_on_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], dev
             values = kernel(sent.to(device, non_blocking=True), first, rows)
         back.wait_stream(work)
         with torch.cuda.stream(back):
-            came = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
-            came.copy_(values, non_blocking=True)
+            received = torch.empty(values.shape, dtype=torch.uint8, pin_memory=True)
+            received.copy_(values, non_blocking=True)
             values.record_stream(back)
-            there = back.record_event()
+            done = back.record_event()
 
         def wait() -> memoryview:
-            there.synchronize()
-            return memoryview(came.numpy().data)
+            done.synchronize()
+            return memoryview(received.numpy().data)
 
         return wait
 
@@ -226,7 +243,7 @@ def _stream_on_gpu(kernel: Callable[[torch.Tensor, int, int], torch.Tensor], dev
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight quantized to NF4, as raw bytes: U8 [ceil(n / 2)], and its statistics as bitsandbytes lays them out."""
+    """A weight quantized to NF4, as raw bytes: U8 [ceil(n / 2)], and its statistics in bitsandbytes' layout."""
 
     weight: bytes
     absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
@@ -275,10 +292,10 @@ def quantize(
 
 @contextmanager
 def _float32_default() -> Iterator[None]:
-    """What surrounds every kernel: no compiler, and tables in float32.
+    """Runs quantization without a compiler and with tables in float32.
 
     bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here; and it
-    makes its code tables in torch's default dtype, which vLLM for one sets to bfloat16.
+    makes its code tables in torch's default dtype, which vLLM, for example, sets to bfloat16.
     """
     import torch
 
@@ -292,7 +309,7 @@ def _float32_default() -> Iterator[None]:
 
 
 def _clear_code_caches() -> None:
-    """Makes bitsandbytes compute its bounds again: a host process may have filled the caches under another dtype."""
+    """Makes bitsandbytes compute its bounds again: the caller may have filled the caches under another dtype."""
     ops = import_module("bitsandbytes.backends.default.ops")
     utils = import_module("bitsandbytes.backends.utils")
     if (bounds := getattr(ops, "_get_4bit_quantize_bounds", None)) is not None:
@@ -340,7 +357,7 @@ def _bitsandbytes() -> Any:
     level, absent = log.level, "kernels" not in sys.modules
     log.setLevel(logging.ERROR)
     if absent:
-        sys.modules["kernels"] = None  # type: ignore[assignment]  # the import system's mark for "not to be had"
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         return import_module("bitsandbytes.functional")
     finally:
@@ -357,7 +374,7 @@ def _absmax(quantized: QuantizedTensor, device: str) -> torch.Tensor:
     nested = quantized.state.nested
     if nested is None:
         return torch.frombuffer(bytearray(quantized.absmax), dtype=torch.float32).to(device)
-    assert quantized.nested_absmax is not None and quantized.nested_quant_map is not None  # quant_state.check saw to it
+    assert quantized.nested_absmax is not None and quantized.nested_quant_map is not None  # by quant_state.check
     inner = bnb.QuantState(
         absmax=torch.frombuffer(bytearray(quantized.nested_absmax), dtype=torch.float32).to(device),
         code=torch.frombuffer(bytearray(quantized.nested_quant_map), dtype=torch.float32).to(device),

@@ -1,4 +1,4 @@
-"""An independent decode of quantized weights, in numpy: what `verify` holds the kernels' output against.
+"""An independent decode of quantized weights, in numpy, with which `verify` compares the kernels' output.
 
 Neither torch nor bitsandbytes is used. Value = table[4 bits] * scale of its block, in float32, rounded once to the
 dtype that the quant state names; the high half of a byte comes first.
@@ -79,7 +79,7 @@ def decode_chunk(state: QuantState, quantized: bytes, scales: NDArray[np.float32
     codes = np.empty(2 * len(raw), np.uint8)
     codes[0::2], codes[1::2] = raw >> 4, raw & 15
     values = np.array(TABLES[state.quant_type], "<f4")[codes]
-    with np.errstate(all="ignore"):  # infinities are values like others here, and the API is silent
+    with np.errstate(all="ignore"):  # infinities are valid values here, and the API prints no warnings
         values *= np.repeat(scales, state.blocksize)[: len(values)]
         return _cast(values, DTYPES[state.dtype])
 
@@ -102,9 +102,9 @@ def decode_int8(raw: bytes, scales: bytes, dtype: str) -> bytes:
 
 
 def same_values(one: bytes, other: bytes, dtype: str) -> bool:
-    """Are two runs of values (`dtype` as safetensors has it) the same to the bit, one NaN being like another?
+    """Are the bits of two runs of values (`dtype`: safetensors name) the same, with all NaNs equal?
 
-    Which NaN comes of a NaN or infinite scale is the processor's choice.
+    Which NaN a NaN or infinite scale gives depends on the processor.
     """
     a, b = (np.frombuffer(raw, "<u4" if dtype == "F32" else "<u2") for raw in (one, other))
     exponent, rest = {"F32": (0x7F800000, 0x007FFFFF), "F16": (0x7C00, 0x03FF), "BF16": (0x7F80, 0x007F)}[dtype]
@@ -131,14 +131,14 @@ def scale_rounding(state: QuantState, nested_absmax: bytes | None) -> NDArray[np
 def within_rounding(
     state: QuantState, quantized: bytes, scales: NDArray[np.float32], slack: NDArray[np.float32], values: bytes
 ) -> bool:
-    """Is each value a quantized one decodes to within 4-bit rounding of the value it came from (both `state.dtype`)?
+    """Is each decoded value within 4-bit rounding of the value it was quantized from (both `state.dtype`)?
 
-    `scales` and `slack` are those of the blocks in `quantized`. A value may be off by half of NF4's widest gap, 0.152 of
-    its block's true scale, and by what double quantization moved the scale; one hundredth more is the dtype's.
+    `scales` and `slack` are those of the blocks in `quantized`. A value may be off by half of NF4's widest gap, 0.152
+    of its block's true scale, and by the change of the scale in double quantization; the dtype adds one hundredth.
     """
     got, want = _float32(decode_chunk(state, quantized, scales), state.dtype), _float32(values, state.dtype)
     got = got[: len(want)]
-    with np.errstate(all="ignore"):  # what is not finite is within rounding of nothing
+    with np.errstate(all="ignore"):  # a value that is not finite is within rounding of no other
         true = np.maximum.reduceat(np.abs(want), np.arange(0, len(want), state.blocksize))
         moved = np.abs(scales - true)
         if bool(np.any(moved > slack + np.float32(1e-5) * true)):

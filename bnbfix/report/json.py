@@ -46,29 +46,12 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
 
 def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
     """{schema, model, target, edits, shards, config_diff, bytes_read, bytes_written, disk_needed, disk_free}"""
-    return {
-        "schema": SCHEMA,
-        "model": plan.checkpoint.source.name,
-        "target": plan.target.name,
-        "nothing_to_do": plan.nothing_to_do,
-        "edits": [e.to_dict() for e in plan.edits],
-        "shards": [
-            {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}
-            for s in plan.shards
-        ],
-        "config_diff": plan.config_diff(),
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "disk_needed": needed,
-        "disk_free": free,
-    }
+    return plan.to_dict(needed=needed, free=free)
 
 
 def repair_document(result: RepairResult) -> dict[str, Any]:
     """The plan's document with {out, sha256, linked, resumed}; out is null when there was nothing to do."""
-    out = str(result.out) if result.out else None
-    done = {"sha256": dict(result.files), "linked": list(result.linked), "resumed": list(result.kept)}
-    return plan_document(result.plan) | {"out": out} | done
+    return result.to_dict()
 
 
 def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
@@ -78,16 +61,7 @@ def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
 
 def verify_document(result: VerifyResult) -> dict[str, Any]:
     """{schema, out, target, ok, problems, files, kept, decoded}"""
-    return {
-        "schema": SCHEMA,
-        "out": str(result.out),
-        "target": result.target,
-        "ok": result.ok,
-        "problems": [{"file": p.file, "tensor": p.tensor, "message": p.message} for p in result.problems],
-        "files": result.files,
-        "kept": result.kept,
-        "decoded": result.decoded,
-    }
+    return result.to_dict()
 
 
 def load_document(result: LoadResult) -> dict[str, Any]:

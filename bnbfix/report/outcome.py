@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..checkpoint.checkpoint import CONFIG, INDEX, MAX_JSON, Checkpoint, open_checkpoint
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from ..checkpoint.source import Source
 from ..engines.engine import Target
 from ..errors import BnbfixError, InputError, UsageError
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from .layer_map import LayerMap
 
 logger = logging.getLogger(__name__)
-RECORD = "bnbfix.json"  # what `bnbfix repair` writes next to the weights; a scan does not import the writer
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,10 @@ def _outcome(source: Source, model: str, target: Target, selection: Selection, w
     chosen = selection.of(result.findings)
     grid = None
     if with_grid:
+        from ..writer.record import repaired_tensors
         from .layer_map import build_layer_map
 
-        grid = build_layer_map(checkpoint, read_model(checkpoint.config), chosen, repaired(checkpoint.source))
+        grid = build_layer_map(checkpoint, read_model(checkpoint.config), chosen, repaired_tensors(checkpoint.source))
     return ScanOutcome(
         model,
         replace(result, findings=chosen),
@@ -92,17 +91,6 @@ def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
     """The shard of each tensor; the file itself for a file; config.json for other names, such as skip entries."""
     tensors, files = checkpoint.tensors if names else {}, checkpoint.source.files
     return {n: tensors[n].shard if n in tensors else n if n in files else CONFIG for n in names}
-
-
-def repaired(source: Source) -> frozenset[str]:
-    """Names of the tensors that an earlier repair changed, according to its record, which is not verified here."""
-    if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
-        return frozenset()
-    try:
-        edits = json.loads(source.read(RECORD, [(0, source.files[RECORD])])[0])["edits"]
-        return frozenset(e["name"] for e in edits if e["action"] not in ("drop", "config"))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return frozenset()
 
 
 def read_names(text: str, where: str) -> list[str]:

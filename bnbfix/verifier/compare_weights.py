@@ -1,4 +1,4 @@
-"""Numbers of an output held against an independent decode (decode.py) of what they were made from, chunk by chunk."""
+"""Compares numbers of an output with an independent decode (kernels/reference.py) of their sources, by chunks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from collections.abc import Iterator
 
 from ..checkpoint import quant_state as qs
-from ..checkpoint.checkpoint import Tensor, Weight
+from ..checkpoint.checkpoint import Weight
 from ..checkpoint.source import Source
-from ..kernels import reference as decode
+from ..kernels import reference
 from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice
-from ..writer.tensor_data import CHUNK, copy_range, quantized_tensor
+from ..writer.tensor_data import CHUNK_BYTES, copy_range, quantized_tensor, read_tensor
 
 
 def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
-    """What is wrong with dequantized bytes of the output at a file offset; None when they are right to the bit."""
+    """What is wrong with dequantized bytes of the output at a file offset; None when every bit is right."""
     for want in _values(source, op.weights, op.dtype):
         got = output.read(file, [(at, len(want))])[0]
-        if got != want and not decode.same_values(got, want, op.dtype):
+        if got != want and not reference.same_values(got, want, op.dtype):
             return f"is not what its quantized weight decodes to, before byte {at + len(want):,} of the file"
         at += len(want)
     return None
@@ -38,25 +38,27 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
     offset = _offset(raw)
     if offset is None or raw != op.state_json(offset):
         return "its quant state is not the one that the plan writes"
-    if parts[".quant_map"] != decode.table(QUANT_TYPE).tobytes():
+    if parts[".quant_map"] != reference.table(QUANT_TYPE).tobytes():
         return "its quant_map is not NF4's"
     state = op.state(offset)
-    scales = decode.absmax_values(state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map"))
-    slack = decode.scale_rounding(state, parts.get(".nested_absmax"))
+    scales = reference.absmax_values(
+        state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map")
+    )
+    slack = reference.scale_rounding(state, parts.get(".nested_absmax"))
     first = 0
-    for chunk in _inputs(source, op):
+    for chunk in _quantize_input(source, op):
         count = len(chunk) // qs.WIDTH[op.dtype]
         blocks = -(-count // state.blocksize)
         quantized = parts[""][first // 2 : (first + count + 1) // 2]
         part = slice(first // state.blocksize, first // state.blocksize + blocks)
-        if not decode.within_rounding(state, quantized, scales[part], slack[part], chunk):
+        if not reference.within_rounding(state, quantized, scales[part], slack[part], chunk):
             return f"is not a 4-bit rounding of what it was made from, near element {first:,}"
         first += count
     return None
 
 
 def _offset(raw: bytes) -> float | None:
-    """The offset in the JSON of a quant state, 0 where it has none; None when it is no such JSON."""
+    """The offset in the JSON of a quant state, 0 where it has none; None when it is not a quant state."""
     try:
         doc = json.loads(raw)
     except (ValueError, RecursionError):
@@ -65,7 +67,7 @@ def _offset(raw: bytes) -> float | None:
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def _inputs(source: Source, op: Quantize) -> Iterator[bytes]:
+def _quantize_input(source: Source, op: Quantize) -> Iterator[bytes]:
     if isinstance(op.values, Slice):
         tensor = op.values.tensor
         yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
@@ -87,24 +89,20 @@ def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator
 def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
     quantized = quantized_tensor(source, weight)
     state = quantized.state
-    scales = decode.absmax_values(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
-    width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK // (4 * state.blocksize))
+    scales = reference.absmax_values(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
+    width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK_BYTES // (4 * state.blocksize))
     for first in range(0, state.blocks, blocks):
         begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
         raw = quantized.read(begin // 2, (end - begin + 1) // 2)
-        yield decode.decode_chunk(state, raw, scales[first : first + blocks])[: (end - begin) * width]
+        yield reference.decode_chunk(state, raw, scales[first : first + blocks])[: (end - begin) * width]
 
 
 def _eight_bit(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:
     rows, columns = weight.shape
-    scales = _read(source, weight.state_tensors[".SCB"])
-    step = max(1, CHUNK // (4 * columns))
+    scales = read_tensor(source, weight.state_tensors[".SCB"])
+    step = max(1, CHUNK_BYTES // (4 * columns))
     for first in range(0, rows, step):
         count = min(step, rows - first)
         at = weight.tensor.offset + first * columns
         raw = source.read(weight.tensor.shard, [(at, count * columns)])[0]
-        yield decode.decode_int8(raw, scales[first * 4 : (first + count) * 4], dtype)
-
-
-def _read(source: Source, t: Tensor) -> bytes:
-    return source.read(t.shard, [(t.offset, t.info.nbytes)])[0]
+        yield reference.decode_int8(raw, scales[first * 4 : (first + count) * 4], dtype)

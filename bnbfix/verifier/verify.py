@@ -1,34 +1,38 @@
-"""Proves a repair: the output against its record, against the source and the plan, and by a fresh scan.
+"""Proves a repair: compares the output with its record, with the source and the plan, and scans it again.
 
-Dequantized tensors are compared with an independent decode (decode.py), not with the kernels that wrote them.
+Dequantized tensors are compared with an independent decode (kernels/reference.py), not with the kernels that wrote
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import MAX_JSON, open_checkpoint
+from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Source, as_remote
 from ..engines.engine import Target
 from ..engines.vllm.releases import resolve_target
-from ..errors import BnbfixError, InputError, UsageError
+from ..errors import BnbfixError
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
-from ..rules.scan import scan_checkpoint
-from ..writer.download import fetch, missing_files
-from ..writer.tensor_data import CHUNK, copy_range
+from ..rules.scan import SCHEMA, scan_checkpoint
+from ..writer.download import download_files, missing_files, reraise_callback_errors
+from ..writer.record import read_record
+from ..writer.tensor_data import CHUNK_BYTES, copy_range
 from ..writer.write import Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One difference: the file, the tensor if it is one's, and what differs."""
+    """One difference: the file, the tensor if it is in one, and what differs."""
 
     file: str
     tensor: str | None
@@ -40,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What a verification found. Counts say what was compared."""
+    """What a verification found, and how much it compared."""
 
     out: Path
     target: str
@@ -49,13 +53,30 @@ class VerifyResult:
     kept: int  # tensors compared byte for byte with the source
     decoded: int  # weights compared with an independent decode
 
+    def __repr__(self) -> str:
+        compared = f"files={self.files}, kept={self.kept}, decoded={self.decoded}"
+        return f"VerifyResult(out={str(self.out)!r}, target={self.target!r}, problems={len(self.problems)}, {compared})"
+
     @property
     def ok(self) -> bool:
         return not self.problems
 
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `bnbfix verify --format json`: {schema, out, target, ok, problems, files, kept, decoded}"""
+        return {
+            "schema": SCHEMA,
+            "out": str(self.out),
+            "target": self.target,
+            "ok": self.ok,
+            "problems": [{"file": p.file, "tensor": p.tensor, "message": p.message} for p in self.problems],
+            "files": self.files,
+            "kept": self.kept,
+            "decoded": self.decoded,
+        }
+
 
 def verify_output(out: Path, source: Source | None, progress: Progress | None = None) -> VerifyResult:
-    """See `bnbfix.verify`. `progress` is called with the number of bytes just compared."""
+    """See `bnbfix.verify`. `progress` is called with the number of bytes just downloaded or compared."""
     step = progress or (lambda n: None)
     output = LocalSource.open(out)
     doc = read_record(output)
@@ -67,32 +88,15 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
-            if (elsewhere := as_remote(source)) is not None:
-                fetch(elsewhere, missing_files(plan), step)
+            if (remote := as_remote(source)) is not None:
+                with reraise_callback_errors(progress) as download_step:
+                    download_files(remote, missing_files(plan), download_step)
             problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target, options)
+    logger.info("%s: %d files hashed, %d differences", out, len(doc["sha256"]), len(problems))
     return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
-
-
-def read_record(output: Source) -> dict[str, Any]:
-    """bnbfix.json of an output; raises InputError when it is missing or not such a record."""
-    if RECORD not in output.files:
-        raise InputError("is missing; was this folder written by `bnbfix repair`?", where=f"{output.name}/{RECORD}")
-    if output.files[RECORD] > MAX_JSON:
-        raise InputError(f"{output.files[RECORD]:,} bytes are too many for such a file", where=RECORD)
-    try:
-        doc = json.loads(output.read(RECORD, [(0, output.files[RECORD])])[0])
-        hashes = doc["sha256"]
-        if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in hashes.values()):
-            raise ValueError("target and sha256 are not what they should be")
-        Options(**doc["options"])
-        if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
-            raise ValueError("linked is not a list of files")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as e:
-        raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
-    return dict(doc)
 
 
 def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Progress) -> Iterator[Problem]:
@@ -115,7 +119,7 @@ def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Pr
 def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:
     source, files = plan.checkpoint.source, output.files
     planned = {s.name for s in plan.shards} | set(plan.texts) | set(plan.copied)
-    for name in sorted(planned - set(files) - recorded):  # the record's own are missed by `_hashes`
+    for name in sorted(planned - set(files) - recorded):  # `_hashes` reports those in the record
         yield Problem(name, None, "is missing")
     for name in sorted((set(files) & recorded) - planned - {RECORD}):
         yield Problem(name, None, "is not in the plan")
@@ -166,9 +170,9 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
 
 
 def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b: int, length: int) -> int | None:
-    """The first byte, counted from the start, at which two ranges differ."""
-    for done in range(0, length, CHUNK):
-        n = min(CHUNK, length - done)
+    """The first byte, counted from the start, at which two ranges differ; None where they are equal."""
+    for done in range(0, length, CHUNK_BYTES):
+        n = min(CHUNK_BYTES, length - done)
         x, y = a.read(file_a, [(at_a + done, n)])[0], b.read(file_b, [(at_b + done, n)])[0]
         if x != y:
             return done + next(i for i in range(n) if x[i] != y[i])

@@ -1,4 +1,4 @@
-"""Work that runs beside the writing: chunks made ahead of their turn, and hashes of what was written."""
+"""Threads that work while a file is written: one makes items ahead of their turn, one hashes what was written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import OutputError
@@ -14,68 +14,59 @@ from ..errors import OutputError
 T = TypeVar("T")
 # Bytes read back and hashed at a time: they stay in the cache of the core that hashes. SHA-256 straight from a chunk
 # that another core has just made is slower than that, by a tenth on a Xeon with SHA-NI.
-PIECE = 512 << 10
+HASH_BYTES = 512 << 10
 STOPPED = "stopped before a file was whole"
 
 
 class Prefetch(Generic[T]):
-    """Draws an iterator on a thread of its own, at most `ahead` items before they are asked for.
+    """Draws items on its own thread, before they are asked for.
 
-    What the iterator raises is raised where its item would have come. `close` stops the thread.
+    At most `ahead` of the items that `counted` accepts wait at a time; the others cost no memory and wait in any
+    number. An error of the items is raised where its item would have come. `close` stops the thread.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int) -> None:
-        self._items = items
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
-        self._stop = threading.Event()
+    def __init__(self, items: Iterable[T], ahead: int, counted: Callable[[T], bool] = lambda item: True) -> None:
+        self._items, self._counted = items, counted
+        self._free = threading.Semaphore(ahead)
+        self._waiting: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="bnbfix-ahead", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             for item in self._items:
-                if not self._put((item, None)):
+                if self._counted(item):
+                    self._free.acquire()
+                if self._closed:
                     return
-            self._put((None, StopIteration()))
-        except BaseException as e:  # raised again in `__next__`, on the other thread
-            self._put((None, e))
-
-    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+                self._waiting.put((item,))
+            self._waiting.put(None)
+        except BaseException as e:  # raised again in `__iter__`, on the other thread
+            self._waiting.put(e)
 
     def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        item, error = self._queue.get()
-        if error is not None:
-            self._put((None, error))  # it is raised again if it is asked for again
-            raise error
-        return item  # type: ignore[return-value]  # None only beside an error, or where T holds it
+        while (found := self._waiting.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            if self._counted(found[0]):
+                self._free.release()
+            yield found[0]
 
     def close(self) -> None:
-        """Stops the thread once its current item is done."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.05)
+        """Stops the thread once its current item is made."""
+        self._closed = True
+        self._free.release()
+        self._thread.join()
 
 
 class Hasher:
-    """SHA-256 of a file that grows, read back on its own thread. With `stop` set it gives up, and `result` raises."""
+    """SHA-256 of a growing file, read back on its own thread. With `stop` set it gives up, and `result` raises."""
 
     def __init__(self, fd: int, stop: threading.Event) -> None:
         self._fd, self._stop = fd, stop
         self._digest = hashlib.sha256()
-        self.at = 0  # bytes that were hashed
+        self.hashed = 0  # bytes
         self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._closed = False
@@ -101,7 +92,7 @@ class Hasher:
         self._thread.join()
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(PIECE))
+        buffer = memoryview(bytearray(HASH_BYTES))
         try:
             while (end := self._written.get()) is not None and not self._closed:
                 self._read_back(end, buffer)
@@ -109,11 +100,11 @@ class Hasher:
             self._error = e
 
     def _read_back(self, end: int, buffer: memoryview) -> None:
-        while self.at < end and not self._closed:
+        while self.hashed < end and not self._closed:
             if self._stop.is_set():
                 raise OutputError(STOPPED)
-            got = os.preadv(self._fd, [buffer[: end - self.at]], self.at)
+            got = os.preadv(self._fd, [buffer[: end - self.hashed]], self.hashed)
             if not got:
-                raise OutputError(f"a file being written ended at byte {self.at:,}; is something else writing it?")
+                raise OutputError(f"a file being written ended at byte {self.hashed:,}; is something else writing it?")
             self._digest.update(buffer[:got])
-            self.at += got
+            self.hashed += got

@@ -1,8 +1,9 @@
-"""A file being written from its first byte to its last: moved or appended bytes, early writeback, a hash beside."""
+"""A file being written from its first byte to its last: copied or appended bytes, early writeback, a hash."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,15 +15,16 @@ from . import syscalls
 from .background import Hasher
 from .tensor_data import copy_range
 
-KERNEL_BYTES = 8 << 20  # moved by one call in the kernel
-LAG = 64 << 20  # bytes that were hashed last, which the disk may not have yet
+logger = logging.getLogger(__name__)
+COPY_BYTES = 8 << 20  # copied by one call in the kernel
 
 
 class OutputFile:
-    """A new file, that must not exist. Leaving its block without `finish` closes it, unfinished.
+    """A new file, which must not exist. Leaving its block without `finish` closes it, unfinished.
 
-    `step` is told of bytes as they are written, `finished` of the whole file's SHA-256, on another thread; `stop` makes
-    that thread give up. Unless the file `stays` in memory, the kernel is told that it need not.
+    `step` is called with the number of bytes just written, `finished` with the whole file's SHA-256, on another
+    thread; `stop` makes that thread give up. `cached_bytes` says how many of the bytes hashed last stay in the page
+    cache, since the disk may not have them yet; the bytes before them may leave it. None: the whole file stays.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class OutputFile:
         finished: Callable[[str], None],
         stop: threading.Event,
         *,
-        stays: bool,
+        cached_bytes: int | None,
     ) -> None:
-        self._step, self._finished, self._at = step, finished, 0
-        self._stays, self._gone = stays, 0
+        self._path, self._step, self._finished, self._at = path, step, finished, 0
+        self._cached_bytes, self._dropped = cached_bytes, 0
+        self._ways: set[str] = set()  # how its bytes came here
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._hasher = Hasher(self._fd, stop)
@@ -48,42 +51,48 @@ class OutputFile:
         if not self._flushing:
             self._close()
 
+    @property
+    def hashed(self) -> int:
+        """Bytes hashed so far."""
+        return self._hasher.hashed
+
     def append(self, chunk: bytes | memoryview) -> None:
         """Writes bytes after those already there."""
         syscalls.write_all(self._fd, chunk, self._at)
-        self._moved(len(chunk))
+        self._moved(len(chunk), "written")
 
     def copy_file(self, source: Source, name: str, size: int) -> None:
-        """The whole of a file of the source, sharing its bytes on disk where the file system can."""
+        """Copies a whole file of the source, sharing its bytes on disk where the file system can."""
         path = source.local_path(name)
         if path is not None and size:
             with _opened(path, name) as fd:
                 if os.fstat(fd).st_size == size and syscalls.clone(fd, self._fd):
-                    self._moved(size)
+                    self._moved(size, "reflink")
                     return
         self.copy(source, name, 0, size)
 
     def copy(self, source: Source, name: str, offset: int, length: int) -> None:
-        """A range of a file of the source."""
+        """Copies a range of a file of the source."""
         path = source.local_path(name)
         if path is None:
             for chunk in copy_range(source, name, offset, length):
                 self.append(chunk)
             return
         with _opened(path, name) as fd:
-            for begin in range(offset, offset + length, KERNEL_BYTES):
-                n = min(KERNEL_BYTES, offset + length - begin)
-                syscalls.copy(fd, begin, self._fd, self._at, n, name)
-                self._moved(n)
+            for begin in range(offset, offset + length, COPY_BYTES):
+                n = min(COPY_BYTES, offset + length - begin)
+                in_kernel = syscalls.copy(fd, begin, self._fd, self._at, n, name)
+                self._moved(n, "kernel copy" if in_kernel else "read and written")
 
-    def _moved(self, n: int) -> None:
+    def _moved(self, n: int, way: str) -> None:
+        self._ways.add(way)
         syscalls.start_writeback(self._fd, self._at, n)
         self._at += n
         self._hasher.reach(self._at)
         # Here and not where it is hashed: of the two threads this is the one that waits.
-        if not self._stays and self._hasher.at >= self._gone + 2 * LAG:
-            self._gone = self._hasher.at - LAG
-            syscalls.drop_page_cache(self._fd, self._gone)
+        if self._cached_bytes is not None and self.hashed >= self._dropped + 2 * self._cached_bytes:
+            self._dropped = self.hashed - self._cached_bytes
+            syscalls.drop_page_cache(self._fd, self._dropped)
         self._step(n)
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:
@@ -98,6 +107,7 @@ class OutputFile:
         finally:
             self._close()
         self._finished(digest)
+        logger.debug("%s: %s bytes, %s", self._path.name, f"{self._at:,}", ", ".join(sorted(self._ways)) or "empty")
         return digest
 
     def _close(self) -> None:
@@ -106,7 +116,7 @@ class OutputFile:
 
 
 def write_small(path: Path, data: bytes) -> None:
-    """A new file of a few bytes, flushed."""
+    """Writes a new file of a few bytes and flushes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

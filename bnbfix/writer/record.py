@@ -1,4 +1,4 @@
-"""bnbfix.json, which an output carries: what was changed, for which target, and a hash of every other file."""
+"""bnbfix.json, the record in an output: what was changed, for which target, and a hash of every other file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..__version__ import __version__
-from ..planner.plan import Plan
+from ..checkpoint.checkpoint import MAX_JSON
+from ..checkpoint.source import Source
+from ..errors import InputError, UsageError
+from ..planner.plan import RECORD, Action, Options, Plan
+
+SCHEMA = 1  # of the record; changes when a key changes its meaning
 
 
-def record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
+def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
     """The bytes of bnbfix.json. `files` has the SHA-256 of each file; those in `linked` are hard links without one.
 
-    A repo's repair differs from a folder's in the key "source" alone: {"repo", "revision"}.
+    The record of a repo's repair has one more key than that of a folder's: "source", {"repo", "revision"}.
     """
     origin = plan.checkpoint.source.origin
     doc: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "bnbfix": __version__,
         **({"source": dict(origin)} if origin else {}),
         "target": plan.target.name,
@@ -29,15 +34,55 @@ def record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> 
     }
     if linked:
         doc["linked"] = sorted(linked)
-    # A file name that is no UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
+    # A file name that is not UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
     return (json.dumps(doc, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
+def read_record(output: Source) -> dict[str, Any]:
+    """bnbfix.json of an output. Raises InputError when it is missing, not a record, or of an unknown schema."""
+    if RECORD not in output.files:
+        raise InputError("is missing; was this folder written by `bnbfix repair`?", where=f"{output.name}/{RECORD}")
+    if output.files[RECORD] > MAX_JSON:
+        raise InputError(f"{output.files[RECORD]:,} bytes are too many for such a file", where=RECORD)
+    try:
+        doc = _read_json(output)
+        schema = doc["schema"]
+        if type(schema) is not int:
+            raise ValueError("schema is not a number")
+        if schema != SCHEMA:
+            raise InputError(
+                f"has schema {schema}, which this bnbfix does not know", where=RECORD, hint="Use a newer bnbfix."
+            )
+        if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in doc["sha256"].values()):
+            raise ValueError("target and sha256 are not what they should be")
+        Options(**doc["options"])
+        if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
+            raise ValueError("linked is not a list of files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as e:
+        raise InputError(f"is not a record of a repair ({e})", where=RECORD) from e
+    return dict(doc)
+
+
+def repaired_tensors(source: Source) -> frozenset[str]:
+    """The tensors that an earlier repair changed, by its record, which is not verified; empty without a record."""
+    if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
+        return frozenset()
+    try:
+        edits = _read_json(source)["edits"]
+        return frozenset(e["name"] for e in edits if e["action"] not in (Action.DROP, Action.CONFIG))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
+
+
+def _read_json(source: Source) -> Any:
+    return json.loads(source.read(RECORD, [(0, source.files[RECORD])])[0])
+
+
 def plan_digest(plan: Plan) -> str:
-    """Names a plan and the files it reads: two runs with the same one write the same bytes."""
+    """Names a plan and the files it reads: two runs with the same digest write the same bytes."""
     source = plan.checkpoint.source
     digest = hashlib.sha256(repr((source.name, source.fingerprint)).encode("utf-8", "backslashreplace"))
-    digest.update(record(plan, {}))
+    digest.update(build_record(plan, {}))
     for shard in plan.shards:
         digest.update(repr((shard.name, shard.copied, shard.size, shard.header)).encode())
     for name, text in plan.texts.items():

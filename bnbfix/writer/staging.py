@@ -1,7 +1,7 @@
-"""Where an output appears: checked beforehand, staged beside it under a lock, published by one rename.
+"""Where an output appears: checked beforehand, staged next to it under a lock, published by one rename.
 
-A staging folder that an earlier run left behind is taken up again when it belongs to the same plan: finished files
-whose hash is right are kept. Otherwise it is cleared.
+When the staging folder of an interrupted run belongs to the same plan, its finished files are kept if their hashes are
+right. Otherwise the folder is cleared.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
@@ -20,9 +21,10 @@ from ..checkpoint.source import LocalSource, Source
 from ..errors import OutputError, UsageError
 from ..planner.plan import JOURNAL, Plan
 from .syscalls import exchange
+from .tensor_data import CHUNK_BYTES
 
-SLACK = 16 << 20  # bytes of disk asked for beyond the output: directories, the record, rounding to blocks
-PIECE = 4 << 20
+logger = logging.getLogger(__name__)
+SLACK_BYTES = 16 << 20  # of disk, needed beyond the output: directories, the record, rounding to blocks
 
 
 def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
@@ -30,64 +32,61 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
     target = Path(os.path.abspath(out))
     if isinstance(source, LocalSource):
         if _holds(source.path, target) or _holds(target, source.path):
-            raise UsageError(
-                "the output must lie outside the source, and the source outside the output", where=str(out)
-            )
+            raise UsageError("the output must be outside the source, and the source outside the output", where=str(out))
         for scratch in (*_scratch(resolve_output(out)), fetched_folder(out)):
             if _holds(scratch, source.path):
                 raise UsageError(
-                    f"lies in {scratch.name}, which a repair to {out} clears away",
+                    f"is in {scratch.name}, which a repair to {out} deletes",
                     where=source.name,
-                    hint="Rename it, or name another --out.",
+                    hint="Rename it, or choose another output folder.",
                 )
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise UsageError("exists and is not a folder", where=str(out))
     if not overwrite and next(os.scandir(target), None) is not None:
-        raise UsageError("exists and is not empty", where=str(out), hint="Name another --out, or add --overwrite.")
+        raise UsageError(
+            "exists and is not empty",
+            where=str(out),
+            hint="Choose another output folder, or replace this one with --overwrite (overwrite=True).",
+        )
     if target.parent == target:
-        raise UsageError("is the root, which nothing can replace", where=str(out))
+        raise UsageError("is the root, which cannot be replaced", where=str(out))
 
 
 def _holds(outer: Path, inner: Path) -> bool:
-    """Is it the same folder, or one above? By inode too: a mount, or letters in another case, give it two names."""
+    """Is `outer` the same folder as `inner`, or above it? By inode too: a mount gives a folder two names, and so does
+    the case of letters on some file systems.
+    """
     outer, inner = (Path(os.path.realpath(p)) for p in (outer, inner))
     folders = (inner, *inner.parents)
     return outer in folders or (outer.exists() and any(p.exists() and outer.samefile(p) for p in folders))
 
 
 def disk_space(plan: Plan, out: Path) -> tuple[int, int]:
-    """(bytes needed, bytes free) where `out` will lie. What an interrupted repair left counts as free."""
+    """(bytes needed, bytes free) on the disk of `out`. Files of an interrupted repair count as free space."""
     folder = unfinished(out)
     left = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder else 0
-    return plan.bytes_written + SLACK, shutil.disk_usage(existing_parent(out)).free + left
-
-
-def check_space(plan: Plan, out: Path) -> None:
-    """Raises OutputError when the disk cannot hold the output."""
-    needed, free = disk_space(plan, out)
-    if needed > free:
-        raise OutputError(f"not enough disk: {needed:,} bytes are needed, {free:,} are free", where=str(out))
+    return plan.bytes_written + SLACK_BYTES, shutil.disk_usage(existing_parent(out)).free + left
 
 
 def resolve_output(out: Path) -> Path:
-    """The path that is renamed to: of a symlink, what it names."""
+    """The path that staging is renamed to: of a symlink, its target."""
     return Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
 
 
 def _scratch(out: Path) -> tuple[Path, Path]:
-    """The folders beside an output that a repair makes and clears away: what is being written, and what it replaces."""
+    """The folders next to an output that a repair makes and deletes: for the new output, and for the replaced one."""
     return out.with_name(f".{out.name}.bnbfix-partial"), out.with_name(f".{out.name}.bnbfix-old")
 
 
 def fetched_folder(out: Path) -> Path:
-    """The folder beside an output for what is fetched shard by shard; cleared away as the others."""
+    """The folder next to an output for files that are downloaded shard by shard; deleted as the others are."""
     return resolve_output(out).with_name(f".{resolve_output(out).name}.bnbfix-source")
 
 
 def existing_parent(path: Path) -> Path:
-    """The folder that `path` will lie in, or the nearest one above that exists."""
+    """The folder that `path` will be in, or the nearest one above that exists."""
     path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent
@@ -95,13 +94,13 @@ def existing_parent(path: Path) -> Path:
 
 
 def unfinished(out: Path) -> Path | None:
-    """The folder in which an interrupted repair to `out` left finished files; None where there is none."""
+    """The folder in which an interrupted repair to `out` left finished files; None if there is none."""
     folder, _ = _scratch(resolve_output(out))
     return folder if folder.is_dir() else None
 
 
 def lock_directory(path: Path, out: Path) -> int:
-    """Makes a folder beside `out`, if there is none, and locks it; the lock lasts until what is returned is closed.
+    """Makes a folder next to `out`, if there is none, and locks it until the file descriptor returned is closed.
 
     Raises UsageError while another repair holds it.
     """
@@ -118,10 +117,10 @@ def lock_directory(path: Path, out: Path) -> int:
         except BlockingIOError:
             os.close(fd)
             raise UsageError(
-                "another repair is writing there", where=str(out), hint="Wait for it, or name another --out."
+                "another repair is writing there", where=str(out), hint="Wait for it, or choose another output folder."
             ) from None
         except FileNotFoundError:
-            pass  # published, or cleared away, by another repair between the two calls
+            pass  # published or deleted by another repair between the two calls
         except OSError as e:
             if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 return fd  # a file system without locks
@@ -131,13 +130,13 @@ def lock_directory(path: Path, out: Path) -> int:
 
 
 class Staging:
-    """The folder that grows beside an output, locked against a second repair to the same one.
+    """The folder that grows next to an output, locked against a second repair to the same output.
 
-    `kept` has the SHA-256 of each finished file of an earlier run of the same plan; they need no writing again.
+    `kept` has the SHA-256 of each finished file of an interrupted run of the same plan; these are not written again.
     """
 
     def __init__(self, out: Path, plan_digest: str) -> None:
-        """Makes the folder, or takes up the one that is there. Raises UsageError while another repair holds it."""
+        """Makes the folder, or resumes the one that is there. Raises UsageError while another repair holds it."""
         self.out = resolve_output(out)
         self.path, self._old = _scratch(self.out)
         self._digest = plan_digest
@@ -153,18 +152,22 @@ class Staging:
             raise
 
     def _resume(self) -> None:
-        """Keeps what belongs to this plan, clears the rest, and begins the journal anew."""
+        """Keeps what belongs to this plan, deletes the rest, and starts a new journal."""
         if not os.path.lexists(self.out) and self._old.is_dir():
             self._old.rename(self.out)  # an earlier run was killed between its two renames
+            logger.info("put back %s, which a killed repair had moved to %s", self.out, self._old)
         self.kept = dict(self._journaled())
         self.has_resumable_files = bool(self.kept)  # is there anything in it that the next run could use?
+        if self.kept:
+            logger.info("resuming an interrupted repair: %d finished files in %s", len(self.kept), self.path)
         for entry in os.scandir(self.path):
             if entry.name not in self.kept:
+                logger.debug("deleting %s of an interrupted repair", entry.path)
                 clear(Path(entry.path))
         self._note({"plan": self._digest}, *({"file": n, "sha256": h} for n, h in self.kept.items()))
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
-        """Finished files of an earlier run of the same plan that are what the journal says; top level alone."""
+        """Finished files of an earlier run of the same plan that match the journal; only those of the top level."""
         try:
             if not stat.S_ISREG(os.lstat(self.path / JOURNAL).st_mode):
                 return
@@ -195,9 +198,9 @@ class Staging:
             os.close(fd)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Makes the folder the output; what was there is removed only once the new one is in its place, for good.
+        """Makes the folder the output. An old output is removed only once the new one is in its place and synced.
 
-        Without `overwrite` the rename itself refuses a folder that is not empty: somebody may just have filled it.
+        Without `overwrite` the rename itself refuses a folder that is not empty, which another process may have filled.
         """
         (self.path / JOURNAL).unlink()
         fsync_tree(self.path)
@@ -217,7 +220,8 @@ class Staging:
                 raise
         try:
             fsync_folder(self.out.parent)
-        except BaseException:  # an interrupt too: what may not survive a power cut is not published
+            logger.info("published %s", self.out)
+        except BaseException:  # an interrupt too: an output that may not survive a power cut is not published
             self._unpublish(leftover)
             raise
         if leftover is not None:
@@ -233,14 +237,24 @@ class Staging:
             leftover.rename(self.out)
 
     def discard(self) -> None:
-        """Removes the folder and what is in it."""
+        """Removes the folder and what is in it, unless another repair has replaced it."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 clear(self.path)
+                logger.info("discarded %s", self.path)
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         os.close(self._lock)
+
+
+@contextlib.contextmanager
+def wrap_write_errors(out: Path) -> Iterator[None]:
+    """Raises OutputError for an OSError of the block."""
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename2 or e.filename or out)) from e
 
 
 def fsync_tree(root: Path) -> None:
@@ -250,7 +264,7 @@ def fsync_tree(root: Path) -> None:
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Flushes the names in a folder."""
+    """Flushes the entries of a folder."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -276,7 +290,7 @@ def _sha256(path: Path) -> str | None:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return None
         digest = hashlib.sha256()
-        while data := os.read(fd, PIECE):
+        while data := os.read(fd, CHUNK_BYTES):
             digest.update(data)
         return digest.hexdigest()
     except OSError:

@@ -1,4 +1,4 @@
-"""System calls that Python does not offer, or offers raw: each answers plainly where the system has no such call."""
+"""System calls that Python lacks or leaves raw. Each reports in its result that the system has no such call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ..errors import InputError
 FICLONE = 0x40049409  # linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-WRITE = 1 << 20  # bytes of one write: ext4 of Linux 6.18 takes seven times as long for the same in writes of 4 MB
-# What a kernel or a file system answers that cannot copy between these two files, while reading and writing can.
+# One write: ext4 of Linux 6.18 takes seven times as long for the same bytes in writes of 4 MB.
+WRITE_BYTES = 1 << 20
+READ_BYTES = 4 << 20  # one read, where the kernel does not copy
+# Errors of a kernel or a file system that cannot copy between two files that can be read and written.
 CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.ETXTBSY}
 
 
@@ -36,20 +38,23 @@ def clone(source: int, target: int) -> bool:
     return True
 
 
-def copy(source: int, offset: int, target: int, at: int, length: int, where: str) -> None:
-    """Copies bytes between two files, in the kernel where it can. Raises InputError when the source ends before."""
+def copy(source: int, offset: int, target: int, at: int, length: int, where: str) -> bool:
+    """Copies bytes between two files. True when the kernel copied all of them; False when they were read and written.
+
+    Raises InputError when the source ends before.
+    """
     kernel: Callable[..., int] | None = getattr(os, "copy_file_range", None)
     while length:
         done = 0
         if kernel is not None:
-            # Whatever is wrong, reading and writing says more plainly which of the two files it is.
+            # Whatever is wrong, reading and writing reports which of the two files it is.
             with contextlib.suppress(OSError):
                 done = kernel(source, target, length, offset, at)
-            if done == 0:  # refused; or the end, or a file system that only says so (Linux before 5.12, on /proc)
+            if done == 0:  # refused; or the end, or a file system that only claims it (Linux before 5.12, on /proc)
                 kernel = None
         if kernel is None:
             try:
-                data = os.pread(source, min(length, 4 << 20), offset)
+                data = os.pread(source, min(length, READ_BYTES), offset)
             except OSError as e:
                 raise InputError(f"cannot be read at byte {offset:,} ({e.strerror})", where=where) from e
             if not data:
@@ -57,26 +62,27 @@ def copy(source: int, offset: int, target: int, at: int, length: int, where: str
             write_all(target, data, at)
             done = len(data)
         offset, at, length = offset + done, at + done, length - done
+    return kernel is not None
 
 
 def write_all(fd: int, data: bytes | memoryview, at: int) -> None:
-    """Writes all of it at an offset, however short the writes of the system are."""
+    """Writes all bytes at an offset, however short the writes of the system are."""
     view = memoryview(data)
     while view:
-        done = os.pwrite(fd, view[:WRITE], at)
+        done = os.pwrite(fd, view[:WRITE_BYTES], at)
         at += done
         view = view[done:]
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Asks the kernel to begin writing a range to disk, which keeps the last fsync short; it may do nothing."""
-    call = _libc("sync_file_range")
-    if call is not None:  # what it answers is not asked: fsync, later, reports every error
+    """Asks the kernel to begin writing a range to disk, which keeps the last fsync short. The kernel may ignore it."""
+    call = libc_function("sync_file_range")
+    if call is not None:  # its result is ignored: fsync, later, reports every error
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
 def free_memory() -> int | None:
-    """Bytes of RAM that hold nothing, no file's pages either; None where the system does not say."""
+    """Bytes of RAM that are unused, by cached files too; None where the system does not say."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -84,7 +90,7 @@ def free_memory() -> int | None:
 
 
 def drop_page_cache(fd: int, end: int) -> None:
-    """Tells the kernel that what is on disk of the bytes before `end` need not stay in memory; it may do nothing."""
+    """Tells the kernel that the bytes before `end` need not stay in memory once they are on disk. It may ignore it."""
     call: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
     if call is not None:
         with contextlib.suppress(OSError):  # advice; fsync, later, reports every error
@@ -93,7 +99,7 @@ def drop_page_cache(fd: int, end: int) -> None:
 
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Swaps two paths in one step. False where the system cannot."""
-    call = _libc("renameat2")
+    call = libc_function("renameat2")
     if call is None:
         return False
     if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE)) == 0:
@@ -104,8 +110,11 @@ def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool
     raise OSError(code, os.strerror(code), os.fspath(one), None, os.fspath(other))
 
 
+def libc_function(name: str) -> Any:
+    """A function of Linux' C library; None where there is none."""
+    return getattr(_libc(), name, None) if sys.platform.startswith("linux") else None
+
+
 @cache
-def _libc(name: str) -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

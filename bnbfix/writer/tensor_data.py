@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Tensor, Weight
@@ -10,52 +10,59 @@ from ..checkpoint.source import Source
 from ..kernels.bnb import QuantizedTensor, dequantize, dequantize_int8, quantize
 from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Slice
 
-CHUNK = 4 << 20  # bytes at a time; a multiple of every blocksize in every dtype
+CHUNK_BYTES = 4 << 20  # at a time; a multiple of every blocksize in every dtype
 
 
 def copy_range(source: Source, file: str, offset: int, length: int) -> Iterator[bytes]:
     """Bytes of a file of the source."""
-    for at in range(offset, offset + length, CHUNK):
-        yield source.read(file, [(at, min(CHUNK, offset + length - at))])[0]
+    for at in range(offset, offset + length, CHUNK_BYTES):
+        yield source.read(file, [(at, min(CHUNK_BYTES, offset + length - at))])[0]
+
+
+def read_tensor(source: Source, tensor: Tensor) -> bytes:
+    """All bytes of a tensor of the source."""
+    return source.read(tensor.shard, [(tensor.offset, tensor.info.nbytes)])[0]
 
 
 def quantized_tensor(source: Source, weight: Weight) -> QuantizedTensor:
     """A quantized weight of a source, as the kernels take it: statistics in memory, quantized bytes by ranges."""
     assert weight.state is not None
-
-    def read(offset: int, length: int) -> bytes:
-        return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
-
+    parts = weight.state_tensors
+    nested = {s: read_tensor(source, parts[s]) for s in (".nested_absmax", ".nested_quant_map") if s in parts}
     return QuantizedTensor(
         state=weight.state,
-        read=read,
-        absmax=_whole(source, weight.state_tensors[".absmax"]),
-        nested_absmax=_maybe(source, weight.state_tensors.get(".nested_absmax")),
-        nested_quant_map=_maybe(source, weight.state_tensors.get(".nested_quant_map")),
+        read=_reader(source, weight),
+        absmax=read_tensor(source, parts[".absmax"]),
+        nested_absmax=nested.get(".nested_absmax"),
+        nested_quant_map=nested.get(".nested_quant_map"),
     )
 
 
 def weight_values(source: Source, weights: tuple[Weight, ...], dtype: str, device: str) -> Iterator[bytes | memoryview]:
-    """The values of weights, one after the other, little-endian in `dtype` (safetensors name).
+    """The values of weights, in order, little-endian in `dtype` (safetensors name).
 
-    4-bit weights are decoded in the dtype their quant state names and must be of `dtype`, as plain ones must.
+    4-bit weights are decoded in the dtype their quant state names, which must be `dtype`; so must the dtype of
+    unquantized weights.
     """
     for weight in weights:
         if weight.state is not None:
-            yield from dequantize(quantized_tensor(source, weight), device, CHUNK)
+            yield from dequantize(quantized_tensor(source, weight), device, CHUNK_BYTES)
         elif weight.int8:
-            yield from _int8(source, weight, dtype)
+            rows, columns = weight.shape
+            scales = read_tensor(source, weight.state_tensors[".SCB"])
+            torch_dtype = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
+            yield from dequantize_int8(_reader(source, weight), (rows, columns), scales, torch_dtype, CHUNK_BYTES)
         else:
             yield from copy_range(source, weight.tensor.shard, weight.tensor.offset, weight.tensor.info.nbytes)
 
 
-def _int8(source: Source, weight: Weight, dtype: str) -> Iterator[memoryview]:
+def _reader(source: Source, weight: Weight) -> Callable[[int, int], bytes]:
+    """Reads (offset, length) of a weight's own tensor."""
+
     def read(offset: int, length: int) -> bytes:
         return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
 
-    rows, columns = weight.shape
-    kind = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
-    yield from dequantize_int8(read, (rows, columns), _whole(source, weight.state_tensors[".SCB"]), kind, CHUNK)
+    return read
 
 
 def quantized_parts(source: Source, op: Quantize, device: str) -> Iterator[bytes]:
@@ -86,11 +93,3 @@ def quantize_input(source: Source, op: Quantize, device: str) -> Iterator[bytes 
         yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
     else:
         yield from weight_values(source, (op.values,), qs.DTYPES[op.dtype], device)
-
-
-def _whole(source: Source, t: Tensor) -> bytes:
-    return source.read(t.shard, [(t.offset, t.info.nbytes)])[0]
-
-
-def _maybe(source: Source, t: Tensor | None) -> bytes | None:
-    return _whole(source, t) if t is not None else None

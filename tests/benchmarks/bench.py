@@ -2,8 +2,8 @@
 """Times repairs and scans against what moving the bytes costs, the sides interleaved in one run.
 
     python tests/benchmarks/bench.py repair MODEL      against `cp -r` of the output and `sync`
-    python tests/benchmarks/bench.py hardlink MODEL    against `cp` of the changed shards alone and `sync`
-    python tests/benchmarks/bench.py bf16 MODEL        against cp and sync of the output, and against the kernel alone
+    python tests/benchmarks/bench.py hardlink MODEL    against `cp` of only the changed shards and `sync`
+    python tests/benchmarks/bench.py bf16 MODEL        against cp and sync of the output, and the kernel by itself
     python tests/benchmarks/bench.py hand MODEL        against load_file, dequantize_4bit, save_file, a shard at a time
     python tests/benchmarks/bench.py scan MODEL        of a folder, from the shell
 
@@ -97,7 +97,7 @@ def repair(model: Path, scratch: Path, rounds: int, *options: str) -> None:
         ),
     }
     if "--bf16" in options:
-        sides["the kernel alone, 1 thread"] = ([sys.executable, str(HERE / "kernel_alone.py"), str(model)], model)
+        sides["the kernel by itself, 1 thread"] = ([sys.executable, str(HERE / "kernel_alone.py"), str(model)], model)
     show(interleaved(sides, rounds, lambda: shutil.rmtree(out, ignore_errors=True)), "cp -r of the output, sync")
     shutil.rmtree(kept)
 
@@ -130,7 +130,7 @@ def hand(model: Path, scratch: Path, rounds: int) -> None:
 
 
 def scan(model: Path, rounds: int) -> None:
-    """A scan from the shell, and the interpreter alone."""
+    """A scan from the shell, and only the interpreter."""
     sides = {
         "python -c pass": ([sys.executable, "-c", "pass"], HERE),
         "bnbfix scan": (bnbfix("scan", model, "--vllm", RELEASE, "--exit-zero"), HERE),  # 19 GB of holes are not read
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=["repair", "hardlink", "bf16", "hand", "scan"])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--scratch", type=Path, help="where outputs go; default: beside MODEL")
+    parser.add_argument("--scratch", type=Path, help="where outputs go; default: next to MODEL")
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     scratch = a.scratch or a.model.parent / "bench-scratch"

@@ -1,4 +1,4 @@
-"""Dequantizes every quantized weight of a checkpoint and writes nothing: what `repair --bf16` computes, on one thread."""
+"""Dequantizes every quantized weight of a checkpoint on one thread and writes nothing: only the kernel of `--bf16`."""
 
 from __future__ import annotations
 

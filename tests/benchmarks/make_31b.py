@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes a checkpoint of the real Gemma4 31B's structure and size, some 20 GB of which almost nothing lies on disk.
+"""Writes a checkpoint of the real Gemma4 31B's structure and size, some 20 GB of which almost nothing takes disk space.
 
     python tests/benchmarks/make_31b.py OUT [--quantized-tower] [--shard-size BYTES]
 
-Config, index, headers, quant states and the small quant-state tensors are real; weights and absmax are holes in sparse files,
-which read as zeros. Scans of it cost what scans of the real one cost. Standard library only.
+Config, index, headers, quant states and the small quant-state tensors are real; weights and absmax are holes in sparse
+files, which read as zeros. Scans of it cost what scans of the real one cost. Standard library only.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def weights() -> Iterator[tuple[str, Shape, bool]]:
     yield "model.embed_vision.embedding_projection.weight", (HIDDEN, VISION), True
 
 
-def pack(name: str, shape: Shape) -> dict[str, Tensor]:
+def quantized_tensors(name: str, shape: Shape) -> dict[str, Tensor]:
     """A weight in NF4 with double quantization, as bitsandbytes lays it out."""
     numel = math.prod(shape)
     blocks = -(-numel // 64)
@@ -122,13 +122,13 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def make(folder: Path, *, quantized_tower: bool = False, shard_size: int = SHARD_SIZE) -> Path:
-    """Writes the checkpoint. With `quantized_tower` the vision tower is quantized too: 600 quant states instead of 410."""
+    """Writes the checkpoint. `quantized_tower` quantizes the vision tower too: 600 quant states instead of 410."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, shape, linear in weights():
         quantized = linear and (quantized_tower or ".language_model." in name)
-        tensors = pack(name, shape) if quantized else {name: ("BF16", shape, None)}
+        tensors = quantized_tensors(name, shape) if quantized else {name: ("BF16", shape, None)}
         size = sum(math.prod(s) * WIDTH[dtype] for dtype, s, _ in tensors.values())
         if filled and filled + size > shard_size:
             shards.append({})
@@ -223,7 +223,7 @@ def config(quantized_tower: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--quantized-tower", action="store_true", help="pack the vision tower and its embedder too")
+    parser.add_argument("--quantized-tower", action="store_true", help="quantize the vision tower and its embedder too")
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, metavar="BYTES")
     given = parser.parse_args()
     folder = make(given.out, quantized_tower=given.quantized_tower, shard_size=given.shard_size)

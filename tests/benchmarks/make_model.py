@@ -4,7 +4,7 @@
     python tests/benchmarks/make_model.py OUT [--gigabytes 6] [--towers] [--shard-size BYTES]
 
 The structure is make_31b.py's, with as many layers as the size asks for; `--towers` quantizes the vision tower as well.
-Quantized bytes and 8-bit scales are random; scales of scales and ordinary weights are random numbers of a likely size.
+Quantized bytes and 8-bit scales are random; scales of scales and unquantized weights are numbers of a likely size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def fill(folder: Path, seed: int = 7) -> None:
 
 
 def noise(rng: np.random.Generator, dtype: str, size: int) -> bytes:
-    """Random bytes that are no NaN or infinity in their dtype."""
+    """Random bytes that are not NaN or infinity in their dtype."""
     if dtype == "U8":
         return rng.bytes(size)
     if dtype == "F32":

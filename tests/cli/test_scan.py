@@ -301,9 +301,9 @@ finally:
     [
         ([], ""),
         (["--format", "json"], ""),
-        (["--map"], "report.layer_map"),
+        (["--map"], "planner.plan report.layer_map"),
         (["--format", "sarif"], "report.sarif"),
-        (["--format", "html"], "report.html report.layer_map"),
+        (["--format", "html"], "planner.plan report.html report.layer_map"),
     ],
 )
 def test_a_format_is_imported_when_it_is_asked_for(tmp_path: Path, options: list[str], imported: str) -> None:

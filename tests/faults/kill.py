@@ -4,8 +4,8 @@
     python tests/faults/kill.py [--kills 200] [--seed N]
 
 After every SIGKILL: the source is untouched; the destination is absent (or what it was, with --overwrite) or complete.
-What is left is left for the next repair, which takes it up; every few kills one is let through, and must give the very
-bytes of a repair that was never disturbed. Ends with status 1 at the first loss.
+What is left stays for the next repair, which resumes from it. Every few kills one repair is not killed, and must give
+the same bytes as an undisturbed one. Ends with status 1 at the first loss.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def in_child(function: Callable[[], None], kill_after: float | None) -> bool:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
-        assert os.WEXITSTATUS(status) == 0, "a repair failed that nobody had killed yet"
+        assert os.WEXITSTATUS(status) == 0, "a repair failed before it was killed"
     return not os.WIFSIGNALED(status)
 
 
@@ -94,13 +94,13 @@ def kill(source: Path, work: Path, kills: int, rng: random.Random) -> Counter[st
                 (out / "old.txt").write_bytes(OLD["old.txt"])
             continue
         old = OLD if overwrite else {}
-        # Between two renames, where the system cannot swap, the old output lies beside; the next run puts it back.
+        # Between two renames, where the system cannot swap, the next run renames the old output back.
         assert there == old or (not there and overwrite and tree(aside) == OLD), f"half an output: {sorted(there)}"
         finished = len(tree(staging)) if staging.exists() else -1
         seen["nothing yet" if finished < 0 else f"staging, {'files' if finished else 'nothing'} in it"] += 1
     in_child(lambda: repair(source, out, overwrite), None)
     assert tree(out) == clean
-    assert sorted(p.name for p in work.iterdir()) == ["clean", "out", "timed"], "something is left beside the output"
+    assert sorted(p.name for p in work.iterdir()) == ["clean", "out", "timed"], "something is left next to the output"
     return seen
 
 

@@ -37,7 +37,7 @@ CALLS = {
     "lock": (fcntl, "flock", errno.EIO),
 }
 EVERY_CALL = bool(os.environ.get("BNBFIX_EVERY_CALL"))  # else a few of each: the first, the last, one in the middle
-# Calls that do not depend on what lies at the destination.
+# Calls that do not depend on what is at the destination.
 SAME_EVERYWHERE = {"open", "pwrite", "write", "copy_file_range", "clone", "read back", "lock"}
 # Calls whose failure costs nothing: another way is taken, or what is left is cleared by the next run.
 HARMLESS = {"copy_file_range", "unlink", "rmdir"}
@@ -135,7 +135,7 @@ def test_whichever_call_fails_nothing_is_lost(
         outcomes["error"] += 1
         run()
         assert tree(out) == right
-        assert [p.name for p in tmp_path.iterdir()] == ["out"], "the next run leaves nothing beside"
+        assert [p.name for p in tmp_path.iterdir()] == ["out"], "the next run leaves nothing else"
     assert kind in HARMLESS or outcomes["error"] > 0
     if EVERY_CALL:
         with capsys.disabled():
@@ -143,7 +143,9 @@ def test_whichever_call_fails_nothing_is_lost(
 
 
 @pytest.mark.parametrize("answer", [0, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_kernel_that_does_not_copy_ranges_is_done_without(source: Path, tmp_path: Path, answer: int) -> None:
+def test_a_kernel_that_does_not_copy_ranges_is_replaced_by_reads_and_writes(
+    source: Path, tmp_path: Path, answer: int
+) -> None:
     def refuse() -> int:
         if answer:
             raise OSError(answer, os.strerror(answer))
@@ -199,8 +201,8 @@ def test_hard_links_are_verified_against_the_source(source: Path, tmp_path: Path
     assert result.linked == ("embeddings.safetensors",) and "embeddings.safetensors" not in result.files
     assert (tmp_path / "out" / "embeddings.safetensors").samefile(source / "embeddings.safetensors")
     assert bnbfix.verify(tmp_path / "out", source).ok and bnbfix.verify(tmp_path / "out").ok
-    plain = bnbfix.repair(source, tmp_path / "plain", vllm="0.22.1", device="cpu")
-    assert plain.linked == () and "embeddings.safetensors" in plain.files
+    copied = bnbfix.repair(source, tmp_path / "copied", vllm="0.22.1", device="cpu")
+    assert copied.linked == () and "embeddings.safetensors" in copied.files
     (tmp_path / "out" / "embeddings.safetensors").unlink()
     assert [p.message for p in bnbfix.verify(tmp_path / "out").problems] != []
     data = bytearray((source / "embeddings.safetensors").read_bytes())
@@ -220,8 +222,8 @@ def test_a_second_repair_to_one_destination_refuses(source: Path, tmp_path: Path
 
     bnbfix.repair(source, tmp_path / "out", vllm="0.22.1", device="cpu", progress=meanwhile)
     assert len(refused) == 1
-    bnbfix.repair(source, tmp_path / "alone", vllm="0.22.1", device="cpu")
-    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
+    bnbfix.repair(source, tmp_path / "clean", vllm="0.22.1", device="cpu")
+    assert tree(tmp_path / "out") == tree(tmp_path / "clean")
 
 
 @pytest.mark.parametrize("change", ["other plan", "other source", "spoilt file", "spoilt journal"])
@@ -252,8 +254,8 @@ def test_what_an_interrupted_run_left_is_kept_only_where_it_fits(checkpoint: Mak
         (staging / ".bnbfix-journal").write_bytes(b'\xff{"plan"')
     result = bnbfix.repair(source, tmp_path / "out", vllm=target, device="cpu")
     assert first not in result.kept
-    alone = bnbfix.repair(source, tmp_path / "alone", vllm=target, device="cpu")
-    assert alone.kept == () and tree(tmp_path / "out") == tree(tmp_path / "alone")
+    clean = bnbfix.repair(source, tmp_path / "clean", vllm=target, device="cpu")
+    assert clean.kept == () and tree(tmp_path / "out") == tree(tmp_path / "clean")
 
 
 @pytest.mark.parametrize("moment", ["while it is written", "before the end"])
@@ -297,7 +299,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up(pristine: Make, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnbfix.writer.write.check_space", lambda plan, out: None)  # others fill it after the check
+    monkeypatch.setattr("bnbfix.writer.write.check_space", lambda plan, out, stream: None)  # filled later
     source = pristine("dense31b", "partial", shards=2)
     with pytest.raises(OutputError, match="No space left on device"):
         bnbfix.repair(source, tiny_disk / "out", vllm="0.22.1", device="cpu")
@@ -355,7 +357,7 @@ def test_repairs_that_are_killed_lose_nothing() -> None:
     assert "5 kills, 0 losses, 0 half outputs" in done.stdout
 
 
-def test_modes_honour_the_umask(source: Path, tmp_path: Path) -> None:
+def test_modes_match_the_umask(source: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         bnbfix.repair(source, tmp_path / "out", vllm="0.22.1", device="cpu")

@@ -1,7 +1,7 @@
 """What is fuzzed: each surface makes one mutation from a random number generator and says how it ended.
 
-"accepted", "refused" (a BnbfixError) or "stricter" are right ends. Any other exception is a crash, a Disagreement a lie
-that got through.
+"accepted", "refused" (a BnbfixError) or "stricter" are right ends. Any other exception is a crash, a Disagreement an
+invalid file that was accepted, or a valid one that was refused.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def some_shard(r: Random) -> tuple[int, str]:
     return which, r.choice([name for name in corpus()[which] if name.endswith(".safetensors")])
 
 
-# Headers alone
+# Only headers
 
 
 def header_structure(r: Random) -> str:

@@ -1,4 +1,4 @@
-"""What must hold whatever a file says: the safetensors library, bitsandbytes and plain arithmetic as judges."""
+"""What must hold whatever a file says: the safetensors library, bitsandbytes and simple arithmetic as judges."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def judge_header(content: bytes) -> str:
 
 
 def judge_checkpoint(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
-    """Every shard is one that the library reads, and every quant state fits its weight, by plain arithmetic."""
+    """Every shard is one that the library reads, and every quant state fits its weight, by simple arithmetic."""
     for shard in checkpoint.shards:
         if not library_accepts(files[shard]):
             raise Disagreement(f"{shard} was opened though the library refuses it")
@@ -92,7 +92,7 @@ def judge_state(weight: Weight, files: Mapping[str, bytes]) -> None:
 
 
 def judge_reading(weight: Weight, parts: Mapping[str, object]) -> None:
-    """bitsandbytes reads the same numbers out of the quant-state tensors (`parts`: tensors by full name) as bnbfix does."""
+    """bitsandbytes reads the same numbers as bnbfix from the quant-state tensors (`parts`: tensors by full name)."""
     theirs, ours = QuantState.from_dict(dict(parts), "cpu"), weight.state
     assert ours is not None
     nested = theirs.state2 if theirs.nested else None
@@ -113,7 +113,7 @@ def judge_plan(plan: Plan, files: Mapping[str, bytes]) -> None:
             raise Disagreement(f"the plan's {shard.name} is refused by the library")
     for name, text in plan.texts.items():
         if name.endswith(".json") and not isinstance(json.loads(text.encode()), dict):
-            raise Disagreement(f"the plan's {name} is no object")
+            raise Disagreement(f"the plan's {name} is not an object")
     names = [*(s.name for s in plan.shards), *plan.texts, *plan.copied]
     if len(set(names)) != len(names):
         raise Disagreement("the plan writes a file twice")

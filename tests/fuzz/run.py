@@ -24,7 +24,7 @@ from tests.fuzz.cases import case, corpus  # noqa: E402
 from tests.fuzz.runner import Figures, run_cases  # noqa: E402
 
 BATCH = 2000
-SHOWN = 20  # failures told in full; all are counted
+SHOWN = 20  # failures printed in full; all are counted
 MEMORY = 1 << 30  # bytes
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None, help="left out: a fresh one, which is printed")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--case", type=int, default=None, help="this one alone")
+    parser.add_argument("--case", type=int, default=None, help="only this one")
     args = parser.parse_args()
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)

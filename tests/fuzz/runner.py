@@ -47,8 +47,8 @@ class Figures:
     def lines(self) -> Iterator[str]:
         """The figures for people."""
         for surface, ends in sorted(self.by_surface().items()):
-            told = ", ".join(f"{end} {n:,}" for end, n in sorted(ends.items()))
-            yield f"  {surface:<18} {sum(ends.values()):>9,}: {told}"
+            counts = ", ".join(f"{end} {n:,}" for end, n in sorted(ends.items()))
+            yield f"  {surface:<18} {sum(ends.values()):>9,}: {counts}"
         yield (
             f"mutations {sum(self.ends.values()):,}, accepted {self.count('accepted'):,}, refused "
             f"{self.count('refused', 'stricter'):,} (where the library is laxer: {self.count('stricter'):,}), crashes "
@@ -87,8 +87,8 @@ def run_cases(seed: int, numbers: Iterable[int]) -> Figures:
             figures.failures.append(f"seed {seed}, case {number}, {surface}: hang")
         except Exception as e:  # whatever it is, it is the finding
             end = "disagreement" if isinstance(e, Disagreement) else "crash"
-            told = "".join(traceback.format_exception(e))[-3000:]
-            figures.failures.append(f"seed {seed}, case {number}, {surface}: {end}\n{told}")
+            trace = "".join(traceback.format_exception(e))[-3000:]
+            figures.failures.append(f"seed {seed}, case {number}, {surface}: {end}\n{trace}")
         figures.ends[surface, end] += 1
         figures.slowest = max(figures.slowest, time.perf_counter() - began)
     return figures

@@ -1,4 +1,4 @@
-"""JSON turned wrong: an object is a tuple of pairs here, so that keys may repeat, and text may go in as it is."""
+"""Invalid JSON: an object is a tuple of pairs here, so that keys may repeat, and text may go in unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.surgery import pack
 
 
 class Raw(str):
-    """JSON text that is written as it is."""
+    """JSON text that is written unchanged."""
 
 
 HOSTILE_TEXT = r"""

@@ -41,7 +41,7 @@ def check(figures: Figures, mutations: int) -> None:
 def test_mutations_of_a_fixed_seed_are_right_or_refused() -> None:
     figures = run_cases(FIXED, range(MUTATIONS))
     check(figures, MUTATIONS)
-    # Mutations that are all refused, or never, would test one half of the code alone.
+    # Mutations that are all refused, or never, would test only one half of the code.
     for surface, ends in figures.by_surface().items():
         assert ends["accepted"] > 0 and ends["refused"] > 0, (surface, ends)
     assert set(figures.by_surface()) == {surface.__name__ for surface in SURFACES}
@@ -113,7 +113,7 @@ def test_the_corpus_is_what_the_library_and_bnbfix_read() -> None:
         assert not opened.damaged and any(w.quantized for w in opened.weights.values())
 
 
-def test_a_crash_a_hang_and_a_lie_that_gets_through_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_a_hang_and_a_disagreement_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(seed: int, number: int) -> tuple[str, object]:
         def run() -> str:
             if number == 0:

@@ -133,12 +133,12 @@ def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str
 def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
     for more in ([], ["--dry-run"]):
         done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
-        assert (done.code, done.err) == (2, "error: /: is the root, which nothing can replace\n")
+        assert (done.code, done.err) == (2, "error: /: is the root, which cannot be replaced\n")
 
 
 def test_stream_is_for_repos(hub: Hub, source: Path, tmp_path: Path) -> None:
     done = hub.run("repair", source, *TARGET, "--out", tmp_path / "out", "--stream")
-    assert done.code == 2 and "--stream is for repos on the Hub" in done.err
+    assert done.code == 2 and "only repos on the Hub can be streamed" in done.err
 
 
 def test_killed_and_run_again_finished_files_are_not_fetched_anew(hub: Hub, pristine: Make, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ import bnbfix
 from bnbfix.writer import download as supply
 
 plan, real = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage
-download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK
+download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK_BYTES
 try:
     for free, stream in ((output + download, False), (output + download - 1, False), (output + download // 2, True)):
         shutil.disk_usage = lambda path: namedtuple("Usage", "free")(free)
@@ -401,7 +401,7 @@ from bnbfix.writer import download as supply
 
 plan, usage, stat = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage, os.stat
 out = Path(sys.argv[2])
-download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK
+download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK_BYTES
 def disk(path):  # the output's folder lies on a disk of its own
     return 1 if str(path).startswith(str(out.parent)) else 2
 try:

@@ -23,8 +23,8 @@ here = pytest.mark.skipif(native.load() is None, reason="this release of bitsand
 
 
 @pytest.fixture
-def asked_again() -> Iterator[None]:
-    """Forgets what library was found, before and after."""
+def loaded_again() -> Iterator[None]:
+    """Makes the library be searched for again, in the test and after it."""
     native.load.cache_clear()
     yield
     native.load.cache_clear()
@@ -42,23 +42,23 @@ def through_torch(quantized: Quantized, chunk_bytes: int) -> bytes:
 @example(QuantState("fp4", 4096, "float16", (3, 5000), NestedState(256, 0.25)), 1, 4 << 20)
 def test_with_and_without_torch_is_the_same_to_the_bit(state: QuantState, seed: int, chunk_bytes: int) -> None:
     quantized = random_weight(state, seed)
-    assert kernels._native(quantized.tensor, min(state.blocksize, kernels.KERNEL_BLOCK)) is not None
+    assert kernels.native_decoder(quantized.tensor) is not None
     assert (
         differences(kernel_bytes(quantized, "cpu", chunk_bytes), through_torch(quantized, chunk_bytes), quantized) == []
     )
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1e-39), (float("nan"), 1e-39), (-1e-37,)])
-def test_scales_of_which_the_kernel_would_lose_values_go_through_torch(scales: tuple[float, ...]) -> None:
+def test_scales_whose_values_the_kernel_would_flush_to_zero_go_through_torch(scales: tuple[float, ...]) -> None:
     quantized = random_weight(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
-    assert kernels._native(quantized.tensor, 64) is None
+    assert kernels.native_decoder(quantized.tensor) is None
 
 
 @here
 @pytest.mark.parametrize("scales", [(1.0, 0.0), (float("nan"), float("inf")), (-1.0, -0.0)])
 def test_other_scales_do_not(scales: tuple[float, ...]) -> None:
     quantized = random_weight(QuantState("nf4", 64, "bfloat16", (2, 64), None), scales=scales)
-    assert kernels._native(quantized.tensor, 64) is not None
+    assert kernels.native_decoder(quantized.tensor) is not None
 
 
 @here
@@ -72,7 +72,7 @@ def test_threads_change_no_bit() -> None:
     assert len(made) == 1
 
 
-def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_torchs_number_of_threads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.setattr(native, "load", lambda: None)
     kernels.use_threads(before + 1)
@@ -82,15 +82,19 @@ def test_without_the_library_the_number_of_threads_is_torchs(monkeypatch: pytest
         torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("asked_again")
-def test_a_release_whose_signatures_nobody_read_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("loaded_again")
+def test_a_release_that_was_not_tested_is_called_through_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(native, "version", lambda name: "0.51.0")
-    assert native.load() is None
+    with caplog.at_level("INFO", "bnbfix.kernels"):
+        assert native.load() is None
+    assert caplog.messages == [f"bitsandbytes 0.51.0 on {sys.platform} is called through torch"]
     quantized = random_weight(QuantState("nf4", 64, "bfloat16", (8, 64), None))
     assert kernel_bytes(quantized) == through_torch(quantized, 4 << 20)
 
 
-@pytest.mark.usefixtures("asked_again")
+@pytest.mark.usefixtures("loaded_again")
 def test_without_bitsandbytes_or_on_another_system_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise native.PackageNotFoundError(name)
@@ -104,7 +108,7 @@ def test_without_bitsandbytes_or_on_another_system_there_is_none(monkeypatch: py
 
 
 @here
-@pytest.mark.usefixtures("asked_again")
+@pytest.mark.usefixtures("loaded_again")
 def test_openmp_is_taken_from_torch_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -120,13 +124,18 @@ def test_openmp_is_taken_from_torch_where_the_system_has_none(monkeypatch: pytes
     assert asked == ["libbitsandbytes_cpu.so", "libgomp.so.1", "libbitsandbytes_cpu.so"]
 
 
-@pytest.mark.usefixtures("asked_again")
-def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("loaded_again")
+def test_a_library_that_cannot_be_loaded_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(path: str) -> ctypes.CDLL:
         raise OSError("wrong ELF class")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert native.load() is None
+    with caplog.at_level("INFO", "bnbfix.kernels"):
+        assert native.load() is None
+    if native.version("bitsandbytes") in native.RELEASES:
+        assert caplog.messages[0].endswith("is called through torch: wrong ELF class")
 
 
 @here

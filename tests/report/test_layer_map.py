@@ -16,11 +16,12 @@ from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.report import html as report_html
 from bnbfix.report.layer_map import Cell, LayerMap, Row, Section, State, build_layer_map
-from bnbfix.report.outcome import ScanOutcome, repaired
+from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.scan_table import layer_map_lines
 from bnbfix.report.terminal import TableOptions
 from bnbfix.rules.rule import Code
 from bnbfix.rules.scan import scan_checkpoint
+from bnbfix.writer.record import repaired_tensors
 from tests.support.build import Make, copy_weight, opened, tensors_of
 from tests.support.outcomes import EVIL, evil, outcomes
 
@@ -30,7 +31,9 @@ L = "model.language_model.layers."
 def grid_of(source: Path, target: str = "portable") -> LayerMap:
     checkpoint = opened(source)
     findings = scan_checkpoint(checkpoint, resolve_target(target)).findings
-    return build_layer_map(checkpoint, read_model(checkpoint.config), findings, repaired(LocalSource.open(source)))
+    return build_layer_map(
+        checkpoint, read_model(checkpoint.config), findings, repaired_tensors(LocalSource.open(source))
+    )
 
 
 def section(grid: LayerMap, title: str) -> Section:
@@ -126,7 +129,7 @@ def test_the_map_of_a_repaired_checkpoint_shows_what_was_repaired(pristine: Make
 def test_an_invalid_record_is_ignored(checkpoint: Make, text: str) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "bnbfix.json").write_text(text)
-    assert repaired(LocalSource.open(source)) == frozenset()
+    assert repaired_tensors(LocalSource.open(source)) == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def f32(x: float) -> float:
 
 
 def naive_bytes(quantized: Quantized) -> bytes:
-    """One number after another, with the table that bitsandbytes writes beside a weight (`quant_map`)."""
+    """One number after another, with the table that bitsandbytes writes next to a weight (`quant_map`)."""
     state = quantized.state
     table = [f32(v) for v in bnb.get_4bit_type(state.quant_type, device="cpu").tolist()]
     if state.nested is None:

@@ -18,7 +18,7 @@ import bnbfix
 from bnbfix.cli import main as cli
 from bnbfix.errors import HeaderError, InputError, NotApplicable, UsageError
 from bnbfix.planner.plan import Plan
-from bnbfix.verifier import verify as verifier  # noqa: F401 - the verifier's chunk size is set
+from bnbfix.verifier import verify as verifier  # noqa: F401 - `set_chunk` needs it imported
 from tests.support.build import Make, Raw, tensors_of
 
 # With this target the output has a dequantized tensor, inserted copies, a rewritten shard and a copied one.
@@ -31,7 +31,7 @@ FLAGS = {"vllm": TARGET, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def repaired(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
-    """A source with one partially quantized group, its repair, and the plan of it; nobody may change them."""
+    """A source with one partially quantized group, its repair, and the plan of it; tests must not change them."""
     source = pristine("text", "partial", shards=2)
     out = tmp_path_factory.mktemp("repaired") / "out"
     return source, out, bnbfix.repair(source, out, **FLAGS).plan
@@ -39,7 +39,7 @@ def repaired(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture(scope="module")
 def half_copied(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
-    """One whose first shard is copied as it is."""
+    """One whose first shard is copied unchanged."""
     source = pristine("text", "single", shards=2)
     out = tmp_path_factory.mktemp("half") / "out"
     return source, out, bnbfix.repair(source, out, **FLAGS).plan
@@ -56,11 +56,11 @@ def spoilt(repaired: Spoil, tmp_path: Path) -> Spoil:
 
 
 def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets how many bytes are compared at a time, in every module that goes by it."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK")]
+    """Sets how many bytes are compared at a time, in every module that has the constant."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
     assert modules
     for module in modules:
-        monkeypatch.setattr(module, "CHUNK", n)
+        monkeypatch.setattr(module, "CHUNK_BYTES", n)
 
 
 def flip(file: Path, at: int) -> None:
@@ -117,6 +117,9 @@ def test_a_clean_repair_passes_without_its_source(repaired: Spoil) -> None:
     assert result.ok and result.problems == ()
     assert (result.out, result.target, result.kept, result.decoded) == (out, TARGET, 0, 0)
     assert result.files == len(list(out.iterdir())) - 1  # the record itself is not hashed
+    assert repr(result) == (
+        f"VerifyResult(out={str(out)!r}, target='0.22.1', problems=0, files={result.files}, kept=0, decoded=0)"
+    )
 
 
 def test_a_clean_repair_passes_with_its_source_and_everything_was_compared(repaired: Spoil) -> None:
@@ -153,14 +156,14 @@ def test_the_chunk_size_does_not_matter(repaired: Spoil, monkeypatch: pytest.Mon
     assert where(out, of_kind(plan, "dequantized"))[2] > chunk
 
 
-def test_progress_is_told(repaired: Spoil) -> None:
+def test_progress_adds_up_to_the_bytes_compared(repaired: Spoil) -> None:
     source, out, plan = repaired
-    alone: list[int] = []
+    hashing: list[int] = []
     both: list[int] = []
-    bnbfix.verify(out, progress=alone.append)
+    bnbfix.verify(out, progress=hashing.append)
     bnbfix.verify(out, source, progress=both.append)
     hashed = sum(p.stat().st_size for p in out.iterdir()) - (out / "bnbfix.json").stat().st_size
-    assert sum(alone) == hashed
+    assert sum(hashing) == hashed
     assert sum(both) == hashed + sum(t.info.nbytes for s in plan.shards for t in s.tensors)
 
 
@@ -184,6 +187,9 @@ def test_a_flipped_byte_in_a_tensor_is_found(spoilt: Spoil, kind: str, position:
     found = problems(out, source)
     assert [p[:2] for p in found] == [(shard, None), (shard, tensor)]
     assert found[0][2] == HASH and found[1][2].startswith(message)
+    document = bnbfix.verify(out, source).to_dict()
+    assert document["schema"] == 1 and document["ok"] is False
+    assert [tuple(p.values()) for p in document["problems"]] == found
     forge(out, shard)
     assert problems(out, None) == []
     assert problems(out, source) == found[1:]
@@ -367,7 +373,7 @@ def test_a_shard_of_another_length_is_found(spoilt: Spoil, change: int) -> None:
     assert found[2][2].startswith(f"cannot be scanned: {FIRST}: ")
 
 
-def test_a_broken_header_is_told_by_the_hash_and_by_the_scan(spoilt: Spoil) -> None:
+def test_a_broken_header_is_reported_by_the_hash_and_by_the_scan(spoilt: Spoil) -> None:
     _, out, _ = spoilt
     flip(out / FIRST, 8)  # the header's opening brace
     found = problems(out, None)
@@ -380,7 +386,7 @@ def test_a_broken_header_is_told_by_the_hash_and_by_the_scan(spoilt: Spoil) -> N
 
 @pytest.fixture(scope="module")
 def dequantized(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
-    """An LLM.int8 checkpoint and the same in bf16; nobody may change them."""
+    """An LLM.int8 checkpoint and the same in bf16; tests must not change them."""
     source = pristine("text", "int8", shards=2)
     out = tmp_path_factory.mktemp("dequantized") / "out"
     return source, out, bnbfix.repair(source, out, **FLAGS, bf16=True, max_shard_size=400_000).plan
@@ -432,7 +438,7 @@ def test_an_empty_llm_int8_weight_is_refused(checkpoint: Make, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def quantized(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Plan]:
-    """A mixture of experts and its repair; nobody may change them."""
+    """A mixture of experts and its repair; tests must not change them."""
     source = pristine("moe26b", "skip", shards=2)
     out = tmp_path_factory.mktemp("quantized") / "out"
     return source, out, bnbfix.repair(source, out, vllm="0.32.0", device="cpu").plan
@@ -472,7 +478,7 @@ def test_a_spoilt_expert_is_found(quantized: Spoil, tmp_path: Path, suffix: str,
 
 
 @pytest.mark.parametrize("state", [b"[]", b"{}", b'{"nested_offset": "x"}', b'{"nested_offset": NaN}', b"[[[["])
-def test_an_expert_without_a_true_quant_state_is_found(quantized: Spoil, tmp_path: Path, state: bytes) -> None:
+def test_an_expert_with_an_invalid_quant_state_is_found(quantized: Spoil, tmp_path: Path, state: bytes) -> None:
     source, clean, _ = quantized
     out = Path(shutil.copytree(clean, tmp_path / "out"))
     shard, start, size = where(out, EXPERT + ".quant_state.bitsandbytes__nf4")
@@ -500,11 +506,12 @@ BROKEN = {
     "no UTF-8": b"\xff\xfe{}",
     "a list": b"[]",
     "null": b"null",
-    "no hashes": b'{"target": "portable"}',
-    "hashes in a list": b'{"target": "portable", "sha256": []}',
-    "a hash that is a number": b'{"target": "portable", "sha256": {"a": 1}}',
-    "no target": b'{"sha256": {}}',
-    "a target that is a number": b'{"target": 1, "sha256": {}}',
+    "no schema": b'{"target": "portable", "sha256": {}, "options": {}}',
+    "no hashes": b'{"schema": 1, "target": "portable"}',
+    "hashes in a list": b'{"schema": 1, "target": "portable", "sha256": []}',
+    "a hash that is a number": b'{"schema": 1, "target": "portable", "sha256": {"a": 1}}',
+    "no target": b'{"schema": 1, "sha256": {}}',
+    "a target that is a number": b'{"schema": 1, "target": 1, "sha256": {}}',
     "deep": b"[" * 100_000,
 }
 OPTIONS = [
@@ -535,6 +542,23 @@ def test_a_record_without_end_is_not_read(spoilt: Spoil) -> None:
         bnbfix.verify(out)
 
 
+@pytest.mark.parametrize("schema", [0, 2, 99])
+def test_a_record_of_an_unknown_schema_is_refused(spoilt: Spoil, schema: int) -> None:
+    source, out, _ = spoilt
+    record(out, lambda doc: doc.update(schema=schema))
+    for other in (None, source):
+        with pytest.raises(InputError, match=rf"^bnbfix\.json: has schema {schema}, which this bnbfix does not know$"):
+            bnbfix.verify(out, other)
+
+
+@pytest.mark.parametrize("schema", ["1", None, True, 1.0, [1]])
+def test_a_record_whose_schema_is_not_a_number_is_an_input_error(spoilt: Spoil, schema: Any) -> None:
+    _, out, _ = spoilt
+    record(out, lambda doc: doc.update(schema=schema))
+    with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair \(schema is not a number"):
+        bnbfix.verify(out)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_record_with_options_that_no_repair_has_is_an_input_error(spoilt: Spoil, options: Any) -> None:
     source, out, _ = spoilt
@@ -545,7 +569,7 @@ def test_a_record_with_options_that_no_repair_has_is_an_input_error(spoilt: Spoi
 
 
 @pytest.mark.parametrize("linked", ["model.safetensors", {"a": 1}, [1], None])
-def test_a_record_whose_links_are_no_names_is_an_input_error(spoilt: Spoil, linked: Any) -> None:
+def test_a_record_whose_links_are_not_names_is_an_input_error(spoilt: Spoil, linked: Any) -> None:
     _, out, _ = spoilt
     record(out, lambda doc: doc.update(linked=linked))
     with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair \(linked is not a list of files"):
@@ -604,7 +628,9 @@ def test_the_output_as_its_own_source_does_not_pass(repaired: Spoil) -> None:
     assert problems(out, out) == [("bnbfix.json", None, words)]
 
 
-def test_folders_that_are_not_there_or_no_checkpoints_raise(repaired: Spoil, pristine: Make, tmp_path: Path) -> None:
+def test_missing_folders_and_folders_without_a_checkpoint_raise(
+    repaired: Spoil, pristine: Make, tmp_path: Path
+) -> None:
     source, out, _ = repaired
     with pytest.raises(UsageError, match="no such folder"):
         bnbfix.verify(tmp_path / "nowhere", source)

@@ -1,4 +1,4 @@
-"""The parts that writing is made of: chunks made ahead, hashes beside, system calls, how many workers."""
+"""The parts of writing: chunks made ahead, hashes on their own thread, system calls, how many workers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import pytest
 
 import bnbfix
 from bnbfix.errors import InputError, OutputError, UsageError
-from bnbfix.writer import output_file, syscalls, write
+from bnbfix.kernels import native
+from bnbfix.writer import shard_writer, syscalls
 from bnbfix.writer.background import Hasher, Prefetch
-from bnbfix.writer.write import BASE_MEMORY, choose_workers, keep_in_page_cache, worker_memory, write_plan
+from bnbfix.writer.output_file import OutputFile
+from bnbfix.writer.shard_writer import keep_in_page_cache
+from bnbfix.writer.write import BASE_MEMORY, choose_workers, worker_memory, write_plan
 from tests.support.build import Make, planned
 
 
@@ -30,10 +33,10 @@ def test_items_come_in_order_and_no_more_are_made_than_may_wait() -> None:
             made.append(i)
             yield i
 
-    ahead = Prefetch(items(), 3)
+    ahead = iter(Prefetch(items(), 3))
     assert next(ahead) == 0
     deadline = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline:  # one drawn, three waiting, one in the maker's hand
+    while len(made) < 5 and time.monotonic() < deadline:  # one drawn, three waiting, one that finds no room
         time.sleep(0.01)
     time.sleep(0.05)
     assert len(made) == 5
@@ -41,22 +44,38 @@ def test_items_come_in_order_and_no_more_are_made_than_may_wait() -> None:
     assert list(ahead) == [], "the end stays the end"
 
 
+def test_items_that_are_not_counted_do_not_keep_counted_ones_from_being_made() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in [-1, -2, -3, 1, -4, 2, -5, 3, -6]:
+            yield i
+            made.append(i)
+
+    prefetch = Prefetch(items(), 2, lambda item: item > 0)
+    deadline = time.monotonic() + 5
+    while 2 not in made and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [-1, -2, -3, 1, -4, 2, -5], "the third counted item waits for room"
+    assert list(prefetch) == [-1, -2, -3, 1, -4, 2, -5, 3, -6]
+
+
 def test_an_error_comes_where_its_item_would_have_come() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise KeyError("broken")
 
-    ahead = Prefetch(items(), 4)
+    ahead = iter(Prefetch(items(), 4))
     assert next(ahead) == 1
-    for _ in range(2):
-        with pytest.raises(KeyError, match="broken"):
-            next(ahead)
+    with pytest.raises(KeyError, match="broken"):
+        next(ahead)
 
 
 def test_closing_stops_a_maker_that_waits() -> None:
     before = threading.active_count()
-    ahead = Prefetch(iter(range(10**9)), 2)
-    assert next(ahead) == 0
+    ahead = Prefetch(range(10**9), 2)
+    assert next(iter(ahead)) == 0
     ahead.close()
     assert threading.active_count() == before
 
@@ -82,53 +101,66 @@ def test_a_hash_is_that_of_the_file_and_sees_one_that_is_cut_short(tmp_path: Pat
             stopped.result()
 
 
-def test_what_was_hashed_is_let_go_of_but_for_the_last_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_the_last_of_what_was_hashed_leaves_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = os.urandom(40 * 1000)
-    monkeypatch.setattr(output_file, "LAG", 4000)
-    gone: list[int] = []
-    monkeypatch.setattr(syscalls, "drop_page_cache", lambda fd, end: gone.append(end))
-    for stays in (True, False):
-        file = output_file.OutputFile(
-            tmp_path / str(stays), lambda n: None, lambda digest: None, threading.Event(), stays=stays
-        )
+    dropped: list[int] = []
+    monkeypatch.setattr(syscalls, "drop_page_cache", lambda fd, end: dropped.append(end))
+    for cached_bytes in (None, 4000):
+        path = tmp_path / str(cached_bytes)
+        file = OutputFile(path, lambda n: None, lambda digest: None, threading.Event(), cached_bytes=cached_bytes)
         with file, ThreadPoolExecutor(1) as pool:
             for at in range(0, len(data), 1000):
                 deadline = time.monotonic() + 5
-                while file._hasher.at < at:
+                while file.hashed < at:
                     assert time.monotonic() < deadline
                     time.sleep(0.001)
                 file.append(data[at : at + 1000])
             assert file.finish(pool).result() == hashlib.sha256(data).hexdigest()
-        assert bool(gone) is not stays
-    assert gone == sorted(gone) and 4000 <= gone[0] <= 6000 and 31_000 <= gone[-1] <= 36_000
+        assert bool(dropped) is (cached_bytes is not None)
+    assert dropped == sorted(dropped) and 4000 <= dropped[0] <= 6000 and 31_000 <= dropped[-1] <= 36_000
 
 
-def test_letting_go_loses_nothing_and_fails_in_silence(tmp_path: Path) -> None:
-    data = os.urandom(1_000_000)
-    with (tmp_path / "file").open("w+b", buffering=0) as f:
-        f.write(data)
-        syscalls.drop_page_cache(f.fileno(), len(data))
-        os.fsync(f.fileno())
-        syscalls.drop_page_cache(f.fileno(), len(data))
-        assert os.pread(f.fileno(), len(data), 0) == data
-        gone = os.dup(f.fileno())
-    os.close(gone)
-    syscalls.drop_page_cache(gone, 1)
+def test_bytes_that_are_dropped_leave_the_page_cache_once_they_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *said: advice.append(said))
+    syscalls.drop_page_cache(7, 1_000_000)
+    assert advice == [(0, 1_000_000, os.POSIX_FADV_DONTNEED)]
+    monkeypatch.undo()
+    with (tmp_path / "file").open("wb") as f:
+        closed = os.dup(f.fileno())
+    os.close(closed)
+    syscalls.drop_page_cache(closed, 1)  # an error is only advice that was not taken
+    monkeypatch.delattr(os, "posix_fadvise")
+    syscalls.drop_page_cache(closed, 1)
 
 
 def test_an_output_stays_in_memory_up_to_half_of_what_is_free() -> None:
-    free = syscalls.free_memory()
-    assert free is None or free > 0
     assert keep_in_page_cache(6 << 30, 12 << 30) and not keep_in_page_cache((6 << 30) + 1, 12 << 30)
     assert keep_in_page_cache(1 << 50, None)
 
 
-def test_an_output_that_does_not_stay_is_the_same(
+def test_free_memory_is_that_of_the_system_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert syscalls.free_memory() == 4_096_000
+
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", unknown)
+    assert syscalls.free_memory() is None
+
+
+def test_an_output_that_does_not_stay_in_memory_is_the_same(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(pristine("dense31b", "skip"), "0.22.1")
     kept = write_plan(plan, tmp_path / "kept")
-    monkeypatch.setattr(output_file, "LAG", 100)
+    monkeypatch.setattr(shard_writer, "CACHED_BYTES", 100)
     monkeypatch.setattr(syscalls, "free_memory", lambda: 0)
     assert write_plan(plan, tmp_path / "out").files == kept.files
 
@@ -140,7 +172,7 @@ def test_ranges_are_copied_to_their_places(tmp_path: Path, monkeypatch: pytest.M
     data = os.urandom(100_000)
     (tmp_path / "a").write_bytes(data)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("w+b") as b:
-        syscalls.copy(a.fileno(), 10, b.fileno(), 5, 50_000, "a")
+        assert syscalls.copy(a.fileno(), 10, b.fileno(), 5, 50_000, "a") is in_kernel
         syscalls.copy(a.fileno(), 0, b.fileno(), 50_005, 0, "a")
         assert (tmp_path / "b").read_bytes() == bytes(5) + data[10:50_010]
         with pytest.raises(InputError, match=r"a: ended at byte 100,000 while it was being read"):
@@ -169,7 +201,7 @@ def test_a_file_system_that_cannot_swap_says_so_and_what_went_wrong_is_raised(
         ctypes.set_errno(code)
         return -1
 
-    monkeypatch.setattr(syscalls, "_libc", lambda name: renameat2)
+    monkeypatch.setattr(syscalls, "libc_function", lambda name: renameat2)
     if raised:
         with pytest.raises(OSError, match=os.strerror(code)) as caught:
             syscalls.exchange(tmp_path / "a", tmp_path / "b")
@@ -187,7 +219,6 @@ def test_a_clone_is_made_or_refused_but_nothing_between(tmp_path: Path) -> None:
 
 def test_systems_without_these_calls_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls.sys, "platform", "darwin")
-    monkeypatch.setattr(syscalls, "_libc", syscalls._libc.__wrapped__)
     with (tmp_path / "a").open("wb") as f:
         assert not syscalls.clone(f.fileno(), f.fileno())
         syscalls.start_writeback(f.fileno(), 0, 1)
@@ -209,22 +240,22 @@ def test_systems_without_these_calls_say_so(tmp_path: Path, monkeypatch: pytest.
         (None, 10, 16, BASE_MEMORY + 100, 1),
     ],
 )
-def test_workers_are_as_many_as_cores_shards_and_memory_bear(
+def test_workers_are_as_many_as_cores_shards_and_memory_allow(
     asked: int | None, shards: int, cores: int, max_memory: int | None, expected: int
 ) -> None:
     assert choose_workers(asked, shards, cores, 100, max_memory) == expected
 
 
 def test_too_little_memory_and_no_workers_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match="--max-memory") as caught:
+    with pytest.raises(UsageError, match=rf"max_memory is {BASE_MEMORY + 99:,} bytes, which is too little") as caught:
         choose_workers(None, 1, 1, 100, BASE_MEMORY + 99)
     assert f"{BASE_MEMORY + 100:,}" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="--workers 0"):
+    with pytest.raises(UsageError, match="workers is 0, not a positive number"):
         choose_workers(0, 1, 1, 100, None)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
-def test_shards_side_by_side_give_the_same_bytes(pristine: Make, tmp_path: Path, workers: int) -> None:
+def test_shards_written_at_the_same_time_give_the_same_bytes(pristine: Make, tmp_path: Path, workers: int) -> None:
     source = pristine("dense31b", "partial", shards=3)
     seen: list[int] = []
     one = bnbfix.repair(source, tmp_path / "one", vllm="portable", device="cpu", workers=1)
@@ -240,11 +271,11 @@ def test_shards_side_by_side_give_the_same_bytes(pristine: Make, tmp_path: Path,
 def test_an_error_of_one_worker_stops_all(pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pristine("dense31b", "partial", shards=3)
 
-    def broken(*args: object) -> Iterator[bytes]:
-        yield b""
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(write, "weight_values", broken)
+    monkeypatch.setattr(native, "load", broken_library)
     with pytest.raises(OutputError, match="Input/output error"):
         bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", workers=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def broken_library() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -1,4 +1,4 @@
-"""What lies at a destination already: links, pipes, locks, the journal and the files of a run that was killed."""
+"""What a repair finds at its destination: links, pipes, locks, the journal and the files of a killed run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def only_the_output(tmp_path: Path, right: dict[str, bytes], *others: str) -> bo
 
 
 @pytest.mark.parametrize("what", ["link to a folder", "link to nothing", "file"])
-def test_what_is_no_folder_where_the_output_is_staged_goes_and_what_it_leads_to_stays(
+def test_a_link_or_file_in_the_place_of_the_staging_folder_is_removed_and_its_target_stays(
     source: Path, right: dict[str, bytes], tmp_path: Path, what: str
 ) -> None:
     (tmp_path / "precious").mkdir()
@@ -82,10 +82,15 @@ def interrupt(source: Path, out: Path) -> str:
     return next(p.name for p in journal.parent.iterdir() if f'"{p.name}"' in text)
 
 
-def test_a_finished_file_is_taken_up(source: Path, right: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_finished_file_is_kept(
+    source: Path, right: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name = interrupt(source, tmp_path / OUT)
     before = (tmp_path / STAGING / name).stat().st_ino
-    assert name in fix(source, tmp_path / OUT).kept
+    with caplog.at_level("INFO", "bnbfix.writer"):
+        kept = fix(source, tmp_path / OUT).kept
+    assert name in kept
+    assert f"resuming an interrupted repair: {len(kept)} finished files in {tmp_path / STAGING}" in caplog.messages
     assert (tmp_path / OUT / name).stat().st_ino == before and only_the_output(tmp_path, right)
 
 
@@ -134,7 +139,7 @@ def test_a_finished_file_that_cannot_be_read_is_written_anew(
 
 
 @pytest.mark.parametrize("change", [gone, link, pipe, folder])
-def test_a_journal_that_is_no_regular_file_is_neither_read_nor_waited_for(
+def test_a_journal_that_is_not_a_regular_file_is_neither_read_nor_waited_for(
     source: Path, right: dict[str, bytes], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     interrupt(source, tmp_path / OUT)
@@ -145,7 +150,7 @@ def test_a_journal_that_is_no_regular_file_is_neither_read_nor_waited_for(
     assert change is not link or (tmp_path / "elsewhere").read_bytes() == text
 
 
-def test_an_old_output_that_a_killed_run_had_put_aside_comes_back_and_is_not_replaced_unasked(
+def test_an_old_output_that_a_killed_run_had_moved_comes_back_and_needs_overwrite(
     source: Path, right: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / OLD).mkdir()
@@ -256,6 +261,6 @@ def mounted(pristine: Make, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 def test_an_output_that_is_the_source_by_another_name_is_refused(mounted: tuple[Path, Path], place: str) -> None:
     one, other = mounted
     before = tree(one)
-    with pytest.raises(UsageError, match="the output must lie outside the source"):
+    with pytest.raises(UsageError, match="the output must be outside the source"):
         fix(one / "model", other / place, overwrite=True)
     assert tree(one) == before

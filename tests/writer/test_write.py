@@ -25,9 +25,11 @@ import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
+from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.writer import output_file, syscalls, write
 from bnbfix.writer import staging as destination
+from bnbfix.writer.record import repaired_tensors
 from tests.support.build import Make
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
@@ -49,7 +51,7 @@ IDS = ["-".join(map(str, case)) for case in CASES]
 def repaired(
     request: pytest.FixtureRequest, pristine: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, bnbfix.RepairResult]:
-    """A pristine source and the result of its repair; nobody may change either."""
+    """A pristine source and the result of its repair; tests must not change either."""
     family, quant, shards, target = request.param
     source = pristine(family, quant, shards=shards)
     out = tmp_path_factory.mktemp("repaired") / "out"
@@ -61,12 +63,12 @@ def fix(source: Path, out: Path, **options: Any) -> bnbfix.RepairResult:
 
 
 def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets how many bytes are moved at a time, in every module that goes by it."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK")]
+    """Sets how many bytes are moved at a time, in every module that has the constant."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
     assert modules
     for module in modules:
-        monkeypatch.setattr(module, "CHUNK", n)
-    monkeypatch.setattr(output_file, "KERNEL_BYTES", n)
+        monkeypatch.setattr(module, "CHUNK_BYTES", n)
+    monkeypatch.setattr(output_file, "COPY_BYTES", n)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -87,7 +89,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         found = load_file(shard)
-        assert not set(found) & set(out), "a tensor lies in two shards"
+        assert not set(found) & set(out), "a tensor is in two shards"
         out |= found
     return out
 
@@ -190,7 +192,7 @@ def test_the_safetensors_library_opens_every_shard_and_metadata_survives(repaire
         with safe_open(source / shard, "pt") as old, safe_open(result.out / shard, "pt") as new:
             assert new.metadata() == old.metadata() == {"format": "pt"}
             assert len(new.keys()) > 0
-            for name in new.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in new.keys():  # noqa: SIM118 - safe_open is not a mapping
                 new.get_tensor(name)
 
 
@@ -220,7 +222,7 @@ def test_untouched_shards_and_other_files_are_the_same_bytes(repaired: Repaired)
     assert set(tree(result.out)) == same | changed | {"bnbfix.json"}
 
 
-def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_path: Path) -> None:
+def test_nested_folders_links_and_empty_files_are_copied(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "assets" / "deep").mkdir(parents=True)
     (source / "assets" / "deep" / "blob.dat").write_bytes(bytes(range(256)) * 40)
@@ -239,7 +241,7 @@ def test_nested_folders_links_and_empty_files_come_along(checkpoint: Make, tmp_p
     assert not any(name.startswith(".cache") for name in out)
 
 
-def test_a_file_name_that_is_no_utf8_comes_along_and_is_recorded(checkpoint: Make, tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_copied_and_recorded(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("text", "single", shards=2)
     name = os.fsdecode(b"caf\xe9 \xff.txt")
     try:
@@ -263,7 +265,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("per_layer_config", [False, True])
-def test_config_differs_by_the_planned_keys_alone_and_keeps_its_order(
+def test_config_differs_only_by_the_planned_keys_and_keeps_its_order(
     pristine: Make, tmp_path: Path, per_layer_config: bool
 ) -> None:
     source = pristine("dense31b", "storage-bf16", shards=2, per_layer_config=per_layer_config)
@@ -349,7 +351,7 @@ def test_modes_follow_the_umask(pristine: Make, tmp_path: Path, umask: int) -> N
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
-def test_the_record_tells_the_target_every_edit_and_true_hashes(repaired: Repaired) -> None:
+def test_the_record_has_the_target_every_edit_and_true_hashes(repaired: Repaired) -> None:
     _, result = repaired
     assert result.out is not None
     files = {n: hashlib.sha256(data).hexdigest() for n, data in tree(result.out).items() if n != "bnbfix.json"}
@@ -375,6 +377,24 @@ def test_the_result_says_where_and_what(repaired: Repaired) -> None:
     assert result.plan.checkpoint.source.name == str(source)
     assert bnbfix.scan(result.out, result.plan.target.name).ok
     assert not bnbfix.scan(source, result.plan.target.name).ok
+    assert repr(result) == f"RepairResult(out={str(result.out)!r}, files={len(result.files)}, linked=0, kept=0)"
+    document = result.to_dict()
+    assert document | result.plan.to_dict() == document
+    assert {k: document[k] for k in ("out", "sha256", "linked", "resumed")} == {
+        "out": str(result.out),
+        "sha256": result.files,
+        "linked": [],
+        "resumed": [],
+    }
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_the_record_says_which_tensors_were_repaired(repaired: Repaired) -> None:
+    source, result = repaired
+    assert result.out is not None
+    changed = {e.name for e in result.plan.edits if e.action not in ("drop", "config")}
+    assert repaired_tensors(LocalSource.open(result.out)) == changed
+    assert repaired_tensors(LocalSource.open(source)) == frozenset()
 
 
 def test_progress_adds_up_to_the_bytes_of_the_output(pristine: Make, tmp_path: Path) -> None:
@@ -435,15 +455,15 @@ def test_short_reads_and_writes_of_the_system_change_nothing(
 def test_a_second_repair_has_nothing_to_do_and_writes_nothing(repaired: Repaired, tmp_path: Path) -> None:
     _, result = repaired
     assert result.out is not None
-    before, beside = stats(result.out), sorted(tmp_path.iterdir())
+    before, neighbours = stats(result.out), sorted(tmp_path.iterdir())
     again = bnbfix.repair(result.out, tmp_path / "again", vllm=result.plan.target.name, device="cpu")
     assert (again.written, again.out, again.files, again.plan.edits) == (False, None, {}, ())
     assert again.plan.nothing_to_do and again.plan.bytes_written == 0
-    assert sorted(tmp_path.iterdir()) == beside
+    assert sorted(tmp_path.iterdir()) == neighbours
     assert stats(result.out) == before
 
 
-def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: Make, tmp_path: Path) -> None:
+def test_nothing_to_do_leaves_an_old_output_unchanged_even_with_overwrite(pristine: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert not fix(pristine("e4b", "all"), tmp_path / "out", vllm="0.32.0", overwrite=True).written
@@ -462,18 +482,13 @@ def test_nothing_to_do_leaves_an_old_output_alone_even_with_overwrite(pristine: 
     ],
 )
 def test_torch_is_asked_for_a_device_where_the_plan_needs_one(
-    pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, quant: str, target: str, asked: bool
+    pristine: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, quant: str, target: str, asked: bool
 ) -> None:
-    requests: list[str] = []
-
-    def resolve(request: str) -> str:
-        requests.append(request)
-        return "cpu"
-
-    monkeypatch.setattr(write, "resolve_device", resolve)
     plan = bnbfix.plan_repair(pristine(family, quant, shards=2), target)
-    write.write_plan(plan, tmp_path / "out")
-    assert requests == (["auto"] if asked else [])
+    with caplog.at_level("INFO", "bnbfix.writer"):
+        write.write_plan(plan, tmp_path / "out")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert [m for m in caplog.messages if "kernels" in m] == [f"kernels run on {device}"] * asked
 
 
 @pytest.mark.cuda
@@ -490,7 +505,7 @@ def test_a_repair_on_cuda_is_byte_for_byte_that_of_the_cpu(
 
 
 def test_a_device_that_is_not_there_is_an_error_even_where_none_is_needed(pristine: Make, tmp_path: Path) -> None:
-    with pytest.raises(bnbfix.UsageError, match="--device cuda:70: torch sees"):
+    with pytest.raises(bnbfix.UsageError, match="device cuda:70: torch sees"):
         fix(pristine("text", "single", shards=2), tmp_path / "out", vllm="0.22.1", device="cuda:70")
     assert tree(tmp_path) == {}
 
@@ -573,7 +588,7 @@ def test_experts_under_another_prefix_are_renamed_and_keep_their_bytes(pristine:
 
 
 @pytest.mark.parametrize("target", ["portable", "0.22.1"])
-def test_experts_that_no_edit_can_mend_are_refused(pristine: Make, tmp_path: Path, target: str) -> None:
+def test_experts_that_no_edit_can_repair_are_refused(pristine: Make, tmp_path: Path, target: str) -> None:
     with pytest.raises(bnbfix.Unrepairable, match="BNB401"):
         fix(pristine("moe26b", "skip", shards=2), tmp_path / "out", vllm=target)
     assert tree(tmp_path) == {}
@@ -603,7 +618,7 @@ def test_a_link_to_an_empty_folder_is_followed(pristine: Make, tmp_path: Path) -
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]
 
 
-def test_a_relative_destination_lies_in_the_working_folder(
+def test_a_relative_destination_is_in_the_working_folder(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -611,7 +626,7 @@ def test_a_relative_destination_lies_in_the_working_folder(
     assert result.out == tmp_path / "out" and (tmp_path / "out" / "bnbfix.json").exists()
 
 
-def test_a_destination_that_is_not_empty_is_refused_and_left_alone(pristine: Make, tmp_path: Path) -> None:
+def test_a_destination_that_is_not_empty_is_refused_and_unchanged(pristine: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty") as caught:
@@ -635,7 +650,7 @@ def test_source_and_destination_may_not_hold_each_other(checkpoint: Make, tmp_pa
         (tmp_path / "link").symlink_to(source)
     out = tmp_path / "link" / "out" if place == "link" else source / place
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match="must lie outside"):
+    with pytest.raises(UsageError, match="must be outside"):
         fix(source, out, overwrite=True)
     assert tree(tmp_path) == before
 
@@ -649,7 +664,7 @@ def test_a_source_in_a_place_that_a_repair_clears_away_is_refused(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match=f"lies in {leftover}, which a repair to .*out clears away"):
+    with pytest.raises(UsageError, match=f"is in {leftover}, which a repair to .*out deletes"):
         fix(source, tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == before
     assert fix(source, tmp_path / "another").written
@@ -660,7 +675,7 @@ def test_a_source_where_a_repair_through_a_link_clears_away_is_refused(pristine:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     source = Path(shutil.copytree(pristine("text", "single", shards=2), tmp_path / "disk" / ".real.bnbfix-partial"))
     before = tree(source)
-    with pytest.raises(UsageError, match=r"lies in \.real\.bnbfix-partial"):
+    with pytest.raises(UsageError, match=r"is in \.real\.bnbfix-partial"):
         fix(source, tmp_path / "link")
     assert tree(source) == before
 
@@ -709,7 +724,7 @@ STAGING = ".out.bnbfix-partial"
 
 
 @pytest.fixture
-def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def simple_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are read and written, and folders renamed, one call after another: the calls that tests make fail."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.setattr(destination, "exchange", lambda one, other: False)
@@ -765,7 +780,7 @@ def test_a_failure_of_the_system_leaves_everything_as_it_was(
     small: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plain_calls: None,
+    simple_calls: None,
     kind: str,
     code: int,
     expected: type[bnbfix.BnbfixError],
@@ -797,7 +812,7 @@ def test_a_failure_of_the_system_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("kind", ["write", "fsync", "rename"])
 def test_an_interrupt_leaves_everything_as_it_was(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_calls: None, kind: str
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simple_calls: None, kind: str
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
@@ -891,15 +906,13 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     plan = bnbfix.plan_repair(small, "portable")
     usage = shutil.disk_usage(tmp_path)
-    needed = plan.bytes_written + destination.SLACK
-    for free, enough in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        if enough:
-            destination.check_space(plan, tmp_path / "a" / "out")
-            continue
-        with pytest.raises(OutputError, match=f"not enough disk: {free + 1:,} bytes are needed, {free:,} are free"):
-            write.write_plan(plan, tmp_path / "a" / "out")
+    needed = plan.bytes_written + destination.SLACK_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=f"not enough disk: {needed:,} bytes are needed, {needed - 1:,} are free"):
+        write.write_plan(plan, tmp_path / "a" / "out")
     assert tree(tmp_path) == {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert write.write_plan(plan, tmp_path / "a" / "out").written
 
 
 def test_a_parent_that_cannot_be_made_is_an_output_error(small: Path, tmp_path: Path) -> None:
@@ -922,11 +935,11 @@ def test_an_output_that_would_not_scan_clean_is_never_published(
 def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*quantized: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("bnbfix.kernels.bnb._native", lambda *quantized: None)
-    monkeypatch.setattr("bnbfix.kernels.bnb._torch", broken)
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(torch, "frombuffer", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
     assert tree(tmp_path) == {}
@@ -975,9 +988,9 @@ def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_preci
     small: Path, tmp_path: Path
 ) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
-    lying = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
+    inconsistent = dataclasses.replace(plan, options=dataclasses.replace(plan.options, bf16=True))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):
-        write.write_plan(lying, tmp_path / "out")
+        write.write_plan(inconsistent, tmp_path / "out")
     assert tree(tmp_path) == {}
 
 
@@ -992,10 +1005,29 @@ def test_a_file_system_that_shares_bytes_is_used_and_the_output_is_the_same(
         shared.append(os.pwrite(target, data, 0))
         return 0
 
-    fix(small, tmp_path / "plain", vllm="0.22.1")
+    fix(small, tmp_path / "copied", vllm="0.22.1")
     monkeypatch.setattr(fcntl, "ioctl", clone)
     result = fix(small, tmp_path / "out", vllm="0.22.1")
-    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    assert tree(tmp_path / "out") == tree(tmp_path / "copied")
     whole = [s.size for s in result.plan.shards if s.copied]
     whole += [(small / name).stat().st_size for name in result.plan.copied]
     assert sorted(shared) == sorted(whole) and len(whole) > 4
+
+
+def test_the_log_says_how_each_file_came_about(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with caplog.at_level("DEBUG", "bnbfix.writer"):
+        result = fix(small, tmp_path / "a", vllm="0.22.1")
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+        fix(small, tmp_path / "b", vllm="0.22.1")
+        fix(small, tmp_path / "c", vllm="0.22.1", hardlink=True)
+    (copied,) = (s for s in result.plan.shards if s.copied)
+    ways = [m.rpartition(", ")[2] for m in caplog.messages if m.startswith(f"{copied.name}: {copied.size:,} bytes")]
+    assert ways == (["kernel copy", "read and written"] if sys.platform == "linux" else ["read and written"] * 2)
+    assert f"{copied.name}: hard link" in caplog.messages
+    assert f"published {tmp_path / 'a'}" in caplog.messages
