@@ -90,7 +90,7 @@ def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("dense31b", "skip"), "--vllm", "0.1.0")
     assert (done.code, done.out) == (2, "")
-    assert "error: --vllm '0.1.0' is not a vLLM release that bnbfix knows" in done.err
+    assert "error: '0.1.0' is not a vLLM release that bnbfix knows" in done.err
     assert "Name a release from 0.19.0 to " in done.err
 
 

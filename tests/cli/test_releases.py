@@ -15,8 +15,8 @@ from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.vllm import probe
 from bnbfix.engines.vllm import releases as vllm_releases
-from bnbfix.engines.vllm.parameters import parameters, projections
-from bnbfix.models.gemma4 import read_model
+from bnbfix.engines.vllm.parameters import parameters
+from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Code
 from tests.cli.conftest import VERSIONS, Answer
 from tests.support.build import Make
@@ -76,11 +76,11 @@ def test_without_a_vllm_there_is_nothing_to_ask(run: Cli, pristine: Make, tmp_pa
 
 def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
     """The answer of a vLLM that does what the table says, but for `changes`."""
-    checkpoint = open_checkpoint(LocalSource.open(source))
-    model = read_model(checkpoint.config)
+    inspection = inspect_checkpoint(open_checkpoint(LocalSource.open(source)))
+    skip = inspection.checkpoint.skip_modules
     row = vllm_releases.find_range(release)
     assert row is not None
-    found = {p.module: p.quantized for p in parameters(projections(checkpoint), model, row, checkpoint.skip_modules)}
+    found = {p.module: p.quantized for p in parameters(inspection.linears, inspection.model, row, skip)}
     modules = [{"name": name, "quantized": quantized} for name, quantized in (found | changes).items()]
     return {"modules": modules, "skips": {"lm_head": ["lm_head"], "no\x1bsuch": []}}
 
@@ -178,7 +178,7 @@ def test_probe_reports_where_experts_are_elsewhere(
     found = probed(source, release, **{name: quantized})
     found["modules"] = [m for m in found["modules"] if ".experts" not in m["name"] or m["name"] == name]
     install_vllm(monkeypatch, release)
-    monkeypatch.setattr(probe, "ask", lambda *_: {"versions": VERSIONS, "error": None} | found)
+    monkeypatch.setattr(probe, "run_worker", lambda *_: {"versions": VERSIONS, "error": None} | found)
     done = run("releases", "--probe", source, "--format", "json")
     disagreements = [(d["module"], d["table"]) for d in done.json["disagreements"]]
     assert (done.code, disagreements) == ((1, [(name, table)]) if table else (0, []))
