@@ -98,7 +98,7 @@ def repair(
 ) -> int:
     """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
     from ..engines.vllm.releases import find_installed, resolve_target
-    from ..hub.push import destination, require_login
+    from ..hub.push import require_login, resolve_destination
     from ..hub.resolve import open_source
     from ..planner.plan import Options, plan_checkpoint
     from ..writer.staging import check_destination
@@ -107,7 +107,7 @@ def repair(
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to see the plan alone")
     source = open_source(model, revision)
-    to = destination(source, push_to, create_pr=create_pr, private=private)
+    to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
         require_login()
     if out is not None:
@@ -163,7 +163,9 @@ def _repair(
     format: Format,
     quiet: bool,
 ) -> int:
-    from ..hub.push import publish
+    from ..errors import VerifyError
+    from ..hub.push import push_folder
+    from ..verifier.verify import verify_output
     from ..writer.download import execute_plan, missing_files
     from ..writer.staging import unfinished
 
@@ -183,7 +185,11 @@ def _repair(
     if to is not None and result.written:
         silent = silent or not sys.stderr.isatty()
         with _progress(f"checking {out}", plan.bytes_written, quiet=silent) as step:
-            pushed = publish(out, to, step, quiet=silent)
+            checked = verify_output(out, None, progress=step)
+        if not checked.ok:
+            raise VerifyError(f"{checked.problems[0]}; nothing was pushed", where=str(out))
+        message = f"Repair for vLLM {plan.target.name} with bnbfix"
+        pushed = push_folder(out, to, message=message, quiet=silent)
     if format is Format.json:
         from ..report.json import pushed_document, repair_document
 

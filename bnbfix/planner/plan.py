@@ -184,6 +184,7 @@ def _plan(
     remaining: tuple[Finding, ...],
     options: Options,
 ) -> Plan:
+    checkpoint = replace(checkpoint, source=checkpoint.source.with_subfolders())
     _check_names(target, shards)
     edits = tuple(_edits(checkpoint, mend))
     known = replace(target, ranges=target_ranges(target, read_model(checkpoint.config)))  # what the card may promise
@@ -192,13 +193,7 @@ def _plan(
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
     copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
-    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
-    if leaving := sorted(checkpoint.source.external_links & {*copied, *texts}):
-        raise InputError(
-            "is a link out of the model folder; a repair would copy what it leads to",
-            where=leaving[0],
-            hint="Put the file itself in its place. Weights alone may lie elsewhere.",
-        )
+    checkpoint.source.check_copyable({*copied, *texts})
     return Plan(checkpoint, target, scan, edits, shards, texts, copied, remaining, options)
 
 
@@ -223,15 +218,17 @@ class PlannedSource:
         return self.plan.checkpoint.source.fingerprint
 
     @property
-    def external_links(self) -> frozenset[str]:
-        return frozenset()
-
-    @property
     def origin(self) -> Mapping[str, str] | None:
         return self.plan.checkpoint.source.origin
 
     def local_path(self, file: str) -> None:
         """Nowhere yet."""
+
+    def with_subfolders(self) -> PlannedSource:
+        return self
+
+    def check_copyable(self, files: Iterable[str]) -> None:
+        """Every file of a plan is a regular one."""
 
     def check_unchanged(self) -> None:
         """Nothing to check: what does not exist does not change."""

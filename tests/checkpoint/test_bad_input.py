@@ -267,7 +267,7 @@ def test_a_weight_map_that_leaves_the_folder(
     mapped(W, name)(source)
     done = refuses(run, command, source, tmp_path)
     assert done.out == ""
-    assert done.error == f"error: {INDEX}: weight_map names {name!r}, which is not a file beside it"
+    assert done.error == f"error: {INDEX}: weight_map names {name!r}, which is not a file next to it"
 
 
 # Shards
@@ -339,8 +339,8 @@ SHARD_CASES = (
     ("a Git LFS pointer", text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "too long"),
     ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "too long"),
     ("a pickle in a zip", text(SHARD, b"PK\x03\x04" + bytes(100)), "the file has 104"),
-    ("30 MB of header", sparse(30_000_000, 31_000_000), "header of 30,000,000 bytes is too long"),
-    ("2^63 bytes of header", sparse(2**63, 100), "header of 9,223,372,036,854,775,808 bytes is too long"),
+    ("30 MB of header", sparse(30_000_000, 31_000_000), "header of 30,000,000 bytes exceeds the limit"),
+    ("2^63 bytes of header", sparse(2**63, 100), "header of 9,223,372,036,854,775,808 bytes exceeds the limit"),
     ("header beyond the end", sparse(1000, 1007), "truncated: the header needs 1,008 bytes, the file has 1,007"),
     ("header not JSON", text(SHARD, surgery.pack("{,}")), "header is not valid JSON ("),
     ("header a list", text(SHARD, surgery.pack("[]")), "header is not a JSON object"),
@@ -604,7 +604,7 @@ def test_int8_scales_that_are_too_short(run: Cli, checkpoint: Make, tmp_path: Pa
     source = checkpoint("dense31b", "int8")
     surgery.replace_tensor(source / SHARD, W.removesuffix("weight") + "SCB", bytes(127 * 4), shape=[127])
     done = refuses(run, command, source, tmp_path)
-    assert done.error.startswith(f"error: {SHARD}: {W}: SCB is F32 [127] beside a weight of I8 [128, 256]")
+    assert done.error.startswith(f"error: {SHARD}: {W}: SCB is F32 [127] next to a weight of I8 [128, 256]")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -623,7 +623,7 @@ def test_an_int8_weight_in_tiles_is_not_taken_for_rows(
     source = checkpoint("dense31b", "int8")
     surgery.replace_tensor(source / SHARD, W + "_format", bytes([number]), shape=[])
     done = refuses(run, command, source, tmp_path)
-    words = f"its weight_format is {name}, and bitsandbytes reads row alone"
+    words = f"its weight_format is {name}, and bitsandbytes reads only row"
     assert done.error.startswith(f"error: {SHARD}: {W}: {words}")
 
 
@@ -644,7 +644,7 @@ def test_a_pipe_is_refused_and_not_waited_for(checkpoint: Make, tmp_path: Path, 
     (source / SHARD).unlink()
     os.mkfifo(source / SHARD)
     done = refuses(process, command, source, tmp_path)
-    assert done.error == f"error: {SHARD}: is neither a regular file nor a folder of its own"
+    assert done.error == f"error: {SHARD}: is not a regular file"
     assert done.out == ""
 
 
@@ -659,13 +659,12 @@ def link(file: str, target: str) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (link(SHARD, "../blobs/gone"), f"{SHARD}: cannot be looked at (No such file or directory); a broken link?"),
-        (link("config.json", "gone"), "config.json: cannot be looked at (No such file or directory); a broken link?"),
-        (link(SHARD, SHARD), f"{SHARD}: cannot be looked at (Too many levels of symbolic links); a broken link?"),
-        (link("more", "/"), "more: is neither a regular file nor a folder of its own"),
-        (link(SHARD, "/dev/zero"), f"{SHARD}: is neither a regular file nor a folder of its own"),
+        (link(SHARD, "../blobs/gone"), f"{SHARD}: cannot be opened (No such file or directory); a broken link?"),
+        (link("config.json", "gone"), "config.json: cannot be opened (No such file or directory); a broken link?"),
+        (link(SHARD, SHARD), f"{SHARD}: cannot be opened (Too many levels of symbolic links); a broken link?"),
+        (link(SHARD, "/dev/zero"), f"{SHARD}: is not a regular file"),
     ],
-    ids=["broken", "broken config", "circle", "to a folder", "to a device"],
+    ids=["broken", "broken config", "circle", "to a device"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_links_to_what_is_no_file_are_refused(

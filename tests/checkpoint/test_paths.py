@@ -194,7 +194,7 @@ def test_a_weight_map_with_drives_and_hosts_of_windows(checkpoint: Make, name: s
     folder = checkpoint("text", "skip", shards=2)
     with json_of(folder, "model.safetensors.index.json") as index:
         index["weight_map"]["x"] = name
-    with pytest.raises(InputError, match="which is not a file beside it"):
+    with pytest.raises(InputError, match="which is not a file next to it"):
         bnbfix.scan(folder, "portable")
 
 

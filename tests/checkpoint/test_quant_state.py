@@ -612,7 +612,7 @@ def test_scales_are_what_makes_a_weight_int8() -> None:
 )
 def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> None:
     words = (
-        f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} beside a weight of {weight.dtype} {list(weight.shape)}; "
+        f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} next to a weight of {weight.dtype} {list(weight.shape)}; "
     )
     with pytest.raises(QuantStateError) as caught:
         check_int8(weight, {".SCB": scales}, WHERE)

@@ -62,7 +62,8 @@ def test_a_listing_without_sizes_is_refused(monkeypatch: pytest.MonkeyPatch, siz
 def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("config.json", ".git/config", ".cache/huggingface/x", "sub/.cache/x", ".gitattributes", "sub/a.cache")
     found = listing(monkeypatch, SHA, **dict.fromkeys(names, 1))
-    assert set(found.files) == {"config.json", ".gitattributes", "sub/a.cache"}
+    assert set(found.files) == {"config.json", ".gitattributes"}
+    assert set(found.with_subfolders().files) == {"config.json", ".gitattributes", "sub/a.cache"}
     assert (found.revision, found.origin) == (SHA, {"repo": "org/parts", "revision": SHA})
 
 
@@ -173,7 +174,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_name_that_cannot_be_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="org/parts: is no name that a model on the Hub can have"):
+    with pytest.raises(UsageError, match="org/parts: is not a valid repo id"):
         retry(raising(HFValidationError("no")), ASKED)
 
 

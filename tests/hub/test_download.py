@@ -292,11 +292,11 @@ def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) ->
 XET = """
 from types import SimpleNamespace
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
-from bnbfix.hub.client import counting
+from bnbfix.hub.client import counting_bar
 
 counted = []
 with XetDownloadProgressReporter(
-    reconstruction_desc="", total=100, log_level=30, tqdm_class=counting(counted.append)
+    reconstruction_desc="", total=100, log_level=30, tqdm_class=counting_bar(counted.append)
 ) as reporter:
     for n in (10, 60, 100):
         reporter.update_progress(SimpleNamespace(

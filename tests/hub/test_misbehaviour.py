@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bnbfix.hub.refusals import HubRequest, hub_error
+from bnbfix.hub.client import HubRequest, hub_error
 from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN, FakeHub
@@ -33,7 +33,7 @@ def repo(hub: Hub, checkpoint: Make) -> str:
 
 
 SHARD = {"path": "model.safetensors"}
-NONSENSE = "sent what no Hub would send ("
+NONSENSE = "returned an invalid response ("
 CHANGED = "org/model: model.safetensors: changed on the Hub while it was being read"
 
 
@@ -41,17 +41,17 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
     ("fault", "words", "hint"),
     [
         # What comes is not what was asked for
-        ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200): reading on would fetch all 4,", "HF_ENDPOINT"),
-        ({"kind": "short"}, "sent 131,071 bytes of the 131,072 that were asked for", ""),
-        ({"kind": "long"}, "sends more than the 131,072 bytes that were asked for", ""),
-        ({"kind": "wrong range"}, "sent bytes 1 to 131,072 where 0 to 131,071 were asked for", "proxy"),
-        ({"kind": "no Content-Range"}, "sent no Content-Range that makes sense (None)", "proxy"),
+        ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200) and would send all 4,", "HF_ENDPOINT"),
+        ({"kind": "short"}, "sent 131,071 of the 131,072 requested bytes", ""),
+        ({"kind": "long"}, "sends more than the 131,072 requested bytes", ""),
+        ({"kind": "wrong range"}, "sent bytes 1 to 131,072 instead of 0 to 131,071", "proxy"),
+        ({"kind": "no Content-Range"}, "sent an invalid Content-Range (None)", "proxy"),
         ({"kind": "grown"}, "bytes, the listing said 4,", "Run it again"),
-        ({"kind": "gzip"}, "compresses byte ranges, which makes them useless", ""),
+        ({"kind": "gzip"}, "compresses byte ranges, so they cannot be used", ""),
         ({"kind": "etag"}, CHANGED, "Run it again"),
         ({"kind": "changed", "origin": "hub"}, CHANGED, "Run it again"),
         ({"kind": "commit", "origin": "hub"}, "the Hub answers with commit ffffffffffff, not ", ""),
-        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "nothing safe", ""),
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "unsafe redirect", ""),
         (
             {
                 "kind": "elsewhere",
@@ -73,10 +73,10 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
         # Refusals
         ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
         ({"kind": 403, "origin": "hub"}, "the Hub does not allow this (HTTP 403)", "HF_TOKEN"),
-        ({"kind": 404, "origin": "hub"}, "is not there any more (HTTP 404), though the Hub listed it", "again"),
+        ({"kind": 404, "origin": "hub"}, "is no longer there (HTTP 404), though the Hub listed it", "again"),
         ({"kind": 404, "origin": "hub", "path": "/api/models"}, "has no such page (HTTP 404)", "HF_ENDPOINT"),
         ({"kind": 416}, "no longer has the bytes that the listing promised (HTTP 416)", "Run it again"),
-        ({"kind": 429, "origin": "hub"}, "too many requests from here (HTTP 429)", "With a token"),
+        ({"kind": 429, "origin": "hub"}, "rate limited by the Hub (HTTP 429)", "With a token"),
         ({"kind": 429, "headers": {"Retry-After": "3600"}}, "HTTP 429); it asks to wait 3,600 s", "Wait"),
         (
             {"kind": 429, "origin": "hub", "headers": {"RateLimit": '"resolvers";r=0;t=250'}},
@@ -159,7 +159,7 @@ def test_the_first_failure_stops_the_rest(hub: Hub, pristine: Make) -> None:
     ("access", "allowed", "token", "words", "hint"),
     [
         ("private", True, None, "no such model on", "Log in with `hf auth login`, or set HF_TOKEN."),
-        ("private", False, TOKEN, "or it is private (HTTP 404)", "Look at the name"),
+        ("private", False, TOKEN, "or it is private (HTTP 404)", "Check the name"),
         ("private", True, WRONG, "the Hub does not accept your token (HTTP 401)", "Log in"),
         ("gated", True, None, "is gated, and no token was sent (HTTP 401)", "Ask for access at http://127.0.0.1"),
         ("gated", False, TOKEN, "is gated, and your account has no access to it (HTTP 403)", "Ask for access"),
@@ -193,7 +193,7 @@ def test_listed_names_cannot_leave_their_folder(hub: Hub, repo: str, name: str) 
     files = hub.server.repos[repo].commits[hub.server.repos[repo].refs["main"]]
     files[name] = next(iter(files.values()))
     done = hub.run("scan", repo)
-    assert done.code == 2 and "which is no name for a file" in done.err
+    assert done.code == 2 and "which is not a valid file name" in done.err
 
 
 # No Hub

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bnbfix.hub.push import stale
+from bnbfix.hub.push import stale_files
 from tests.support.build import Make
 from tests.support.hub import Hub, Ran
 from tests.support.hub_server import TOKEN
@@ -91,7 +91,7 @@ def test_what_is_not_replaced_goes(hub: Hub, source: str, pristine: Make, to: st
 
 def test_only_weights_and_indexes_beside_the_config_go() -> None:
     there = {"a.safetensors", "b.safetensors", "model.safetensors.index.json", "x/a.safetensors", "notes.txt"}
-    assert stale(there, {"a.safetensors", "config.json"}) == ["b.safetensors", "model.safetensors.index.json"]
+    assert stale_files(there, {"a.safetensors", "config.json"}) == ["b.safetensors", "model.safetensors.index.json"]
 
 
 def test_nothing_to_do_pushes_nothing(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_a_folder_that_fails_verify_is_not_pushed(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--push-to", "nonsense"], "--push-to 'nonsense' is no repo on the Hub: org/name"),
-        (["--push-to", "me/x@v1"], "is no repo on the Hub"),
-        (["--private"], "--private belongs to --push-to"),
-        (["--private", "--create-pr"], "--private is for a new repo"),
+        (["--push-to", "nonsense"], "'nonsense' is not a repo that can be pushed to: org/name"),
+        (["--push-to", "me/x@v1"], "is not a repo that can be pushed to"),
+        (["--private"], "a private repo needs a repo to push to"),
+        (["--private", "--create-pr"], "only a new repo can be made private"),
     ],
 )
 def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, options: list[str], words: str) -> None:
@@ -165,7 +165,7 @@ def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, optio
 
 def test_a_folder_has_no_repo_for_a_pull_request(hub: Hub, pristine: Make, tmp_path: Path) -> None:
     done = repair(hub, pristine("dense31b", "skip"), tmp_path / "out", "--create-pr")
-    assert done.code == 2 and "--create-pr needs --push-to" in done.err
+    assert done.code == 2 and "a pull request needs a repo to push to, and a folder has none" in done.err
 
 
 def test_no_token_is_said_before_the_work(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
@@ -190,9 +190,15 @@ def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: 
         ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
         ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
         ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
-        ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
+        (
+            {"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}},
+            "returned an invalid response",
+        ),
         ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
-        ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
+        (
+            {"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}},
+            "invalid response",
+        ),
     ],
 )
 def test_a_push_that_is_refused_keeps_the_repair(
