@@ -31,7 +31,7 @@ class MergedRange:
 
 
 def merge_ranges(ranges: Sequence[tuple[int, int]], gap: int = GAP) -> list[MergedRange]:
-    """Return the fewest ranges that cover every (offset, length), with at most `gap` unused bytes between neighbours."""
+    """Return the fewest ranges that cover every (offset, length), with gaps of at most `gap` unused bytes."""
     merged: list[tuple[int, int, list[tuple[int, int, int]]]] = []  # (begin, end, members)
     for offset, length, index in sorted((offset, length, i) for i, (offset, length) in enumerate(ranges)):
         if merged and offset - merged[-1][1] <= gap:

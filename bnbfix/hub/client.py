@@ -27,11 +27,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
-from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not in __all__
-    disable_progress_bars,
-    enable_progress_bars,
-    tqdm,
-)
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
 from ..errors import BnbfixError, HubError, UsageError
 

@@ -176,7 +176,7 @@ class HubSource:
         return out
 
     def local_path(self, file: str) -> Path | None:
-        """Return the path of a file on this machine: in the Hub cache, of this very commit, or where it was fetched to."""
+        """Return the path of a file on this machine: in the Hub cache, of this commit, or where it was fetched to."""
         if file not in self._paths:
             found = try_to_load_from_cache(self.repo, file, revision=self.revision)
             if not isinstance(found, str) or os.path.getsize(found) != self.files[file]:

@@ -183,7 +183,7 @@ def header(change: Callable[[surgery.Header], object]) -> Damage:
     ("huge number", text("config.json", '{"a":' + "1" * 5000 + "}"), "is not valid JSON ("),
     ("a list", text("config.json", "[]"), "is not a JSON object"),
     ("null", text("config.json", "null"), "is not a JSON object"),
-    ("65 MB", of("config.json", lambda path: os.truncate(path, 65_000_000)), "65,000,000 bytes are too many"),
+    ("65 MB", of("config.json", lambda path: os.truncate(path, 65_000_000)), "exceed the limit of 4,000,000"),
     ("without text_config", config("text_config", to=...), "text_config is missing"),
     ("text_config is a list", config("text_config", to=[]), "text_config is missing"),
     ("layers are a string", layers("6"), "num_hidden_layers is '6', not a count"),
@@ -336,8 +336,12 @@ SHARD_CASES = (
     ("half of it", of(SHARD, lambda p: os.truncate(p, p.stat().st_size // 2)), "truncated: the tensors need"),
     ("cut inside the header", of(SHARD, lambda p: os.truncate(p, 100)), "truncated: the header needs"),
     ("a byte too many", of(SHARD, lambda p: os.truncate(p, p.stat().st_size + 1)), "1 bytes left over"),
-    ("a Git LFS pointer", text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "too long"),
-    ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "too long"),
+    (
+        "a Git LFS pointer",
+        text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "exceeds the limit",
+    ),
+    ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "exceeds the limit"),
     ("a pickle in a zip", text(SHARD, b"PK\x03\x04" + bytes(100)), "the file has 104"),
     ("30 MB of header", sparse(30_000_000, 31_000_000), "header of 30,000,000 bytes exceeds the limit"),
     ("2^63 bytes of header", sparse(2**63, 100), "header of 9,223,372,036,854,775,808 bytes exceeds the limit"),
@@ -635,7 +639,7 @@ def test_a_weight_format_of_other_than_one_byte(run: Cli, checkpoint: Make, tmp_
     assert done.error.startswith(f"error: {SHARD}: {W}: weight_format is U8 {shape}, not one U8")
 
 
-# Files that are no files
+# Files that are not regular files
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -677,29 +681,30 @@ def test_links_to_what_is_no_file_are_refused(
     assert done.error == f"error: {words}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_folders_nested_without_end_are_refused(run: Cli, checkpoint: Make, tmp_path: Path, command: str) -> None:
+def test_folders_nested_without_end_are_refused_by_a_repair(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("dense31b", "skip")
     source.joinpath(*["d"] * 52).mkdir(parents=True)
-    done = run(*arguments(command, source, tmp_path / "out"))
+    done = run(*arguments("repair", source, tmp_path / "out"))
     assert (done.code, done.out) == (2, "")
-    assert done.error.endswith("lies more than 50 folders deep")
+    assert done.error.endswith("is more than 50 folders deep")
     assert not (tmp_path / "out").exists()
+    assert run(*arguments("scan", source, tmp_path / "out")).code == 1
 
 
 def test_a_folder_to_verify_that_is_nested_without_end_is_refused(
-    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for _ in range(1200):  # one by one: no path may be that long
+    bnbfix.repair(pristine("dense31b", "skip"), tmp_path / "out", "0.32.0")
+    monkeypatch.chdir(tmp_path / "out")
+    for _ in range(1200):  # one level after another: no path may be that long
         os.mkdir("d")
         os.chdir("d")
-    done = run("verify", tmp_path)
+    done = run("verify", tmp_path / "out")
     for _ in range(1200):  # what removes temporary folders would not come that deep either
         os.chdir("..")
         os.rmdir("d")
     assert (done.code, done.out) == (2, "")
-    assert done.error.endswith("lies more than 50 folders deep")
+    assert done.error.endswith("is more than 50 folders deep")
 
 
 def hub_cache(model: Path, cache: Path) -> Path:
@@ -824,7 +829,7 @@ def test_a_path_that_does_not_exist(run: Cli, tmp_path: Path, command: str) -> N
 def test_a_path_of_a_file(run: Cli, checkpoint: Make, tmp_path: Path, command: str) -> None:
     shard = checkpoint("dense31b", "skip") / SHARD
     done = refuses(run, command, shard, tmp_path)
-    assert (done.out, done.error) == ("", f"error: {shard}: is a file; name the folder it lies in")
+    assert (done.out, done.error) == ("", f"error: {shard}: is a file; name the folder it is in")
 
 
 def gptq(source: Path) -> None:

@@ -22,8 +22,8 @@ from bnbfix.checkpoint.quant_state import (
     STATE_SUFFIXES,
     NestedState,
     QuantState,
-    check,
     check_int8,
+    check_state,
     is_int8,
     parse_state,
     split_state_tensor,
@@ -59,7 +59,7 @@ def tensor(dtype: str, *shape: int) -> TensorInfo:
 
 
 def fitting(state: QuantState) -> tuple[TensorInfo, StateTensors]:
-    """A weight and quant-state tensors that fit a state, by the rules of bitsandbytes and not by the properties under test."""
+    """Return a weight and quant-state tensors that match a state by the rules of bitsandbytes."""
     numel = math.prod(state.shape)
     blocks = math.ceil(numel / state.blocksize)
     state_tensors = {
@@ -76,7 +76,7 @@ def fitting(state: QuantState) -> tuple[TensorInfo, StateTensors]:
 def content_range_error(words: str, state: QuantState, weight: TensorInfo, state_tensors: StateTensors) -> None:
     """Asserts that the parts of a weight are refused, in one line that names the weight and says why."""
     with pytest.raises(QuantStateError) as caught:
-        check(state, weight, state_tensors, WHERE)
+        check_state(state, weight, state_tensors, WHERE)
     message = str(caught.value)
     assert message.startswith(f"{WHERE}: ") and words in message
     assert "\n" not in message
@@ -321,7 +321,7 @@ def test_a_shape_of_as_many_elements_as_can_be_counted_is_read() -> None:
 def test_thousands_of_characters_make_a_short_message(key: str, value: Any) -> None:
     doc = NESTED | {key: value}
     with pytest.raises(QuantStateError) as caught:
-        check(parse(doc), *fitting(parse(NESTED)), WHERE)
+        check_state(parse(doc), *fitting(parse(NESTED)), WHERE)
     assert len(str(caught.value)) < 300
 
 
@@ -425,30 +425,30 @@ def test_what_bitsandbytes_writes_passes(blocksize: int, dtype: str, quant_type:
     )
     assert (state.quant_type, state.blocksize, state.dtype, state.shape) == (quant_type, blocksize, dtype, (65, 64))
     assert (state.nested is not None) == nested
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 129), (3, 7, 11), (130, 130)])
 def test_what_bitsandbytes_writes_of_any_shape_passes(shape: tuple[int, ...]) -> None:
     state, weight, state_tensors = written(torch.ones(shape), compress_statistics=True, blocksize=64)
     assert state.shape == shape
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_other_storage_passes() -> None:
     state, weight, state_tensors = written(torch.ones(48, 64), quant_storage=torch.bfloat16, blocksize=64)
     assert (weight.dtype, weight.shape) == ("BF16", (768, 1))
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 @settings(QUICK, max_examples=150)
 @given(states(), st.data())
 def test_parts_that_fit_pass_and_none_of_them_may_be_missing(state: QuantState, data: st.DataObject) -> None:
     weight, state_tensors = fitting(state)
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
     missing = data.draw(st.sampled_from(sorted(s for s in state_tensors if ".quant_state." not in s)))
     with pytest.raises(QuantStateError, match=missing[1:]):
-        check(state, weight, {s: t for s, t in state_tensors.items() if s != missing}, WHERE)
+        check_state(state, weight, {s: t for s, t in state_tensors.items() if s != missing}, WHERE)
 
 
 @settings(QUICK, max_examples=200)
@@ -527,7 +527,9 @@ def test_a_lie_about_the_shape() -> None:
 
 def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
-    check(replace(state, shape=(64, 1)), *fitting(state), WHERE)  # the spare half of the last byte, in the same block
+    check_state(
+        replace(state, shape=(64, 1)), *fitting(state), WHERE
+    )  # the spare half of the last byte, in the same block
     content_range_error("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
 
 

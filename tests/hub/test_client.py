@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -11,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from bnbfix.errors import HubError, InputError, UsageError
 from bnbfix.hub import client as hub_client
 from bnbfix.hub import source as hub
-from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, retry, silence
+from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, guard_cache, retry, silence
 from bnbfix.hub.source import KEPT, HubSource
 
 SHA = "a" * 40
@@ -163,6 +164,23 @@ def test_a_file_is_fetched_once_and_forgotten_only_where_it_was_put(
     assert calls == [None, folder, folder] and (folder / "b").exists()
 
 
+def test_the_hooks_of_the_session_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    session, during = get_session(), []
+    before = {event: list(hooks) for event, hooks in session.event_hooks.items()}
+
+    def download(*args: object, **options: object) -> str:
+        during.append(len(session.event_hooks["response"]))
+        (tmp_path / "file").write_bytes(b"0123456789")
+        return str(tmp_path / "file")
+
+    downloading(monkeypatch, download)
+    source(file=10).fetch("file")
+    with pytest.raises(ZeroDivisionError), guard_cache(), guard_cache():
+        1 / 0  # noqa: B018
+    assert during == [len(before["response"]) + 1]
+    assert session.event_hooks == before
+
+
 # Patience
 
 
@@ -183,6 +201,24 @@ def test_what_no_cache_has_is_told_with_its_reason() -> None:
     error.__cause__ = TimeoutError(f"timed out with {TOKEN}")
     with pytest.raises(HubError, match=r"no answer from https?://\S+ \(timed out with \*\*\*\)"):
         retry(raising(error), ASKED)
+
+
+def test_retries_are_logged_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.0)
+    errors = [NoAnswer(f"refused with {TOKEN}"), RetryableError(HubError("busy"), 0)]
+
+    def work() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    with caplog.at_level(logging.INFO, "bnbfix"):
+        assert retry(work, ASKED) == "done"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "refused with ***" in first and first.endswith("trying again in 0.0 s, 4 tries left")
+    assert second == "busy; trying again in 0.0 s, 3 tries left"
 
 
 def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:

@@ -219,6 +219,20 @@ def test_contradicting_revisions() -> None:
         open_source("org/name@a", "b")
 
 
+# Subfolders
+
+
+def test_files_in_subfolders_are_no_more_seen_by_a_scan_than_those_of_a_folder(hub: Hub, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"pickle")
+    (source / "optimizer.pt").write_bytes(b"pickle")
+    hub.server.add("org/pickles", source)
+    remote = scanned(hub, "org/pickles")
+    assert remote == found(source)
+    assert [f["tensors"] for f in remote["findings"] if f["code"] == "BNB205"] == [["optimizer.pt"]]
+
+
 # Tokens
 
 
