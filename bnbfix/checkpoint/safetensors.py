@@ -111,8 +111,8 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     at = 0
     for t in infos:
         if t.begin != at:
-            kind = "overlaps the tensor before it" if t.begin < at else "leaves a hole before it"
-            raise HeaderError(f"tensor {_show(t.name)} {kind} (starts at {t.begin}, expected {at})", where=where)
+            problem = "overlaps the tensor before it" if t.begin < at else "leaves a hole before it"
+            raise HeaderError(f"tensor {_show(t.name)} {problem} (starts at {t.begin}, expected {at})", where=where)
         at = t.end
     size = file_size - data_start
     if at > size:

@@ -1,4 +1,4 @@
-"""Broken, lying and hostile folders on the command line: one plain error, the right exit code, and nothing written."""
+"""Broken, inconsistent and hostile folders on the command line: one error line, the right exit code, and nothing written."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def set_entry(**keys: Any) -> Damage:
 
 
 def shift(by: int) -> Damage:
-    """Moves where one tensor says it lies, so that it overlaps a neighbour and leaves a hole at the other side."""
+    """Move the offsets of one tensor, so that it overlaps a neighbour and leaves a hole on the other side."""
 
     def change(head: surgery.Header) -> None:
         begin, end = head[NORM]["data_offsets"]
@@ -355,8 +355,8 @@ SHARD_CASES = (
     ("overlap", shift(-2), "overlaps the tensor before it"),
     ("shifted up", shift(2), "leaves a hole before it"),
     ("hole", of(SHARD, hole), "leaves a hole before it"),
-    ("dtype lies", set_entry(dtype="F32"), f"tensor '{NORM}': F32 [128] takes 512 bytes, its data_offsets hold 256"),
-    ("shape lies", set_entry(shape=[64]), f"tensor '{NORM}': BF16 [64] takes 128 bytes, its data_offsets hold 256"),
+    ("wrong dtype", set_entry(dtype="F32"), f"tensor '{NORM}': F32 [128] takes 512 bytes, its data_offsets hold 256"),
+    ("wrong shape", set_entry(shape=[64]), f"tensor '{NORM}': BF16 [64] takes 128 bytes, its data_offsets hold 256"),
     ("shape overflows", set_entry(shape=[2**62] * 300), f"tensor '{NORM}': BF16", "is more than 64 bits can count"),
     ("shape negative", set_entry(shape=[-128]), f"tensor '{NORM}' has a shape that is not a list of sizes"),
     ("unknown dtype", set_entry(dtype="BF15"), f"tensor '{NORM}' has an unknown dtype ('BF15')"),
@@ -447,23 +447,23 @@ STATE_CASES = (
     ("nested_absmax too short", resized(".nested_absmax", -4), "nested_absmax is F32 [1]; the quant state asks for"),
     ("nested_quant_map too short", resized(".nested_quant_map", -4), "nested_quant_map is F32 [255]; the quant state"),
     ("nested_absmax in F16", as_float16, "nested_absmax is F16 [4]; the quant state asks for F32 [2]"),
-    ("shape lies", state(shape=[128, 512]), "quant state says shape [128, 512], which quantizes to 32,768 bytes"),
+    ("wrong shape", state(shape=[128, 512]), "quant state says shape [128, 512], which quantizes to 32,768 bytes"),
     ("shape of nothing", state(shape=[]), "shape [] is not a list of sizes"),
     ("shape huge", state(shape=[2**39] * 200), "is more than 64 bits can count"),
     ("shape long", state(shape=[1] * 1000), "which quantizes to 1 bytes; the weight has 16,384"),
-    ("blocksize lies", state(blocksize=128), "absmax is U8 [512]; the quant state asks for U8 [256]"),
+    ("wrong blocksize", state(blocksize=128), "absmax is U8 [512]; the quant state asks for U8 [256]"),
     ("blocksize of no kernel", state(blocksize=48), "blocksize 48 is not one of"),
     ("blocksize 0", state(blocksize=0), "blocksize 0 is not one of"),
-    ("quant_type lies", state(quant_type="fp4"), "quant_type 'fp4' in a tensor named .quant_state.bitsandbytes__nf4"),
-    ("name lies", of(SHARD, surgery.rename, STATE, STATE.replace("nf4", "fp4")), "quant_type 'nf4' in a tensor named"),
+    ("wrong quant_type", state(quant_type="fp4"), "quant_type 'fp4' in a tensor named .quant_state.bitsandbytes__nf4"),
+    ("wrong name", of(SHARD, surgery.rename, STATE, STATE.replace("nf4", "fp4")), "quant_type 'nf4' in a tensor named"),
     ("quant_type unknown", state(quant_type="nf3"), "quant_type 'nf3' in a tensor named"),
-    ("dtype lies", state(dtype="int8"), "dtype 'int8' is not one of bfloat16, float16, float32"),
+    ("wrong dtype", state(dtype="int8"), "dtype 'int8' is not one of bfloat16, float16, float32"),
     ("dtype a list", state(dtype=["bfloat16"]), "dtype ['bfloat16'] is not one of"),
     ("key missing", state(blocksize=None), "needs the keys blocksize, dtype, quant_type, shape"),
     ("key too many", state(**{"x.blocksize": 128}), "unknown key 'x.blocksize'"),
     ("nested key missing", state(nested_blocksize=None), "nested_blocksize None is not one of"),
-    ("nested blocksize lies", state(nested_blocksize=512), "nested_absmax is F32 [2]; the quant state asks"),
-    ("nested dtype lies", state(nested_dtype="float16"), "nested_dtype 'float16' is not float32"),
+    ("wrong nested blocksize", state(nested_blocksize=512), "nested_absmax is F32 [2]; the quant state asks"),
+    ("wrong nested dtype", state(nested_dtype="float16"), "nested_dtype 'float16' is not float32"),
     ("nested offset NaN", state(nested_offset=float("nan")), "nested_offset nan is not a finite number"),
     ("nested offset infinite", state(nested_offset=float("inf")), "nested_offset inf is not a finite number"),
     ("nested offset 10^400", state(nested_offset=10**400), "is not a finite number"),
@@ -487,7 +487,7 @@ def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, com
     source = checkpoint("dense31b", "skip")
     case.damage(source)
     with safe_open(source / SHARD, "pt") as f:  # the file itself is fine
-        assert W in f.keys()  # noqa: SIM118 - it is no mapping
+        assert W in f.keys()  # noqa: SIM118 - it is not a mapping
     done = refuses(run, command, source, tmp_path)
     assert done.error.startswith(f"error: {SHARD}: {W}: ")
     assert all(word in done.error for word in case.words), done.error
@@ -517,7 +517,7 @@ def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kern
         shutil.rmtree(source)
     for message, names in messages.items():
         print(f"{', '.join(names)}: {message}")
-    # Each its own; without its quant state a weight is told of alike, whatever else is missing.
+    # Each its own; without its quant state every weight is reported alike, whatever else is missing.
     assert [names for names in messages.values() if len(names) > 1] == [
         ["no quant state", "no quant-state tensor at all"]
     ]
@@ -729,7 +729,7 @@ def test_a_folder_of_the_hub_cache_is_scanned_and_repaired_like_any_other(
     assert [s.code for s in scans] == [1, 1] and [s.err for s in scans] == ["", ""]
     documents = [json.loads(s.out) | {"model": None} for s in scans]
     assert documents[0] == documents[1] and documents[0]["findings"]
-    outs = [tmp_path / "from-plain", tmp_path / "from-linked"]
+    outs = [tmp_path / "from-folder", tmp_path / "from-linked"]
     for folder, out in zip((source, linked), outs, strict=True):
         assert run("repair", folder, "--out", out, "--device", "cpu").code == 0
     contents = [{p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and not p.is_symlink()} for out in outs]
@@ -816,7 +816,7 @@ def test_a_scan_needs_no_room_on_the_disk(run: Cli, pristine: Make, monkeypatch:
     assert (done.code, done.err) == (1, "")
 
 
-# Paths that are no checkpoint at all
+# Paths that are not a checkpoint
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -205,7 +205,7 @@ def test_exit_code_3_nothing_here_to_check(
     ("arguments", "words"),
     [
         (["scan", "nowhere"], "error: nowhere: no such folder"),
-        (["scan", "pyproject.toml"], "is a file; name the folder it lies in"),
+        (["scan", "pyproject.toml"], "is a file; name the folder it is in"),
         (["scan", "examples"], "config.json: is missing"),
         (["scan", "examples", "--vllm", "0.1.0"], "is not a vLLM release that bnbfix knows"),
         (["scan"], "Missing argument 'MODEL'"),

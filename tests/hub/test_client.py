@@ -1,4 +1,4 @@
-"""A repo as a source, and the patience of its client, with what huggingface_hub answers put in its place."""
+"""A repo as a source, and the retries of its client, with the answers of huggingface_hub replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request
 from bnbfix.hub.source import KEPT, HubSource
 
 SHA = "a" * 40
-TOKEN = "hf_NobodyMaySeeThis"
+TOKEN = "hf_MustNeverBeShown"
 ASKED = describe_request("org/parts", None)
 
 
@@ -41,8 +41,8 @@ def source(**files: int) -> HubSource:
 
 
 def listing(monkeypatch: pytest.MonkeyPatch, sha: Any, **sizes: Any) -> HubSource:
-    state_tensors = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
-    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=state_tensors))
+    listed = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
+    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=listed))
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     return HubSource.open("org/parts")
 
@@ -151,7 +151,7 @@ def test_a_file_is_fetched_once_and_forgotten_only_where_it_was_put(
         return str(path)
 
     downloading(monkeypatch, download)
-    s, folder = source(a=10, b=10), tmp_path / "beside"
+    s, folder = source(a=10, b=10), tmp_path / "fetched"
     for _ in range(2):
         s.fetch("a")
         s.fetch("b", folder)
@@ -181,7 +181,7 @@ def test_the_hooks_of_the_session_are_left_as_they_were(monkeypatch: pytest.Monk
     assert session.event_hooks == before
 
 
-# Patience
+# Retries
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -196,7 +196,7 @@ def test_a_name_that_cannot_be_is_a_usage_error() -> None:
         retry(raising(HFValidationError("no")), ASKED)
 
 
-def test_what_no_cache_has_is_told_with_its_reason() -> None:
+def test_a_file_that_is_not_in_the_cache_is_an_error_with_its_reason() -> None:
     error = LocalEntryNotFoundError("huggingface_hub's own words")
     error.__cause__ = TimeoutError(f"timed out with {TOKEN}")
     with pytest.raises(HubError, match=r"no answer from https?://\S+ \(timed out with \*\*\*\)"):
@@ -221,7 +221,7 @@ def test_retries_are_logged_without_the_token(
     assert second == "busy; trying again in 0.0 s, 3 tries left"
 
 
-def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
+def test_a_retry_that_is_stopped_does_not_wait() -> None:
     tries, stop = [], threading.Event()
     stop.set()
 
@@ -235,7 +235,7 @@ def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
 
 
 @pytest.mark.parametrize("cause", [NoAnswer("the line is dead"), None], ids=["no answer", "none"])
-def test_a_push_that_fails_is_told_without_the_token(
+def test_a_failed_push_is_reported_without_the_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: Exception | None
 ) -> None:
     def create_commit(*args: object, **options: object) -> None:

@@ -402,7 +402,7 @@ from bnbfix.writer import download as supply
 plan, usage, stat = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage, os.stat
 out = Path(sys.argv[2])
 download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK
-def disk(path):  # the output's folder lies on a disk of its own
+def disk(path):  # the output's folder is on a disk of its own
     return 1 if str(path).startswith(str(out.parent)) else 2
 try:
     def apart(path, **options):

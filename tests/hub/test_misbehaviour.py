@@ -12,7 +12,7 @@ from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN, FakeHub
 
-WRONG = "hf_WrongTokenThatNobodyMaySee"
+WRONG = "hf_WrongTokenThatIsNeverShown"
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_each_failure_has_its_own_error(hub: Hub, repo: str, fault: dict[str, An
     first, *rest = done.err.splitlines()
     assert first.startswith("error: org/model: ") and words in first
     assert hint in "".join(rest) and "Traceback" not in done.err
-    assert hub.server.sent < 16 << 20, "what was not asked for must not be read, but for what lies in buffers"
+    assert hub.server.sent < 16 << 20, "only buffers may hold more than was requested"
     assert "signature" not in done.err, "a signed address is a secret"
 
 
@@ -138,7 +138,7 @@ def test_a_listing_that_is_none_is_the_hubs_error(hub: Hub, repo: str, body: str
     ],
     ids=lambda f: f"{f['kind']} x{f.get('times', 'always')}",
 )
-def test_what_passes_is_waited_for(hub: Hub, repo: str, fault: dict[str, Any]) -> None:
+def test_transient_errors_are_retried(hub: Hub, repo: str, fault: dict[str, Any]) -> None:
     want = hub.run("scan", repo, "--vllm", "0.32.0")
     hub.server.fault(**({} if "path" in fault else SHARD) | fault)
     assert hub.run("scan", repo, "--vllm", "0.32.0") == want
@@ -176,12 +176,12 @@ def test_private_and_gated_repos(
 
 
 def test_what_is_not_there(hub: Hub, repo: str) -> None:
-    assert "org/nobody: no such model on http" in hub.run("scan", "org/nobody").err
+    assert "org/missing: no such model on http" in hub.run("scan", "org/missing").err
     done = hub.run("scan", repo, "--revision", "v9")
     assert "org/model: has no revision 'v9' (HTTP 404)" in done.err and "are listed at" in done.err
 
 
-def test_a_missing_shard_is_said_as_for_a_folder(hub: Hub, checkpoint: Make) -> None:
+def test_a_missing_shard_is_the_same_error_as_in_a_folder(hub: Hub, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip", shards=2)
     (source / "model-00002-of-00002.safetensors").unlink()
     hub.server.add("org/half", source)
@@ -199,7 +199,7 @@ def test_listed_names_cannot_leave_their_folder(hub: Hub, repo: str, name: str) 
 # No Hub
 
 
-def test_nobody_listens(hub: Hub) -> None:
+def test_an_endpoint_without_a_server(hub: Hub) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     code = "import sys; from bnbfix.cli import main as cli; from bnbfix.hub import client; client.FIRST_WAIT = 0"
