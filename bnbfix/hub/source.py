@@ -122,7 +122,7 @@ class HubSource:
         return cls(repo, folder.path.name, name, _top_level(files), {}, files, {f: folder.path / f for f in files})
 
     def with_subfolders(self) -> HubSource:
-        return replace(self, files=self._all_files)
+        return replace(self, files=self._all_files or self.files)
 
     @property
     def fingerprint(self) -> str:
@@ -221,9 +221,9 @@ class HubSource:
         file, merged = job
         asked = describe_request(self.repo, self.revision, file)
         with wrap_errors(asked):
-            return retry(lambda: self._once(file, merged.offset, merged.length), asked, stop=stop)
+            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked, stop=stop)
 
-    def _once(self, file: str, offset: int, length: int) -> bytes:
+    def _try_range(self, file: str, offset: int, length: int) -> bytes:
         """Make one try. Redirects are followed by hand, so that the token stays with the Hub's own origin."""
         home = hf_hub_url(self.repo, file, revision=self.revision)
         known = self._urls.get(file)

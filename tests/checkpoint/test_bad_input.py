@@ -1,4 +1,4 @@
-"""Broken, inconsistent and hostile folders on the command line: one error line, the right exit code, and nothing written."""
+"""Broken, inconsistent and hostile folders on the command line: one error line, the right exit code, no output."""
 
 from __future__ import annotations
 

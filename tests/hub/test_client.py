@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,14 +74,17 @@ def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: py
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The ranges that are asked of the Hub."""
+    """The ranges that are asked of the Hub, whose files count from 0 to 250 again and again."""
     seen: list[tuple[int, int]] = []
 
-    def once(self: HubSource, file: str, offset: int, length: int) -> bytes:
-        seen.append((offset, length))
-        return bytes(i % 251 for i in range(offset, offset + length))
+    def stream(method: str, url: str, *, headers: dict[str, str], **options: object) -> Any:
+        first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
+        seen.append((first, last - first + 1))
+        data = bytes(i % 251 for i in range(first, last + 1))
+        answer = {"Content-Range": f"bytes {first}-{last}/*"}
+        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda size: [data]))
 
-    monkeypatch.setattr(HubSource, "_once", once)
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(stream=stream))
     return seen
 
 
