@@ -12,7 +12,7 @@ from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Source
 from .engines.engine import Target
 from .engines.vllm.releases import find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable, UsageError
+from .errors import FindingsRemain, NotApplicable, UsageError, VerifyError
 from .hub.resolve import open_source
 from .models.detect import read_model
 from .rules.scan import Finding, ScanResult, scan_checkpoint
@@ -295,6 +295,11 @@ def push(out: StrPath, to: Destination, *, progress: Progress | None = None, qui
         VerifyError: The folder does not verify; nothing is pushed.
         HubError: The Hub refuses the upload.
     """
-    from .hub.push import publish
+    from .hub.push import push_folder
+    from .verifier.verify import verify_output
 
-    return publish(Path(out), to, progress, quiet=quiet)
+    result = verify_output(Path(out), None, progress=progress)
+    if not result.ok:
+        raise VerifyError(f"{result.problems[0]}; nothing was pushed", where=str(out))
+    message = f"Repair for vLLM {result.target} with bnbfix"
+    return push_folder(Path(out), to, message=message, quiet=quiet)

@@ -1,16 +1,16 @@
-"""What can go wrong, as one tree. Each kind carries the exit code that the command line ends with.
+"""The errors as one tree. Each type has the exit code that the command line ends with.
 
 BnbfixError                  2
 ├── UsageError               2   an option, a path or a combination of them makes no sense
-├── InputError               2   the checkpoint cannot be read as it stands: missing, broken, lying
+├── InputError               2   the checkpoint cannot be read as it stands: missing, broken, inconsistent
 │   ├── HeaderError          2   a safetensors header is not what the format allows
-│   └── QuantStateError      2   a quantized weight and its quant state do not belong together
-├── NotApplicable            3   nothing here to check: not a bitsandbytes Gemma4 checkpoint
-├── FindingsRemain           1   a check before upload found what keeps the checkpoint from loading
-├── Unrepairable             1   findings remain that no edit of the files can mend for this target
+│   └── QuantStateError      2   a quantized weight and its quant state contradict each other
+├── NotApplicable            3   nothing here to check: not a bitsandbytes checkpoint of a known model
+├── FindingsRemain           1   a check before upload found why the checkpoint does not load
+├── Unrepairable             1   findings remain that no edit of the files can repair for this target
 ├── VerifyError              1   an output differs from what its plan says
 ├── EngineError              2   the installed vLLM gives no answer
-├── HubError                 2   the Hub refuses, cannot be reached, or sends something else than it announced
+├── HubError                 2   the Hub refuses, cannot be reached, or sends something other than announced
 └── OutputError              2   the output cannot be written: exists, no space, I/O error
 """
 
@@ -22,7 +22,8 @@ from typing import Any
 class BnbfixError(Exception):
     """Base of every error that bnbfix raises on purpose.
 
-    `where` names the file, and the tensor if there is one; `hint` says what to do next.
+    `where` names the file, and the tensor if there is one; `hint` says what to do next. Every error can be pickled:
+    each subclass can be made of its message only, and attributes are restored after that.
     """
 
     exit_code = 2
@@ -50,17 +51,19 @@ class QuantStateError(InputError):
 
 
 class NotApplicable(BnbfixError):
-    """The folder holds no bitsandbytes Gemma4 checkpoint."""
+    """There is no bitsandbytes checkpoint of a known model."""
 
     exit_code = 3
 
 
 class FindingsRemain(BnbfixError):
-    """A checkpoint is not fit to be uploaded; `findings` says what counts against it."""
+    """A checkpoint should not be uploaded; `findings` says why."""
 
     exit_code = 1
 
-    def __init__(self, message: str, findings: tuple[Any, ...], *, where: str, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, findings: tuple[Any, ...] = (), *, where: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(message, where=where, hint=hint)
         self.findings = findings  # bnbfix.Finding, a layer above this one
 
@@ -72,7 +75,7 @@ class Unrepairable(BnbfixError):
 
 
 class VerifyError(BnbfixError):
-    """An output is not what its plan says."""
+    """An output differs from what its plan says."""
 
     exit_code = 1
 
@@ -82,7 +85,7 @@ class EngineError(BnbfixError):
 
 
 class HubError(BnbfixError):
-    """The Hub refuses, cannot be reached, or sends something else than it announced."""
+    """The Hub refuses, cannot be reached, or sends something other than announced."""
 
 
 class OutputError(BnbfixError):

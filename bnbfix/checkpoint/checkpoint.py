@@ -15,30 +15,37 @@ from typing import Any
 from ..errors import InputError, NotApplicable, QuantStateError
 from . import quant_state as qs
 from . import safetensors as st
-from .source import Source
+from .source import Source, read_file
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-# What bounds time and memory, an order of magnitude above the largest real ones: 26B with its experts one by one.
+# What bounds time and memory, an order of magnitude above the largest real ones: 26B with per-expert tensors.
 MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
 MAX_HEADERS = 100_000_000  # bytes of all headers together
 MAX_TENSORS = 500_000
-MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is held against each module
+MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is matched with each module
 HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor, the shard it lies in, and where its bytes start in that file."""
+    """A tensor, the shard that has it, and where its bytes start in that file."""
 
     shard: str
     info: st.TensorInfo
     offset: int
 
+    def read(self, source: Source) -> bytes:
+        """Return the tensor's bytes."""
+        return source.read(self.shard, [(self.offset, self.info.nbytes)])[0]
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is no quant-state tensor, with its quant-state tensors by suffix, and its quant state when it is quantized in 4 bits."""
+    """A tensor that is not a quant-state tensor, with its quant-state tensors by suffix.
+
+    `state` is its quant state when it is quantized to 4 bits.
+    """
 
     name: str
     tensor: Tensor
@@ -47,17 +54,17 @@ class Weight:
 
     @property
     def int8(self) -> bool:
-        """Is it an LLM.int8 weight?"""
+        """True for an LLM.int8 weight."""
         return self.state is None and ".SCB" in self.state_tensors
 
     @property
     def quantized(self) -> bool:
-        """Does it hold quantized bytes (4 bit, or LLM.int8)?"""
+        """True if it holds quantized bytes (4 bit, or LLM.int8)."""
         return self.state is not None or self.int8
 
     @property
     def form(self) -> str:
-        """nf4, fp4, int8, or the dtype of a plain tensor."""
+        """nf4, fp4, int8, or the dtype of an unquantized tensor."""
         return self.state.quant_type if self.state else "int8" if self.int8 else self.tensor.info.dtype
 
     @property
@@ -81,7 +88,7 @@ class Checkpoint:
     shards: Mapping[str, st.Header]
     weights: Mapping[str, Weight]
     orphans: Mapping[str, Tensor]  # quant-state tensors that no quantized weight claims
-    duplicates: Mapping[str, tuple[str, ...]]  # tensors that lie in several shards
+    duplicates: Mapping[str, tuple[str, ...]]  # tensors that several shards have
     damaged: tuple[QuantStateError, ...]
 
     @property
@@ -99,12 +106,14 @@ class Checkpoint:
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise InputError("llm_int8_skip_modules is not a list of names", where=CONFIG)
         if len(value) > MAX_SKIP:
-            raise InputError(f"llm_int8_skip_modules has {len(value):,} entries, more than any model", where=CONFIG)
+            raise InputError(
+                f"llm_int8_skip_modules: {len(value):,} entries exceed the limit of {MAX_SKIP:,}", where=CONFIG
+            )
         return tuple(value)
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor by name; of one that lies in several shards, that which `open_checkpoint` chose."""
+        """Every tensor by name; of one that several shards have, the one that `open_checkpoint` chose."""
         out = dict(self.orphans)
         for w in self.weights.values():
             out[w.name] = w.tensor
@@ -113,35 +122,41 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Reads config, index, headers and quant states.
+    """Read config, index, headers and quant states.
 
-    Raises InputError for whatever is missing or broken, NotApplicable when there are no safetensors to look at.
-    A quant state that lies does not raise: it is kept in `damaged`, and its weight counts as neither quantized nor whole.
+    An invalid quant state does not raise: it is kept in `damaged`, and its weight counts as unquantized.
+
+    Raises:
+        InputError: A file is missing or broken.
+        NotApplicable: There are no safetensors files, or it is an adapter.
     """
     if CONFIG not in source.files:
         if "adapter_config.json" in source.files:
             raise NotApplicable("is a PEFT adapter, not a model; merge it first", where=source.name)
         raise InputError("is missing", where=CONFIG, hint=f"Is {source.name} a model folder?")
-    config_text, config = _json(source, CONFIG)
-    index = _json(source, INDEX)[1] if INDEX in source.files else None
+    config_text, config = _read_json(source, CONFIG)
+    index = _read_json(source, INDEX)[1] if INDEX in source.files else None
     names = _shard_names(source, index)
     shards = _headers(source, names)
-    tensors, duplicates = _tensors(shards, _weight_map(index) if index else {})
-    weights, orphans, damaged = _group(source, tensors)
+    tensors, duplicates = _choose_tensors(shards, weight_map(index) if index else {})
+    weights, orphans, damaged = _group_weights(source, tensors)
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
 
 
 def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
-    """The shard of every tensor, as the index says it."""
-    return _weight_map(index)
+    """Return the shard of every tensor as the index has it; raises InputError for a map of anything else."""
+    value = index.get("weight_map")
+    if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
+        raise InputError("weight_map must map tensor names to file names", where=INDEX)
+    return value
 
 
-def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
-    size = source.files[name]
-    if size > (MAX_CONFIG if name == CONFIG else MAX_JSON):
-        raise InputError(f"{size:,} bytes are too many for such a file", where=name)
+def _read_json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
+    size, limit = source.files[name], MAX_CONFIG if name == CONFIG else MAX_JSON
+    if size > limit:
+        raise InputError(f"its {size:,} bytes exceed the limit of {limit:,}", where=name)
     try:
-        text = source.read(name, [(0, size)])[0].decode("utf-8")
+        text = read_file(source, name).decode("utf-8")
         doc = json.loads(text)
         if "\\ud" in text.lower():  # it may spell half a surrogate pair, which no file can be written with
             json.dumps(doc, ensure_ascii=False).encode()
@@ -152,24 +167,17 @@ def _json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     return text, doc
 
 
-def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
-    value = index.get("weight_map")
-    if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
-        raise InputError("weight_map must map tensor names to file names", where=INDEX)
-    return value
-
-
 def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
-    """The files that vLLM reads: those the index names, or without one every *.safetensors beside the config."""
+    """The files that vLLM reads: those the index names, or without one every *.safetensors next to the config."""
     if index is None:
         names = [f for f in source.files if f.endswith(".safetensors") and "/" not in f]
         if not names:
             raise NotApplicable("has no safetensors files", where=source.name)
         return names
-    names = sorted(set(_weight_map(index).values()))
+    names = sorted(set(weight_map(index).values()))
     for name in names:
-        if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are no names
-            raise InputError(f"weight_map names {name!r}, which is not a file beside it", where=INDEX)
+        if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are not names
+            raise InputError(f"weight_map names {name!r}, which is not a file next to it", where=INDEX)
         if name not in source.files:
             raise InputError(
                 f"shard {name} is missing; the index names it",
@@ -186,19 +194,20 @@ def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
     begun = {name: part for name, (part,) in found.items()}
     ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
     if (total := sum(ends.values())) > MAX_HEADERS:
-        raise InputError(f"{total:,} bytes of headers are more than any model has", where=source.name)
+        raise InputError(f"its {total:,} bytes of headers exceed the limit of {MAX_HEADERS:,}", where=source.name)
     rest = {n: [(len(begun[n]), ends[n] - len(begun[n]))] for n in names if ends[n] > len(begun[n])}
     for name, (part,) in source.read_many(rest).items():
         begun[name] += part
     out = {n: st.parse_header(begun[n][st.LENGTH_BYTES : ends[n]], sizes[n], n) for n in names}
     if (count := sum(len(h.tensors) for h in out.values())) > MAX_TENSORS:
-        raise InputError(f"{count:,} tensors are more than any model has", where=source.name)
+        raise InputError(f"its {count:,} tensors exceed the limit of {MAX_TENSORS:,}", where=source.name)
     return out
 
 
-def _tensors(
+def _choose_tensors(
     shards: Mapping[str, st.Header], named: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Return every tensor by name, and the shards of those that several shards have."""
     found: dict[str, list[Tensor]] = {}
     for shard, header in shards.items():
         for info in header.tensors.values():
@@ -215,9 +224,10 @@ def _tensors(
     return chosen, {n: tuple(t.shard for t in ts) for n, ts in found.items() if len(ts) > 1}
 
 
-def _group(
+def _group_weights(
     source: Source, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Weight], dict[str, Tensor], tuple[QuantStateError, ...]]:
+    """Return weights by name, quant-state tensors that no quantized weight claims, and what is wrong with others."""
     state_tensors: dict[str, dict[str, Tensor]] = {}
     bases: dict[str, Tensor] = {}
     for name, found in tensors.items():
@@ -234,7 +244,7 @@ def _group(
         t = bases.get(name)
         if t is not None:
             try:
-                state = _state(name, t, own, raw)
+                state = _check_state(name, t, own, raw)
             except QuantStateError as e:
                 damaged.append(e)
         if t is None or (state is None and not qs.is_int8(own)):
@@ -245,10 +255,10 @@ def _group(
     return weights, orphans, tuple(damaged)
 
 
-def _state(
+def _check_state(
     name: str, t: Tensor, own: Mapping[str, Tensor], raw: Mapping[tuple[str, str], bytes]
 ) -> qs.QuantState | None:
-    """The checked quant state of a weight; None for a plain or LLM.int8 one; raises QuantStateError when they lie."""
+    """Return the checked quant state of a weight, None for an unquantized or LLM.int8 one; raises QuantStateError."""
     where = f"{t.shard}: {name}"
     if qs.is_int8(own):
         qs.check_int8(t.info, {k: v.info for k, v in own.items()}, where)
@@ -264,13 +274,13 @@ def _state(
         raise QuantStateError(f"its quant state has {own[suffix].info.nbytes:,} bytes", where=where)
     state = qs.parse_state(raw[name, suffix], suffix, where)
     if t.info.dtype in qs.DTYPES.values() and t.info.shape == state.shape:
-        return None  # a plain weight beside stale quant-state tensors
-    qs.check(state, t.info, {k: v.info for k, v in own.items()}, where)
+        return None  # an unquantized weight, and stale quant-state tensors
+    qs.check_state(state, t.info, {k: v.info for k, v in own.items()}, where)
     return state
 
 
 def _read_states(source: Source, state_tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:
-    """The bytes of every quant state's JSON and of every weight_format, by (weight, suffix), all in one call."""
+    """Return the bytes of every quant state's JSON and of every weight_format, by (weight, suffix), all in one call."""
     wanted: dict[str, list[tuple[str, str, Tensor]]] = {}
     for name, own in state_tensors.items():
         for suffix in (*qs.STATE_SUFFIXES, qs.WEIGHT_FORMAT):

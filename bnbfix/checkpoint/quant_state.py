@@ -1,7 +1,7 @@
 """Groups a quantized weight with its quant-state tensors and checks every size in them. Standard library only.
 
 bitsandbytes trusts a quant state: a short absmax or a wrong blocksize gives wrong numbers or reads past the buffer,
-without an error. So nothing reaches a kernel before `check` has passed. Layout of the quant-state tensors:
+without an error. So nothing reaches a kernel before `check_state` has passed. Layout of the quant-state tensors:
 bitsandbytes/functional.py, `QuantState.as_dict(packed=True)`.
 """
 
@@ -71,7 +71,7 @@ class QuantState:
 
 
 def split_state_tensor(name: str) -> tuple[str, str] | None:
-    """(weight name, suffix) if `name` is a quant-state tensor, else None."""
+    """Return (weight name, suffix) if `name` is a quant-state tensor, else None."""
     for suffix in FOUR_BIT_SUFFIXES:
         if name.endswith(suffix):
             return name[: -len(suffix)], suffix
@@ -82,14 +82,18 @@ def split_state_tensor(name: str) -> tuple[str, str] | None:
 
 
 def state_tensor_name(weight: str, suffix: str) -> str:
-    """The tensor name that `split_state_tensor` splits: 4 bit appends to the weight's name, LLM.int8 replaces "weight"."""
+    """Return the tensor name that `split_state_tensor` splits.
+
+    4-bit suffixes are appended to the weight's name, LLM.int8 ones replace "weight".
+    """
     return (weight.removesuffix(".weight") if suffix in INT8_SUFFIXES else weight) + suffix
 
 
 def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
-    """Decodes the JSON of a `.quant_state.bitsandbytes__*` tensor.
+    """Decode the JSON of a `.quant_state.bitsandbytes__*` tensor.
 
-    Raises QuantStateError when it is not JSON, lacks a key, has another, or says what bitsandbytes cannot have written.
+    Raises QuantStateError when it is not JSON, lacks a key, has an unknown one, or a value that bitsandbytes never
+    writes.
     """
 
     def bad(why: str) -> QuantStateError:
@@ -131,10 +135,10 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
     return QuantState(quant_type, blocksize, dtype, tuple(shape), nested)
 
 
-def check(state: QuantState, weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Cross-checks a weight, its quant-state tensors (by suffix) and what its JSON says.
+def check_state(state: QuantState, weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Cross-check a weight, its quant-state tensors (by suffix) and what its JSON says.
 
-    Raises QuantStateError with the first size or dtype that does not fit, or the quant-state tensor that is missing.
+    Raises QuantStateError for the first size or dtype that does not match, or a missing quant-state tensor.
     """
 
     def bad(why: str) -> QuantStateError:
@@ -169,14 +173,14 @@ def check(state: QuantState, weight: TensorInfo, state_tensors: Mapping[str, Ten
 
 
 def is_int8(state_tensors: Mapping[str, Any]) -> bool:
-    """Are these the quant-state tensors of an LLM.int8 weight?"""
+    """Return True for the quant-state tensors of an LLM.int8 weight."""
     return ".SCB" in state_tensors
 
 
 def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Cross-checks an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
+    """Cross-check an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
 
-    Raises QuantStateError when they do not fit, or there are quant-state tensors of a 4-bit weight too.
+    Raises QuantStateError when they do not match, or the weight has 4-bit quant-state tensors too.
     """
     if strange := sorted(set(state_tensors) - set(INT8_SUFFIXES)):
         raise QuantStateError(f"it has both SCB and {strange[0][1:]}, of two quantizations", where=where)
@@ -185,7 +189,7 @@ def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], wher
         raise QuantStateError(f"LLM.int8 weight of shape {list(weight.shape)} is empty", where=where)
     if weight.dtype != "I8" or len(weight.shape) != 2 or scales.dtype != "F32" or scales.shape != weight.shape[:1]:
         raise QuantStateError(
-            f"SCB is {scales.dtype} {list(scales.shape)} beside a weight of {weight.dtype} {list(weight.shape)}; "
+            f"SCB is {scales.dtype} {list(scales.shape)} next to a weight of {weight.dtype} {list(weight.shape)}; "
             "LLM.int8 has I8 [out, in] and F32 [out]",
             where=where,
         )
@@ -195,13 +199,13 @@ def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], wher
 
 
 def check_weight_format(raw: bytes, where: str) -> None:
-    """Raises QuantStateError for an LLM.int8 weight whose bytes are not in the order of its rows.
+    """Raise QuantStateError for an LLM.int8 weight whose bytes are not in row order.
 
-    `raw` is its weight_format. bitsandbytes before 0.45 knew tiles, each for one kind of GPU.
+    `raw` is its weight_format. bitsandbytes before 0.45 had tiled formats, each for one type of GPU.
     """
     if (number := raw[0]) != WEIGHT_FORMATS.index("row"):
         name = WEIGHT_FORMATS[number] if number < len(WEIGHT_FORMATS) else number
-        raise QuantStateError(f"its weight_format is {name}, and bitsandbytes reads row alone", where=where)
+        raise QuantStateError(f"its weight_format is {name}, and bitsandbytes reads only row", where=where)
 
 
 def _show(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Reads, validates and builds safetensors headers. Standard library only.
+"""Read, validate and build safetensors headers. Standard library only.
 
 A file is: 8 bytes little-endian header length N, N bytes of JSON, then the data. Every tensor's `data_offsets`
 count from the start of the data; together they must cover it without overlap, hole or rest. The rules are those of
@@ -19,10 +19,10 @@ from typing import Any
 from ..errors import HeaderError
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_USEFUL_HEADER = 25_000_000  # bytes; the longest that the Hub parses, and far above any Gemma4 header
+MAX_USEFUL_HEADER = 25_000_000  # bytes; the longest that the Hub parses, and far above real ones
 LENGTH_BYTES = 8
 
-# Bits for each element. F4 and F6 types are quantized below one byte.
+# Bits for each element. F4 and F6 elements take less than one byte.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "BOOL": 8,
@@ -80,15 +80,15 @@ class Header:
 
 
 def header_length(first: bytes, file_size: int, where: str) -> int:
-    """The number of header bytes, from a file's first 8 bytes.
+    """Return the number of header bytes, from a file's first 8 bytes.
 
-    Raises HeaderError when the file cannot hold such a header, or the header is absurdly long.
+    Raises HeaderError when the file cannot hold such a header, or the header exceeds the limit.
     """
     if len(first) < LENGTH_BYTES:
         raise HeaderError("too short for a safetensors file (no header length)", where=where)
     n = int.from_bytes(first[:LENGTH_BYTES], "little")
     if n > MAX_HEADER or (n > MAX_USEFUL_HEADER and n + LENGTH_BYTES <= file_size):
-        raise HeaderError(f"header of {n:,} bytes is too long (the limit is {MAX_USEFUL_HEADER:,})", where=where)
+        raise HeaderError(f"header of {n:,} bytes exceeds the limit of {MAX_USEFUL_HEADER:,}", where=where)
     if n + LENGTH_BYTES > file_size:
         raise HeaderError(
             f"truncated: the header needs {n + LENGTH_BYTES:,} bytes, the file has {file_size:,}",
@@ -99,9 +99,9 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
-    """Validates the JSON bytes of a header against the size of its file.
+    """Validate the JSON bytes of a header against the size of its file.
 
-    Raises HeaderError for whatever the safetensors library would reject, duplicate names and unknown keys.
+    Raises HeaderError for whatever the safetensors library rejects, for duplicate names and for unknown keys.
     """
     data_start = LENGTH_BYTES + len(raw)
     doc = _load_json(raw, where)
@@ -111,8 +111,8 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     at = 0
     for t in infos:
         if t.begin != at:
-            kind = "overlaps the tensor before it" if t.begin < at else "leaves a hole before it"
-            raise HeaderError(f"tensor {_show(t.name)} {kind} (starts at {t.begin}, expected {at})", where=where)
+            problem = "overlaps the tensor before it" if t.begin < at else "leaves a hole before it"
+            raise HeaderError(f"tensor {_show(t.name)} {problem} (starts at {t.begin}, expected {at})", where=where)
         at = t.end
     size = file_size - data_start
     if at > size:
@@ -127,7 +127,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 
 
 def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Header bytes, length prefix included, padded with spaces so that the data starts at a multiple of 8."""
+    """Return header bytes, length prefix included, padded with spaces so that the data starts at a multiple of 8."""
     doc: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for t in tensors:
         doc[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.begin, t.end]}
@@ -137,7 +137,7 @@ def build_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> 
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes that a tensor takes."""
+    """Return the bytes that a tensor takes."""
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
@@ -146,7 +146,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
             seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]  # None, which is false
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
             raise HeaderError(f"{_show(twice)} is in the header twice", where=where)
         return out
 
@@ -169,7 +169,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    # "-0" is a float to the library, and so no size.
+    # "-0" is a float to the library, and so not a size.
     return -0.0 if text == "-0" else int(text)
 
 
@@ -218,7 +218,7 @@ def _sizes(value: Any) -> bool:
 
 
 def _bits(dtype: str, shape: list[int]) -> int | None:
-    # Like the library, from the left: what overflows on the way is refused even where a 0 follows.
+    # Like the library, from the left: what overflows on the way is rejected even where a 0 follows.
     count = 1
     for n in (*shape, DTYPE_BITS[dtype]):
         count *= n

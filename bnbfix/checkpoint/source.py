@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,10 @@ class Source(Protocol):
 
     @property
     def files(self) -> Mapping[str, int]:
-        """Size in bytes of every file, by path relative to the checkpoint, with forward slashes."""
+        """Size in bytes of every file, by path relative to the checkpoint, with forward slashes.
+
+        Files in subfolders are listed only by what `with_subfolders` returns: vLLM reads none of them.
+        """
         ...
 
     @property
@@ -36,34 +39,37 @@ class Source(Protocol):
         ...
 
     @property
-    def external_links(self) -> frozenset[str]:
-        """Files that are links out of the checkpoint: weights may lie anywhere, what is copied as it is may not."""
-        ...
-
-    @property
     def origin(self) -> Mapping[str, str] | None:
         """Where it was published: {"repo": "org/name", "revision": commit sha}; None for a folder."""
         ...
 
+    def with_subfolders(self) -> Source:
+        """Return the same source with the files in its subfolders, which a repair copies."""
+        ...
+
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (offset, length); raises InputError when the file ends before."""
+        """Return the bytes of each (offset, length); raises InputError when the file ends before."""
         ...
 
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
-        """The same of several files at once, which a remote source fetches together."""
+        """Read ranges of several files; a remote source fetches them in parallel."""
         ...
 
     def local_path(self, file: str) -> Path | None:
-        """Where the file lies on this machine, whole; None when `read` alone has its bytes."""
+        """Return the path of the file on this machine; None when only `read` has its bytes."""
+        ...
+
+    def check_copyable(self, files: Iterable[str]) -> None:
+        """Raise InputError for a file that must not be copied: not a regular file, or a link out of the checkpoint."""
         ...
 
     def check_unchanged(self) -> None:
-        """Raises InputError when a file is no longer the one that was listed."""
+        """Raise InputError when a file is no longer the one that was listed."""
         ...
 
 
 class RemoteSource(Source, Protocol):
-    """A source elsewhere, whose files can be fetched whole."""
+    """A source on another machine, whose files can be fetched whole."""
 
     @property
     def store(self) -> Path:
@@ -71,17 +77,22 @@ class RemoteSource(Source, Protocol):
         ...
 
     def fetch(self, file: str, folder: Path | None, step: Callable[[int], None]) -> None:
-        """Brings a file here whole, to the store or to `folder`; `step` counts bytes. Nothing when it is here."""
+        """Fetch a whole file to the store or to `folder`, unless it is here already; `step` counts bytes."""
         ...
 
     def forget(self, file: str, folder: Path) -> None:
-        """Deletes a file that was fetched to `folder`, and no other."""
+        """Delete a file that was fetched to `folder`, and no other."""
         ...
 
 
 def as_remote(source: Source) -> RemoteSource | None:
-    """The source as one that is elsewhere, if it is."""
+    """Return the source as a remote one, if it is one."""
     return cast(RemoteSource, source) if source.origin is not None else None
+
+
+def read_file(source: Source, name: str) -> bytes:
+    """Return the bytes of a whole file."""
+    return source.read(name, [(0, source.files[name])])[0]
 
 
 class FileStat(NamedTuple):
@@ -93,30 +104,45 @@ class FileStat(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, s: os.stat_result) -> FileStat:
+    def at(cls, path: str | Path) -> FileStat:
+        """Describe a file; links are followed to regular files only, so that a broken link can be listed too."""
+        try:
+            s = os.stat(path)
+            if not stat.S_ISREG(s.st_mode):
+                s = os.lstat(path)
+        except OSError:
+            s = os.lstat(path)
         return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino)
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A directory. Symlinks to files are followed; `external_links` has those that leave the directory.
+    """A folder. Links to files are followed.
 
-    A snapshot of the Hub cache is links into the `blobs` folder of its repo, which counts as inside.
+    What is not a regular file (a pipe, a broken link, a link to a folder) is listed all the same: it is an error where
+    it is read or copied, and nowhere else.
     """
 
     path: Path
     stats: Mapping[str, FileStat] = field(repr=False)
-    external_links: frozenset[str] = field(repr=False, default=frozenset())
 
     @classmethod
     def open(cls, path: Path) -> LocalSource:
-        """Lists a directory; raises UsageError if there is none."""
+        """List the top level of a folder.
+
+        Raises:
+            UsageError: There is no such folder.
+            InputError: It cannot be listed.
+        """
         if not path.is_dir():
-            what = "is a file; name the folder it lies in" if path.exists() else "no such folder"
+            what = "is a file; name the folder it is in" if path.exists() else "no such folder"
             raise UsageError(what, where=str(path))
-        entries = sorted(_walk(path))
-        outside = frozenset(_find_external_links(path, [name for name, _, link in entries if link]))
-        return cls(path, MappingProxyType({name: stamp for name, stamp, _ in entries}), outside)
+        return cls(path, MappingProxyType(dict(sorted(_list_files(path, subfolders=False)))))
+
+    def with_subfolders(self) -> LocalSource:
+        # Files that are listed already keep their first stat: `check_unchanged` covers what was read in between.
+        stats = dict(_list_files(self.path, subfolders=True)) | dict(self.stats)
+        return LocalSource(self.path, MappingProxyType(dict(sorted(stats.items()))))
 
     @property
     def name(self) -> str:
@@ -124,53 +150,90 @@ class LocalSource:
 
     @cached_property
     def files(self) -> Mapping[str, int]:
-        return MappingProxyType({name: stamp.size for name, stamp in self.stats.items()})
+        return MappingProxyType({name: found.size for name, found in self.stats.items()})
 
     @property
     def fingerprint(self) -> str:
-        return repr([(name, *stamp) for name, stamp in self.stats.items()])
+        return repr([(name, *found) for name, found in self.stats.items()])
 
     @property
     def origin(self) -> None:
         return None
 
+    @cached_property
+    def external_links(self) -> frozenset[str]:
+        """Files that are links out of the folder.
+
+        A snapshot of the Hub cache consists of links into the `blobs` folder of its repo, which counts as inside.
+        """
+        real = os.path.realpath(self.path)
+        inside = [real]
+        snapshots = os.path.dirname(real)
+        if os.path.basename(snapshots) == "snapshots":
+            inside.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+        links = [name for name in self.stats if os.path.islink(self.path / name)]
+        # Both paths are resolved to the end, so that no link on the way leads out again.
+        targets = {name: os.path.realpath(self.path / name) for name in links}
+        return frozenset(n for n in links if not any(targets[n].startswith(folder + os.sep) for folder in inside))
+
     def local_path(self, file: str) -> Path:
         return self.path / file
+
+    def check_copyable(self, files: Iterable[str]) -> None:
+        for name in sorted(set(files) & set(self.stats)):
+            # An output may be published, and a checkpoint may come from a stranger: it could link to a secret.
+            if name in self.external_links:
+                raise InputError(
+                    "is a link out of the model folder; a repair would copy what it leads to",
+                    where=name,
+                    hint="Put the file itself in its place. Only weights may be stored elsewhere.",
+                )
+            try:
+                os.close(open_regular(self.path / name, name))
+            except InputError as e:
+                e.hint = "A repair copies every file of the folder: remove it, or put a regular file in its place."
+                raise
 
     def check_unchanged(self) -> None:
         for name, before in self.stats.items():
             try:
-                now = FileStat.of((self.path / name).stat())
+                now = FileStat.at(self.path / name)
             except OSError as e:
                 raise InputError(f"went away while it was being read ({e.strerror})", where=name) from e
             if now != before:
                 raise InputError("changed while it was being read", where=name, hint="Run it again.")
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        fd = open_regular(self.path / file, file)
-        try:
-            return [read_exactly(fd, offset, length, file) for offset, length in ranges]
-        finally:
-            os.close(fd)
+        return read_ranges(self.path / file, ranges, file)
 
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
         return {file: self.read(file, ranges) for file, ranges in wanted.items()}
 
 
 def open_regular(path: Path, where: str) -> int:
-    """A file descriptor for reading; raises InputError for what is no regular file, without waiting for it."""
+    """Open a regular file and return its descriptor; raises InputError for anything else, without waiting for it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as e:
-        raise InputError(f"cannot be opened ({e.strerror})", where=where) from e
+        doubt = "; a broken link?" if os.path.islink(path) else ""
+        raise InputError(f"cannot be opened ({e.strerror}){doubt}", where=where) from e
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise InputError("is no regular file", where=where)
+        raise InputError("is not a regular file", where=where)
     return fd
 
 
+def read_ranges(path: Path, ranges: Sequence[tuple[int, int]], where: str) -> list[bytes]:
+    """Return the bytes of each (offset, length) of a file on this machine; raises InputError."""
+    fd = open_regular(path, where)
+    try:
+        return [read_exactly(fd, offset, length, where) for offset, length in ranges]
+    finally:
+        os.close(fd)
+
+
 def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
-    """`length` bytes at `offset`, however short the reads of the system are; raises InputError at an early end."""
+    """Return `length` bytes at `offset`, however short the system's reads are; raises InputError at an early end."""
     parts = []
     while length > 0:
         try:
@@ -185,37 +248,18 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _walk(root: Path, prefix: str = "") -> list[tuple[str, FileStat, bool]]:
-    """(path relative to the root, stamp, is it a link?) of every file."""
+def _list_files(root: Path, prefix: str = "", *, subfolders: bool) -> Iterator[tuple[str, FileStat]]:
+    """Yield (path relative to the root, stat) of every entry that is not a folder."""
     if prefix.count("/") > MAX_DEPTH:
-        raise InputError(f"lies more than {MAX_DEPTH} folders deep", where=prefix)
-    out: list[tuple[str, FileStat, bool]] = []
-    for entry in os.scandir(root / prefix):
-        rel = prefix + entry.name
-        if entry.name in IGNORED_DIRS:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            out += _walk(root, rel + "/")
-            continue
-        try:
-            mode = entry.stat()
-        except OSError as e:
-            raise InputError(f"cannot be looked at ({e.strerror}); a broken link?", where=rel) from e
-        if not stat.S_ISREG(mode.st_mode):
-            raise InputError("is neither a regular file nor a folder of its own", where=rel)
-        out.append((rel, FileStat.of(mode), entry.is_symlink()))
-    return out
-
-
-def _find_external_links(root: Path, links: Sequence[str]) -> Iterator[str]:
-    """Those of the links that lead neither into the root nor into the blobs of the Hub cache it lies in."""
-    real = os.path.realpath(root)
-    inside = [real]
-    snapshots = os.path.dirname(real)
-    if os.path.basename(snapshots) == "snapshots":
-        inside.append(os.path.join(os.path.dirname(snapshots), "blobs"))
-    for name in links:
-        # Both paths are resolved to the end, so that no link on the way leads out again.
-        target = os.path.realpath(root / name)
-        if not any(target.startswith(folder + os.sep) for folder in inside):
-            yield name
+        raise InputError(f"is more than {MAX_DEPTH} folders deep", where=prefix)
+    try:
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                if entry.name in IGNORED_DIRS:
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    yield prefix + entry.name, FileStat.at(entry.path)
+                elif subfolders:
+                    yield from _list_files(root, f"{prefix}{entry.name}/", subfolders=True)
+    except OSError as e:
+        raise InputError(f"cannot be listed ({e.strerror})", where=prefix or str(root)) from e

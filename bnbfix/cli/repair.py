@@ -64,7 +64,7 @@ def repair(
 ) -> int:
     """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
     from ..api import plan_repair, push, write_repair
-    from ..hub.push import destination, require_login
+    from ..hub.push import require_login, resolve_destination
     from ..hub.resolve import open_source
 
     show_logs(verbose)
@@ -72,7 +72,7 @@ def repair(
         raise UsageError("repair needs --out DIR, or --dry-run to only see the plan")
     memory = _size(max_memory, "--max-memory") if max_memory is not None else None
     source = open_source(model, revision)
-    to = destination(source, push_to, create_pr=create_pr, private=private)
+    to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
         require_login()
     plan = plan_repair(

@@ -1,4 +1,4 @@
-"""Finds what a user means by MODEL: a folder, or a repo on the Hub."""
+"""Find what a user means by MODEL: a folder, or a repo on the Hub."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 
 
 def parse_repo(text: str) -> tuple[str, str | None] | None:
-    """(repo id, revision) of `org/name[@revision]`, `hf://org/name[@revision]` or a page's address; None of else.
+    """Return (repo id, revision) of `org/name[@revision]`, `hf://org/name[@revision]` or a page's URL, else None.
 
-    Addresses are those of huggingface.co, and of the host that HF_ENDPOINT names. Raises UsageError when that is none.
+    URLs are those of huggingface.co, and of the host that HF_ENDPOINT names; raises UsageError when that is not a URL.
     """
-    hosts = {*HOSTS, _endpoint()}
+    hosts = {*HOSTS, _endpoint_host()}
     if text.startswith(("https://", "http://")):
         try:
             parts = urlsplit(text)
-        except ValueError:  # brackets that hold no IPv6 address
+        except ValueError:  # brackets without an IPv6 address
             return None
         m = _PAGE.fullmatch(parts.path.removeprefix("/"))
         return (m[1], unquote(m[2]) if m[2] else None) if m and parts.netloc in hosts else None
@@ -33,31 +33,36 @@ def parse_repo(text: str) -> tuple[str, str | None] | None:
     return (m[1], m[2]) if m and "--" not in m[1] and ".." not in m[1] else None
 
 
-def _endpoint() -> str:
+def _endpoint_host() -> str:
     try:
         return urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc.rpartition("@")[2]
     except ValueError:
-        raise UsageError("HF_ENDPOINT is no address") from None
+        raise UsageError("HF_ENDPOINT is not a valid URL") from None
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
-    """The folder of that name if there is one, else the repo on the Hub. What is no string is always a folder.
+    """Open the folder of that name if there is one, else the repo on the Hub.
 
-    `revision` is a branch, tag or commit of a repo. Raises UsageError for neither of the two, HubError when the Hub
-    cannot serve it.
+    Args:
+        model: A folder, or `org/name[@revision]`. What is not a string is always a folder.
+        revision: Branch, tag or commit of a repo.
+
+    Raises:
+        UsageError: `model` is neither of the two, or does not agree with `revision`.
+        HubError: The Hub cannot serve the repo.
     """
     if not isinstance(model, str) or os.path.lexists(model):
         if revision is not None:
-            raise UsageError("is a folder, which has no --revision", where=os.fspath(model))
+            raise UsageError(f"is a folder, which has no revision {revision!r}", where=os.fspath(model))
         return LocalSource.open(Path(model))
     found = parse_repo(model)
     if found is None:
         raise UsageError(
-            "no such folder", where=model, hint="MODEL is a folder, or a repo on the Hub: org/name[@revision]."
+            "no such folder", where=model, hint="A model is a folder, or a repo on the Hub: org/name[@revision]."
         )
     repo, own = found
     if own and revision and own != revision:
-        raise UsageError(f"--revision {revision} contradicts it", where=model)
+        raise UsageError(f"names revision {own!r}, not {revision!r}", where=model)
     from .source import HubSource  # here, since a scan of a folder must not wait for huggingface_hub
 
     return HubSource.open(repo, revision or own)

@@ -1,22 +1,23 @@
 """A checkpoint on the Hugging Face Hub, read by byte ranges.
 
-Its settings are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
+Settings are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
 
 What a scan reads: the listing, config.json and the index whole, the first 128 KiB of each shard, the rest of a header
-that is longer, and the JSON of each quant state. Quant states lie between quantized weights of many MB, so each is a
-request of its own, but for those of small models: about 10 + 2 for each shard + 1 for each quantized weight altogether,
-some 600 for 31B with its tower quantized, and far below 1% of the bytes. Several ranges in one request would be fewer, but
-the storage behind the Hub does not serve those.
+that is longer, and the JSON of each quant state. Quant states are stored between quantized weights of many MB, so each
+is a request of its own, except in small models: about 10 + 2 for each shard + 1 for each quantized weight, some 600
+for a 31B model with a quantized vision tower, and far below 1% of the bytes. Several ranges in one request would be
+fewer, but the storage behind the Hub does not serve those.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -35,27 +36,28 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in __all__
 
 from ..__version__ import __version__
-from ..checkpoint.source import IGNORED_DIRS, LocalSource, open_regular, read_exactly
+from ..checkpoint.source import IGNORED_DIRS, LocalSource, read_ranges
 from ..errors import HubError, InputError
-from .byte_ranges import MergedRange, content_range_error, merge_ranges, resolve_redirect, safe_name, url_origin
+from .byte_ranges import MergedRange, check_file_name, content_range_error, merge_ranges, resolve_redirect, url_origin
 from .client import (
     RetryableError,
-    counting,
+    counting_bar,
     describe_request,
     error_from_response,
     guard_cache,
+    hub_error,
     redact_token,
     retry,
     wrap_errors,
 )
-from .refusals import hub_error
 
 WORKERS = 16  # requests at a time
 TIMEOUT = 15.0  # seconds without a byte
 REDIRECTS = 10
 CHUNK = 64 << 10
-KEPT = 1 << 20  # bytes; what was read in shorter pieces is kept, since a plan reads headers and quant states again
+KEPT = 1 << 20  # bytes; shorter reads are kept in memory, since a plan reads headers and quant states again
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -67,18 +69,19 @@ class HubSource:
     revision: str  # sha of the commit that every read is pinned to
     name: str
     files: Mapping[str, int] = field(repr=False)
-    _hashes: Mapping[str, str] = field(repr=False, default_factory=dict)  # SHA-256 of what is stored as a large file
-    _paths: dict[str, Path] = field(repr=False, default_factory=dict)  # of files that lie here
-    _places: dict[str, str] = field(repr=False, default_factory=dict)  # where redirects led; not for eyes, it is signed
+    _hashes: Mapping[str, str] = field(repr=False, default_factory=dict)  # SHA-256 of files stored with LFS or Xet
+    _all_files: Mapping[str, int] = field(repr=False, default_factory=dict)  # with those in subfolders
+    _paths: dict[str, Path] = field(repr=False, default_factory=dict)  # of files on this machine
+    _urls: dict[str, str] = field(repr=False, default_factory=dict)  # where redirects led; signed, so never shown
     _etags: dict[tuple[str, str], str] = field(repr=False, default_factory=dict)
     _kept: dict[tuple[str, int, int], bytes] = field(repr=False, default_factory=dict)
 
     @classmethod
     def open(cls, repo: str, revision: str | None = None) -> HubSource:
-        """Asks the Hub for the commit and its files; offline, the local cache. Raises HubError, UsageError."""
+        """Ask the Hub for the commit and its files; offline, the local cache. Raises HubError, UsageError."""
         name = f"{repo}@{revision}" if revision else repo
 
-        def look() -> ModelInfo | None:
+        def get_info() -> ModelInfo | None:
             try:
                 return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
             except OfflineModeIsEnabled:
@@ -86,23 +89,25 @@ class HubSource:
 
         asked = describe_request(repo, revision)
         with wrap_errors(asked):
-            info = retry(look, asked)
+            info = retry(get_info, asked)
         if info is None:
-            return cls._cached(repo, revision, name)
+            return cls._open_cached(repo, revision, name)
         if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
             raise HubError("the Hub names no commit", where=repo, hint="Is HF_ENDPOINT a Hub?")
-        files, hashes = {}, {}
+        files: dict[str, int] = {}
+        hashes: dict[str, str] = {}
         with wrap_errors(asked):  # names may be no strings
-            for sibling in sorted(info.siblings or (), key=lambda s: s.rfilename):
-                if not set(IGNORED_DIRS).isdisjoint(sibling.rfilename.split("/")):
+            for listed in sorted(info.siblings or (), key=lambda s: s.rfilename):
+                if not set(IGNORED_DIRS).isdisjoint(listed.rfilename.split("/")):
                     continue
-                files[safe_name(sibling.rfilename, repo)] = _size(sibling, repo)
-                if sibling.lfs is not None:
-                    hashes[sibling.rfilename] = sibling.lfs.sha256
-        return cls(repo, info.sha, name, MappingProxyType(files), hashes)
+                files[check_file_name(listed.rfilename, repo)] = _listed_size(listed, repo)
+                if listed.lfs is not None:
+                    hashes[listed.rfilename] = listed.lfs.sha256
+        logger.info("%s: commit %s, %d files", name, info.sha, len(files))
+        return cls(repo, info.sha, name, _top_level(files), hashes, files)
 
     @classmethod
-    def _cached(cls, repo: str, revision: str | None, name: str) -> HubSource:
+    def _open_cached(cls, repo: str, revision: str | None, name: str) -> HubSource:
         found = try_to_load_from_cache(repo, "config.json", revision=revision)
         if not isinstance(found, str):
             raise HubError(
@@ -110,22 +115,24 @@ class HubSource:
                 where=name,
                 hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
             )
-        folder = LocalSource.open(Path(found).parent)
-        files = {
-            f: size for f, size in folder.files.items() if f not in folder.external_links
-        }  # the cache makes no others
-        return cls(repo, folder.path.name, name, MappingProxyType(files), {}, {f: folder.path / f for f in files})
+        folder = LocalSource.open(Path(found).parent).with_subfolders()
+        logger.info("%s: offline, commit %s from the local cache", name, folder.path.name)
+        # The cache itself makes no links that lead elsewhere.
+        files = {f: size for f, size in folder.files.items() if f not in folder.external_links}
+        return cls(repo, folder.path.name, name, _top_level(files), {}, files, {f: folder.path / f for f in files})
+
+    def with_subfolders(self) -> HubSource:
+        return replace(self, files=self._all_files or self.files)
 
     @property
     def fingerprint(self) -> str:
         return self.revision
 
-    def check_unchanged(self) -> None:
-        """A commit does not change; what a server sends is checked as it comes."""
+    def check_copyable(self, files: Iterable[str]) -> None:
+        """Every file of a repo is a regular one."""
 
-    @property
-    def external_links(self) -> frozenset[str]:
-        return frozenset()
+    def check_unchanged(self) -> None:
+        """A commit does not change; what a server sends is checked as it arrives."""
 
     @property
     def origin(self) -> Mapping[str, str]:
@@ -140,12 +147,12 @@ class HubSource:
         return self.read_many({file: ranges})[file]
 
     def read_many(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[bytes]]:
-        """Raises HubError when the Hub refuses, fails five times, or sends anything but what was asked for."""
+        """Read ranges in parallel; raises HubError when the Hub refuses, keeps failing, or sends something else."""
         out: dict[str, list[bytes]] = {file: [b""] * len(ranges) for file, ranges in wanted.items()}
         jobs: list[tuple[str, MergedRange]] = []
         for file, ranges in wanted.items():
             if (path := self.local_path(file)) is not None:
-                out[file] = _read_local(path, file, ranges)
+                out[file] = read_ranges(path, ranges, file)
                 continue
             missing = []
             for i, (offset, length) in enumerate(ranges):
@@ -156,19 +163,20 @@ class HubSource:
                     missing.append((i, offset, length))
                 else:
                     out[file][i] = known
-            spans = merge_ranges([(offset, length) for _, offset, length in missing])
-            for span in spans:
-                members = tuple((missing[place][0], at, n) for place, at, n in span.members)
-                jobs.append((file, MergedRange(span.offset, span.length, members)))
-        for (file, span), data in zip(jobs, _in_parallel(self._fetch, jobs), strict=True):
-            for i, part in span.cut(data):
+            for merged in merge_ranges([(offset, length) for _, offset, length in missing]):
+                members = tuple((missing[index][0], at, n) for index, at, n in merged.members)
+                jobs.append((file, MergedRange(merged.offset, merged.length, members)))
+        if jobs:
+            logger.debug("%s: %d requests for ranges", self.repo, len(jobs))
+        for (file, merged), data in zip(jobs, _in_parallel(self._fetch_range, jobs), strict=True):
+            for i, part in merged.split(data):
                 out[file][i] = part
                 if len(part) < KEPT:
                     self._kept[(file, *wanted[file][i])] = part
         return out
 
     def local_path(self, file: str) -> Path | None:
-        """Where a file lies on this machine, if it does: in the Hub cache, of this very commit, or fetched."""
+        """Return the path of a file on this machine: in the Hub cache, of this commit, or where it was fetched to."""
         if file not in self._paths:
             found = try_to_load_from_cache(self.repo, file, revision=self.revision)
             if not isinstance(found, str) or os.path.getsize(found) != self.files[file]:
@@ -177,48 +185,49 @@ class HubSource:
         return self._paths[file]
 
     def fetch(self, file: str, folder: Path | None = None, step: Callable[[int], None] = lambda n: None) -> None:
-        """Downloads a file of this commit whole: into the Hub cache, or into `folder`. Raises HubError.
+        """Download a whole file of this commit to the Hub cache, or to `folder`. Raises HubError.
 
-        `step` is called with the number of bytes that just came.
+        `step` is called with the number of bytes that just arrived.
         """
-        if self.local_path(file) is not None:
+        if (path := self.local_path(file)) is not None:
+            logger.info("%s: on this machine already, at %s", file, path)
             return
         asked = describe_request(self.repo, self.revision, file)
-        guard_cache()
+
+        def download() -> str:
+            with guard_cache():
+                return hf_hub_download(
+                    self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting_bar(step)
+                )
+
         try:
             with wrap_errors(asked, (RuntimeError, ValueError)):
-                found = Path(
-                    retry(
-                        lambda: hf_hub_download(
-                            self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting(step)
-                        ),
-                        asked,
-                    )
-                )
-        except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; what hf_xet says when it gives up
-            words = redact_token(str(getattr(e, "strerror", None) or e))
-            raise HubError(f"cannot be downloaded ({words})", where=asked.where) from None
-        if found.stat().st_size != self.files[file]:
-            raise HubError(f"came with {found.stat().st_size:,} bytes of {self.files[file]:,}", where=asked.where)
+                found = Path(retry(download, asked))
+        except (OSError, RuntimeError, ValueError) as e:  # no space, a wrong length; hf_xet when it gives up
+            reason = redact_token(str(getattr(e, "strerror", None) or e))
+            raise HubError(f"cannot be downloaded ({reason})", where=asked.where) from None
+        if (size := found.stat().st_size) != self.files[file]:
+            raise HubError(f"came with {size:,} bytes of {self.files[file]:,}", where=asked.where)
+        logger.info("%s: downloaded %d bytes to %s", file, size, found)
         self._paths[file] = found
 
     def forget(self, file: str, folder: Path) -> None:
-        """Deletes what `fetch` put into `folder`; what lies in the cache stays."""
+        """Delete what `fetch` put into `folder`; the cache stays unchanged."""
         if (path := self._paths.get(file)) is not None and folder.resolve() in path.resolve().parents:
             del self._paths[file]
             path.unlink()
 
-    def _fetch(self, job: tuple[str, MergedRange], stop: threading.Event) -> bytes:
-        file, span = job
+    def _fetch_range(self, job: tuple[str, MergedRange], stop: threading.Event) -> bytes:
+        file, merged = job
         asked = describe_request(self.repo, self.revision, file)
         with wrap_errors(asked):
-            return retry(lambda: self._once(file, span.offset, span.length), asked, stop=stop)
+            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked, stop=stop)
 
-    def _once(self, file: str, offset: int, length: int) -> bytes:
-        """One try, following redirects by hand: only so the token surely stays with the Hub's own origin."""
+    def _try_range(self, file: str, offset: int, length: int) -> bytes:
+        """Make one try. Redirects are followed by hand, so that the token stays with the Hub's own origin."""
         home = hf_hub_url(self.repo, file, revision=self.revision)
-        place = self._places.get(file)
-        url = place or home
+        known = self._urls.get(file)
+        url = known or home
         for _ in range(REDIRECTS):
             at_home = url_origin(url) == url_origin(home)
             headers = build_hf_headers(
@@ -228,24 +237,24 @@ class HubSource:
             asked = describe_request(self.repo, self.revision, file)
             with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
-                    self._check_promise(file, answer.headers)
+                    self._check_headers(file, answer.headers)
                     url = resolve_redirect(url, answer.headers.get("Location", ""), asked.where)
                     continue
                 if answer.status_code in (200, 206):
                     if at_home:
-                        self._check_promise(file, answer.headers)
-                    data = self._body(file, offset, length, answer, urlsplit(url).netloc.rpartition("@")[2])
-                    self._places[file] = url
+                        self._check_headers(file, answer.headers)
+                    data = self._read_body(file, offset, length, answer, urlsplit(url).netloc.rpartition("@")[2])
+                    self._urls[file] = url
                     return data
-                # A signed address runs out after a while: ask the Hub for another.
-                if url == place and answer.status_code in (400, 401, 403, 404, 410):
-                    self._places.pop(file, None)
+                # A signed URL expires after a while: ask the Hub for another.
+                if url == known and answer.status_code in (400, 401, 403, 404, 410):
+                    self._urls.pop(file, None)
                     raise RetryableError(hub_error(answer.status_code, None, asked), 0)
                 raise error_from_response(answer, asked)
         raise HubError(f"redirects more than {REDIRECTS} times", where=asked.where)
 
-    def _check_promise(self, file: str, headers: Mapping[str, str]) -> None:
-        """Raises HubError when the Hub itself says that another file than the one listed will come."""
+    def _check_headers(self, file: str, headers: Mapping[str, str]) -> None:
+        """Raise HubError when the headers of the Hub describe another file than the one listed."""
         where = f"{self.repo}: {file}"
         commit, size = headers.get("X-Repo-Commit"), headers.get("X-Linked-Size")
         etag = (headers.get("X-Linked-ETag") or "").removeprefix("W/").strip('"')
@@ -254,11 +263,11 @@ class HubSource:
         if (size and size != str(self.files[file])) or (etag and etag != self._hashes.get(file, etag)):
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
 
-    def _body(self, file: str, offset: int, length: int, answer: Any, host: str) -> bytes:
+    def _read_body(self, file: str, offset: int, length: int, answer: Any, host: str) -> bytes:
         where, size = f"{self.repo}: {file}", self.files[file]
         if answer.status_code == 200 and length != size:
             raise HubError(
-                f"{host} ignores byte ranges (HTTP 200): reading on would fetch all {size:,} bytes",
+                f"{host} ignores byte ranges (HTTP 200) and would send all {size:,} bytes",
                 where=where,
                 hint="Is a proxy or a mirror (HF_ENDPOINT) between you and the Hub? Download the model instead.",
             )
@@ -267,7 +276,7 @@ class HubSource:
         ):
             raise HubError(f"{host} {why}", where=where, hint="Run it again; a proxy or a mirror may be broken.")
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise HubError(f"{host} compresses byte ranges, which makes them useless", where=where)
+            raise HubError(f"{host} compresses byte ranges, so they cannot be used", where=where)
         etag = answer.headers.get("ETag")
         if etag and self._etags.setdefault((file, host), etag) != etag:
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
@@ -275,29 +284,25 @@ class HubSource:
         for chunk in answer.iter_raw(CHUNK):
             data += chunk
             if len(data) > length:
-                raise HubError(f"{host} sends more than the {length:,} bytes that were asked for", where=where)
+                raise HubError(f"{host} sends more than the {length:,} requested bytes", where=where)
         if len(data) < length:
-            raise HubError(f"{host} sent {len(data):,} bytes of the {length:,} that were asked for", where=where)
+            raise HubError(f"{host} sent {len(data):,} of the {length:,} requested bytes", where=where)
         return bytes(data)
 
 
-def _size(sibling: Any, repo: str) -> int:
-    size = sibling.lfs.size if sibling.lfs is not None else sibling.size
+def _top_level(files: Mapping[str, int]) -> Mapping[str, int]:
+    return MappingProxyType({name: size for name, size in files.items() if "/" not in name})
+
+
+def _listed_size(listed: Any, repo: str) -> int:
+    size = listed.lfs.size if listed.lfs is not None else listed.size
     if type(size) is not int or size < 0:
-        raise HubError("the Hub does not say how large it is", where=f"{repo}: {sibling.rfilename}")
+        raise HubError("the Hub does not say how large it is", where=f"{repo}: {listed.rfilename}")
     return size
 
 
-def _read_local(path: Path, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    fd = open_regular(path, file)
-    try:
-        return [read_exactly(fd, offset, length, file) for offset, length in ranges]
-    finally:
-        os.close(fd)
-
-
 def _in_parallel(work: Callable[[Any, threading.Event], T], jobs: Sequence[Any]) -> list[T]:
-    """The results in order; the first error, or an interrupt, stops what has not begun or waits for another try."""
+    """Return the results in order; the first error, or an interrupt, stops the jobs that have not begun or wait."""
     stop = threading.Event()
     if len(jobs) < 2:
         return [work(job, stop) for job in jobs]

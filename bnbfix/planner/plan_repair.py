@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from ..checkpoint.source import Source
 from ..engines.engine import Target
-from ..errors import InputError, Unrepairable
+from ..errors import Unrepairable
 from ..models.inspection import Inspection, inspect_checkpoint
 from ..rules.changes import Changes, Request
 from ..rules.files import is_pickle
@@ -82,22 +82,17 @@ def _complete_plan(
     options: Options,
 ) -> Plan:
     _check_names(target, shards)
-    checkpoint = inspection.checkpoint
+    source = inspection.checkpoint.source.with_subfolders()
+    checkpoint = replace(inspection.checkpoint, source=source)
     edits = tuple(_list_edits(checkpoint, changes))
     known = replace(target, ranges=target.ranges_for(inspection.model.family.name))  # what the card may promise
     texts = _write_config(checkpoint, changes) | _write_index(checkpoint, shards)
-    texts |= _write_card(checkpoint.source, known, edits, options)
+    texts |= _write_card(source, known, edits, options)
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
-    copied = tuple(f for f in checkpoint.source.files if f not in written and not is_pickle(f))
-    # The output may be published, and a checkpoint may come from a stranger: it could link to a secret.
-    if external := sorted(checkpoint.source.external_links & {*copied, *texts}):
-        raise InputError(
-            "is a link out of the model folder; a repair would copy what it leads to",
-            where=external[0],
-            hint="Put the file itself in its place. Only weights may be elsewhere.",
-        )
+    copied = tuple(f for f in source.files if f not in written and not is_pickle(f))
+    source.check_copyable({*copied, *texts})
     return Plan(checkpoint, target, scan, edits, shards, texts, copied, _remaining(scan), options)
 
 

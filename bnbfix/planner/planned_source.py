@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -32,15 +32,17 @@ class PlannedSource:
         return self.plan.checkpoint.source.fingerprint
 
     @property
-    def external_links(self) -> frozenset[str]:
-        return frozenset()
-
-    @property
     def origin(self) -> Mapping[str, str] | None:
         return self.plan.checkpoint.source.origin
 
     def local_path(self, file: str) -> None:
         """Nowhere yet."""
+
+    def with_subfolders(self) -> PlannedSource:
+        return self
+
+    def check_copyable(self, files: Iterable[str]) -> None:
+        """Every file of a plan is a regular one."""
 
     def check_unchanged(self) -> None:
         """Nothing to check: what does not exist does not change."""

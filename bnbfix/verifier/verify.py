@@ -80,6 +80,7 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
     step = progress or (lambda n: None)
     output = LocalSource.open(out)
     doc = read_record(output)
+    output = output.with_subfolders()
     target, options = resolve_target(doc["target"]), Options(**doc["options"])
     problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
     kept = decoded = 0

@@ -1,4 +1,4 @@
-"""Broken, lying and hostile folders on the command line: one plain error, the right exit code, and nothing written."""
+"""Broken, inconsistent and hostile folders on the command line: one error line, the right exit code, no output."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def header(change: Callable[[surgery.Header], object]) -> Damage:
     ("huge number", text("config.json", '{"a":' + "1" * 5000 + "}"), "is not valid JSON ("),
     ("a list", text("config.json", "[]"), "is not a JSON object"),
     ("null", text("config.json", "null"), "is not a JSON object"),
-    ("65 MB", of("config.json", lambda path: os.truncate(path, 65_000_000)), "65,000,000 bytes are too many"),
+    ("65 MB", of("config.json", lambda path: os.truncate(path, 65_000_000)), "exceed the limit of 4,000,000"),
     ("without text_config", config("text_config", to=...), "text_config is missing"),
     ("text_config is a list", config("text_config", to=[]), "text_config is missing"),
     ("layers are a string", layers("6"), "num_hidden_layers is '6', not a count"),
@@ -267,7 +267,7 @@ def test_a_weight_map_that_leaves_the_folder(
     mapped(W, name)(source)
     done = refuses(run, command, source, tmp_path)
     assert done.out == ""
-    assert done.error == f"error: {INDEX}: weight_map names {name!r}, which is not a file beside it"
+    assert done.error == f"error: {INDEX}: weight_map names {name!r}, which is not a file next to it"
 
 
 # Shards
@@ -313,7 +313,7 @@ def set_entry(**keys: Any) -> Damage:
 
 
 def shift(by: int) -> Damage:
-    """Moves where one tensor says it lies, so that it overlaps a neighbour and leaves a hole at the other side."""
+    """Move the offsets of one tensor, so that it overlaps a neighbour and leaves a hole on the other side."""
 
     def change(head: surgery.Header) -> None:
         begin, end = head[NORM]["data_offsets"]
@@ -336,11 +336,15 @@ SHARD_CASES = (
     ("half of it", of(SHARD, lambda p: os.truncate(p, p.stat().st_size // 2)), "truncated: the tensors need"),
     ("cut inside the header", of(SHARD, lambda p: os.truncate(p, 100)), "truncated: the header needs"),
     ("a byte too many", of(SHARD, lambda p: os.truncate(p, p.stat().st_size + 1)), "1 bytes left over"),
-    ("a Git LFS pointer", text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "too long"),
-    ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "too long"),
+    (
+        "a Git LFS pointer",
+        text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "exceeds the limit",
+    ),
+    ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "exceeds the limit"),
     ("a pickle in a zip", text(SHARD, b"PK\x03\x04" + bytes(100)), "the file has 104"),
-    ("30 MB of header", sparse(30_000_000, 31_000_000), "header of 30,000,000 bytes is too long"),
-    ("2^63 bytes of header", sparse(2**63, 100), "header of 9,223,372,036,854,775,808 bytes is too long"),
+    ("30 MB of header", sparse(30_000_000, 31_000_000), "header of 30,000,000 bytes exceeds the limit"),
+    ("2^63 bytes of header", sparse(2**63, 100), "header of 9,223,372,036,854,775,808 bytes exceeds the limit"),
     ("header beyond the end", sparse(1000, 1007), "truncated: the header needs 1,008 bytes, the file has 1,007"),
     ("header not JSON", text(SHARD, surgery.pack("{,}")), "header is not valid JSON ("),
     ("header a list", text(SHARD, surgery.pack("[]")), "header is not a JSON object"),
@@ -351,8 +355,8 @@ SHARD_CASES = (
     ("overlap", shift(-2), "overlaps the tensor before it"),
     ("shifted up", shift(2), "leaves a hole before it"),
     ("hole", of(SHARD, hole), "leaves a hole before it"),
-    ("dtype lies", set_entry(dtype="F32"), f"tensor '{NORM}': F32 [128] takes 512 bytes, its data_offsets hold 256"),
-    ("shape lies", set_entry(shape=[64]), f"tensor '{NORM}': BF16 [64] takes 128 bytes, its data_offsets hold 256"),
+    ("wrong dtype", set_entry(dtype="F32"), f"tensor '{NORM}': F32 [128] takes 512 bytes, its data_offsets hold 256"),
+    ("wrong shape", set_entry(shape=[64]), f"tensor '{NORM}': BF16 [64] takes 128 bytes, its data_offsets hold 256"),
     ("shape overflows", set_entry(shape=[2**62] * 300), f"tensor '{NORM}': BF16", "is more than 64 bits can count"),
     ("shape negative", set_entry(shape=[-128]), f"tensor '{NORM}' has a shape that is not a list of sizes"),
     ("unknown dtype", set_entry(dtype="BF15"), f"tensor '{NORM}' has an unknown dtype ('BF15')"),
@@ -443,23 +447,23 @@ STATE_CASES = (
     ("nested_absmax too short", resized(".nested_absmax", -4), "nested_absmax is F32 [1]; the quant state asks for"),
     ("nested_quant_map too short", resized(".nested_quant_map", -4), "nested_quant_map is F32 [255]; the quant state"),
     ("nested_absmax in F16", as_float16, "nested_absmax is F16 [4]; the quant state asks for F32 [2]"),
-    ("shape lies", state(shape=[128, 512]), "quant state says shape [128, 512], which quantizes to 32,768 bytes"),
+    ("wrong shape", state(shape=[128, 512]), "quant state says shape [128, 512], which quantizes to 32,768 bytes"),
     ("shape of nothing", state(shape=[]), "shape [] is not a list of sizes"),
     ("shape huge", state(shape=[2**39] * 200), "is more than 64 bits can count"),
     ("shape long", state(shape=[1] * 1000), "which quantizes to 1 bytes; the weight has 16,384"),
-    ("blocksize lies", state(blocksize=128), "absmax is U8 [512]; the quant state asks for U8 [256]"),
+    ("wrong blocksize", state(blocksize=128), "absmax is U8 [512]; the quant state asks for U8 [256]"),
     ("blocksize of no kernel", state(blocksize=48), "blocksize 48 is not one of"),
     ("blocksize 0", state(blocksize=0), "blocksize 0 is not one of"),
-    ("quant_type lies", state(quant_type="fp4"), "quant_type 'fp4' in a tensor named .quant_state.bitsandbytes__nf4"),
-    ("name lies", of(SHARD, surgery.rename, STATE, STATE.replace("nf4", "fp4")), "quant_type 'nf4' in a tensor named"),
+    ("wrong quant_type", state(quant_type="fp4"), "quant_type 'fp4' in a tensor named .quant_state.bitsandbytes__nf4"),
+    ("wrong name", of(SHARD, surgery.rename, STATE, STATE.replace("nf4", "fp4")), "quant_type 'nf4' in a tensor named"),
     ("quant_type unknown", state(quant_type="nf3"), "quant_type 'nf3' in a tensor named"),
-    ("dtype lies", state(dtype="int8"), "dtype 'int8' is not one of bfloat16, float16, float32"),
+    ("wrong dtype", state(dtype="int8"), "dtype 'int8' is not one of bfloat16, float16, float32"),
     ("dtype a list", state(dtype=["bfloat16"]), "dtype ['bfloat16'] is not one of"),
     ("key missing", state(blocksize=None), "needs the keys blocksize, dtype, quant_type, shape"),
     ("key too many", state(**{"x.blocksize": 128}), "unknown key 'x.blocksize'"),
     ("nested key missing", state(nested_blocksize=None), "nested_blocksize None is not one of"),
-    ("nested blocksize lies", state(nested_blocksize=512), "nested_absmax is F32 [2]; the quant state asks"),
-    ("nested dtype lies", state(nested_dtype="float16"), "nested_dtype 'float16' is not float32"),
+    ("wrong nested blocksize", state(nested_blocksize=512), "nested_absmax is F32 [2]; the quant state asks"),
+    ("wrong nested dtype", state(nested_dtype="float16"), "nested_dtype 'float16' is not float32"),
     ("nested offset NaN", state(nested_offset=float("nan")), "nested_offset nan is not a finite number"),
     ("nested offset infinite", state(nested_offset=float("inf")), "nested_offset inf is not a finite number"),
     ("nested offset 10^400", state(nested_offset=10**400), "is not a finite number"),
@@ -483,7 +487,7 @@ def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, com
     source = checkpoint("dense31b", "skip")
     case.damage(source)
     with safe_open(source / SHARD, "pt") as f:  # the file itself is fine
-        assert W in f.keys()  # noqa: SIM118 - it is no mapping
+        assert W in f.keys()  # noqa: SIM118 - it is not a mapping
     done = refuses(run, command, source, tmp_path)
     assert done.error.startswith(f"error: {SHARD}: {W}: ")
     assert all(word in done.error for word in case.words), done.error
@@ -513,7 +517,7 @@ def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kern
         shutil.rmtree(source)
     for message, names in messages.items():
         print(f"{', '.join(names)}: {message}")
-    # Each its own; without its quant state a weight is told of alike, whatever else is missing.
+    # Each its own; without its quant state every weight is reported alike, whatever else is missing.
     assert [names for names in messages.values() if len(names) > 1] == [
         ["no quant state", "no quant-state tensor at all"]
     ]
@@ -604,7 +608,7 @@ def test_int8_scales_that_are_too_short(run: Cli, checkpoint: Make, tmp_path: Pa
     source = checkpoint("dense31b", "int8")
     surgery.replace_tensor(source / SHARD, W.removesuffix("weight") + "SCB", bytes(127 * 4), shape=[127])
     done = refuses(run, command, source, tmp_path)
-    assert done.error.startswith(f"error: {SHARD}: {W}: SCB is F32 [127] beside a weight of I8 [128, 256]")
+    assert done.error.startswith(f"error: {SHARD}: {W}: SCB is F32 [127] next to a weight of I8 [128, 256]")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -623,7 +627,7 @@ def test_an_int8_weight_in_tiles_is_not_taken_for_rows(
     source = checkpoint("dense31b", "int8")
     surgery.replace_tensor(source / SHARD, W + "_format", bytes([number]), shape=[])
     done = refuses(run, command, source, tmp_path)
-    words = f"its weight_format is {name}, and bitsandbytes reads row alone"
+    words = f"its weight_format is {name}, and bitsandbytes reads only row"
     assert done.error.startswith(f"error: {SHARD}: {W}: {words}")
 
 
@@ -635,7 +639,7 @@ def test_a_weight_format_of_other_than_one_byte(run: Cli, checkpoint: Make, tmp_
     assert done.error.startswith(f"error: {SHARD}: {W}: weight_format is U8 {shape}, not one U8")
 
 
-# Files that are no files
+# Files that are not regular files
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -644,7 +648,7 @@ def test_a_pipe_is_refused_and_not_waited_for(checkpoint: Make, tmp_path: Path, 
     (source / SHARD).unlink()
     os.mkfifo(source / SHARD)
     done = refuses(process, command, source, tmp_path)
-    assert done.error == f"error: {SHARD}: is neither a regular file nor a folder of its own"
+    assert done.error == f"error: {SHARD}: is not a regular file"
     assert done.out == ""
 
 
@@ -659,13 +663,12 @@ def link(file: str, target: str) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (link(SHARD, "../blobs/gone"), f"{SHARD}: cannot be looked at (No such file or directory); a broken link?"),
-        (link("config.json", "gone"), "config.json: cannot be looked at (No such file or directory); a broken link?"),
-        (link(SHARD, SHARD), f"{SHARD}: cannot be looked at (Too many levels of symbolic links); a broken link?"),
-        (link("more", "/"), "more: is neither a regular file nor a folder of its own"),
-        (link(SHARD, "/dev/zero"), f"{SHARD}: is neither a regular file nor a folder of its own"),
+        (link(SHARD, "../blobs/gone"), f"{SHARD}: cannot be opened (No such file or directory); a broken link?"),
+        (link("config.json", "gone"), "config.json: cannot be opened (No such file or directory); a broken link?"),
+        (link(SHARD, SHARD), f"{SHARD}: cannot be opened (Too many levels of symbolic links); a broken link?"),
+        (link(SHARD, "/dev/zero"), f"{SHARD}: is not a regular file"),
     ],
-    ids=["broken", "broken config", "circle", "to a folder", "to a device"],
+    ids=["broken", "broken config", "circle", "to a device"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_links_to_what_is_no_file_are_refused(
@@ -678,29 +681,30 @@ def test_links_to_what_is_no_file_are_refused(
     assert done.error == f"error: {words}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_folders_nested_without_end_are_refused(run: Cli, checkpoint: Make, tmp_path: Path, command: str) -> None:
+def test_folders_nested_without_end_are_refused_by_a_repair(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("dense31b", "skip")
     source.joinpath(*["d"] * 52).mkdir(parents=True)
-    done = run(*arguments(command, source, tmp_path / "out"))
+    done = run(*arguments("repair", source, tmp_path / "out"))
     assert (done.code, done.out) == (2, "")
-    assert done.error.endswith("lies more than 50 folders deep")
+    assert done.error.endswith("is more than 50 folders deep")
     assert not (tmp_path / "out").exists()
+    assert run(*arguments("scan", source, tmp_path / "out")).code == 1
 
 
 def test_a_folder_to_verify_that_is_nested_without_end_is_refused(
-    run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Cli, pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for _ in range(1200):  # one by one: no path may be that long
+    bnbfix.repair(pristine("dense31b", "skip"), tmp_path / "out", "0.32.0")
+    monkeypatch.chdir(tmp_path / "out")
+    for _ in range(1200):  # one level after another: no path may be that long
         os.mkdir("d")
         os.chdir("d")
-    done = run("verify", tmp_path)
+    done = run("verify", tmp_path / "out")
     for _ in range(1200):  # what removes temporary folders would not come that deep either
         os.chdir("..")
         os.rmdir("d")
     assert (done.code, done.out) == (2, "")
-    assert done.error.endswith("lies more than 50 folders deep")
+    assert done.error.endswith("is more than 50 folders deep")
 
 
 def hub_cache(model: Path, cache: Path) -> Path:
@@ -725,7 +729,7 @@ def test_a_folder_of_the_hub_cache_is_scanned_and_repaired_like_any_other(
     assert [s.code for s in scans] == [1, 1] and [s.err for s in scans] == ["", ""]
     documents = [json.loads(s.out) | {"model": None} for s in scans]
     assert documents[0] == documents[1] and documents[0]["findings"]
-    outs = [tmp_path / "from-plain", tmp_path / "from-linked"]
+    outs = [tmp_path / "from-folder", tmp_path / "from-linked"]
     for folder, out in zip((source, linked), outs, strict=True):
         assert run("repair", folder, "--out", out, "--device", "cpu").code == 0
     contents = [{p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and not p.is_symlink()} for out in outs]
@@ -812,7 +816,7 @@ def test_a_scan_needs_no_room_on_the_disk(run: Cli, pristine: Make, monkeypatch:
     assert (done.code, done.err) == (1, "")
 
 
-# Paths that are no checkpoint at all
+# Paths that are not a checkpoint
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -825,7 +829,7 @@ def test_a_path_that_does_not_exist(run: Cli, tmp_path: Path, command: str) -> N
 def test_a_path_of_a_file(run: Cli, checkpoint: Make, tmp_path: Path, command: str) -> None:
     shard = checkpoint("dense31b", "skip") / SHARD
     done = refuses(run, command, shard, tmp_path)
-    assert (done.out, done.error) == ("", f"error: {shard}: is a file; name the folder it lies in")
+    assert (done.out, done.error) == ("", f"error: {shard}: is a file; name the folder it is in")
 
 
 def gptq(source: Path) -> None:

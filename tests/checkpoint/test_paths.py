@@ -62,7 +62,7 @@ def test_a_copied_file_that_is_a_link_out_of_the_folder_is_refused(
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(secret, link.parent) if relative else secret)
-    assert LocalSource.open(source).external_links == {name}
+    assert LocalSource.open(source).with_subfolders().external_links == {name}
     refuses(source, tmp_path, rf"^{name}: is a link out of the model folder; a repair would copy what it leads to$")
     assert bnbfix.scan(source, "portable").findings, "a scan copies nothing"
 
@@ -87,7 +87,7 @@ def test_a_link_that_leads_out_by_way_of_another_is_refused(checkpoint: Make, tm
 
 def test_links_inside_the_folder_and_weights_on_another_disk_are_followed(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("text", "skip", shards=2)
-    plain = contents(repair(source, tmp_path / "plain").out or tmp_path)
+    unlinked = contents(repair(source, tmp_path / "unlinked").out or tmp_path)
     for shard in source.glob("*.safetensors"):
         shard.rename(tmp_path / shard.name)
         shard.symlink_to(tmp_path / shard.name)
@@ -97,9 +97,9 @@ def test_links_inside_the_folder_and_weights_on_another_disk_are_followed(checkp
     assert LocalSource.open(source).external_links == {p.name for p in source.glob("*.safetensors")}
     linked = contents(repair(source, tmp_path / "linked").out or tmp_path)
     del linked["folder/README.md"]
-    for made in (plain, linked):
+    for made in (unlinked, linked):
         del made["bnbfix.json"]  # it hashes the folder's file too
-    assert linked == plain
+    assert linked == unlinked
     assert not any(p.is_symlink() for p in (tmp_path / "linked").rglob("*"))
 
 
@@ -120,7 +120,7 @@ def test_a_snapshot_of_the_hub_cache_is_inside_whatever_leads_to_it(pristine: Ma
     snapshot = hub_cache(pristine("text", "skip"), tmp_path / "hub")
     (tmp_path / "link").symlink_to(tmp_path / "hub")
     for way in (snapshot, tmp_path / "link" / snapshot.relative_to(tmp_path / "hub")):
-        assert LocalSource.open(way).external_links == frozenset()
+        assert LocalSource.open(way).with_subfolders().external_links == frozenset()
     assert repair(snapshot, tmp_path / "out").written
     assert (tmp_path / "out" / "folder" / "deep.txt").read_text() == "deep"
 
@@ -148,7 +148,7 @@ def test_blobs_that_are_a_link_themselves_are_not_inside(pristine: Make, tmp_pat
     refuses(snapshot, tmp_path, r"^README\.md: is a link out")
 
 
-# What is no regular file
+# What is not a regular file
 
 
 def fifo(path: Path) -> None:
@@ -170,12 +170,14 @@ def device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [fifo, unix_socket, device, Path.mkdir])
-def test_what_is_no_regular_file_is_refused_as_it_is_opened_and_not_waited_for(
+def test_opening_what_is_not_a_regular_file_is_an_error_and_does_not_block(
     make: Callable[[Path], object], tmp_path: Path
 ) -> None:
     make(tmp_path / "x")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(InputError, match=r"^x: (is no regular file|cannot be opened \(No such device or address\))$"):
+    with pytest.raises(
+        InputError, match=r"^x: (is not a regular file|cannot be opened \(No such device or address\))$"
+    ):
         open_regular(tmp_path / "x", "x")
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -185,8 +187,113 @@ def test_a_file_that_became_a_pipe_since_it_was_listed_is_refused(checkpoint: Ma
     source = LocalSource.open(folder)
     (folder / SHARD).unlink()
     os.mkfifo(folder / SHARD)
-    with pytest.raises(InputError, match=rf"^{SHARD}: is no regular file$"):
+    with pytest.raises(InputError, match=rf"^{SHARD}: is not a regular file$"):
         source.read(SHARD, [(0, 8)])
+
+
+def link_to_folder(path: Path) -> None:
+    (path.parent / "run-1").mkdir()
+    path.symlink_to("run-1")
+
+
+def broken_link(path: Path) -> None:
+    path.symlink_to("gone")
+
+
+ODD = pytest.mark.parametrize("make", [fifo, unix_socket, device, link_to_folder, broken_link])
+
+
+@ODD
+@pytest.mark.parametrize("place", ["latest-run", "wandb/latest-run", "README.md"])
+def test_an_odd_entry_does_not_concern_a_scan_and_stops_a_repair_that_would_copy_it(
+    make: Callable[[Path], object], place: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint("text", "skip")
+    (source / place).unlink(missing_ok=True)
+    want = bnbfix.scan(source, "portable")
+    (source / place).parent.mkdir(exist_ok=True)
+    make(source / place)
+    assert bnbfix.scan(source, "portable") == want and want.findings
+    refuses(source, tmp_path, rf"^{place}: (is not a regular file|cannot be opened|is a link out)")
+    with pytest.raises(InputError) as caught:
+        bnbfix.plan_repair(source, "portable")
+    assert caught.value.hint or place == "README.md"  # which is read before it is copied
+
+
+@ODD
+def test_an_odd_entry_that_a_repair_does_not_copy_is_left_alone(
+    make: Callable[[Path], object], checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint("text", "skip")
+    (source / "checkpoints").mkdir()
+    make(source / "checkpoints" / "latest.pt")
+    out = repair(source, tmp_path / "out").out
+    assert out is not None and bnbfix.verify(out, source).ok and not (out / "checkpoints" / "latest.pt").exists()
+
+
+@ODD
+def test_an_odd_entry_in_an_output_is_a_difference(
+    make: Callable[[Path], object], checkpoint: Make, tmp_path: Path
+) -> None:
+    out = repair(checkpoint("text", "skip"), tmp_path / "out").out
+    assert out is not None and bnbfix.verify(out).ok
+    (out / "folder").mkdir()
+    make(out / "folder" / "x")
+    problems = [str(p) for p in bnbfix.verify(out).problems]
+    assert "folder/x: is not in the record" in problems
+
+
+@ODD
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("step", [bnbfix.scan, bnbfix.plan_repair])
+def test_an_odd_entry_that_is_the_config_the_index_or_a_shard_is_an_error(
+    make: Callable[[Path], object], name: str, step: Callable[..., object], checkpoint: Make
+) -> None:
+    source = checkpoint("text", "skip", shards=2)
+    (source / name).unlink()
+    make(source / name)
+    with pytest.raises(InputError, match=rf"^{name}: (is not a regular file|cannot be opened \()"):
+        step(source, "portable")
+
+
+def test_what_nothing_needs_to_be_done_for_is_not_walked(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("e4b", "all")
+    source.joinpath(*["d"] * 52).mkdir(parents=True)
+    assert bnbfix.scan(source, "0.32.0").ok
+    assert not bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu").written
+
+
+@pytest.mark.parametrize("step", [bnbfix.scan, bnbfix.plan_repair])
+def test_a_folder_without_a_config_is_not_walked(step: Callable[..., object], tmp_path: Path) -> None:
+    (tmp_path / "broken").symlink_to("gone")
+    tmp_path.joinpath(*["d"] * 52).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^config\.json: is missing$"):
+        step(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_of_the_input(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, scandir = checkpoint("text", "skip"), os.scandir
+    (source / "private").mkdir()
+
+    def denied(path: str | Path) -> object:
+        if str(path).rstrip("/").endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert bnbfix.scan(source, "portable").findings
+    with pytest.raises(InputError, match=r"^private/: cannot be listed \(Permission denied\)$"):
+        bnbfix.plan_repair(source, "portable")
+
+
+def test_a_file_that_changes_between_scan_and_listing_is_noticed(checkpoint: Make) -> None:
+    folder = checkpoint("text", "skip")
+    source = LocalSource.open(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^config\.json: changed while it was being read$"):
+        source.with_subfolders().check_unchanged()
 
 
 @pytest.mark.parametrize("name", ["C:x.safetensors", "C:\\x", "\\\\host\\share\\x", "\\\\?\\C:\\x", "\\x", "a/../b"])
@@ -194,7 +301,7 @@ def test_a_weight_map_with_drives_and_hosts_of_windows(checkpoint: Make, name: s
     folder = checkpoint("text", "skip", shards=2)
     with json_of(folder, "model.safetensors.index.json") as index:
         index["weight_map"]["x"] = name
-    with pytest.raises(InputError, match="which is not a file beside it"):
+    with pytest.raises(InputError, match="which is not a file next to it"):
         bnbfix.scan(folder, "portable")
 
 
@@ -204,7 +311,7 @@ LOADED = "import pathlib, builtins; pathlib.Path({!r}).touch()"
 
 
 def with_code(source: Path, witness: Path) -> None:
-    """Puts pickles and programs beside the weights that leave a trace when they are loaded or run."""
+    """Add pickles and programs that leave a trace when they are loaded or run."""
     bomb = f"cbuiltins\nexec\n(V{LOADED.format(str(witness))}\ntR.".encode()
     for name in ("pytorch_model.bin", "optimizer.PT", "original/consolidated.00.pth", "x.ckpt", "y.pkl"):
         (source / name).parent.mkdir(exist_ok=True)
@@ -216,13 +323,13 @@ def with_code(source: Path, witness: Path) -> None:
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.EvilModel"}
 
 
-def test_pickles_and_programs_are_told_of_and_neither_run_nor_given_new_rights(
+def test_pickles_and_programs_are_reported_and_neither_run_nor_given_new_rights(
     checkpoint: Make, tmp_path: Path
 ) -> None:
     source, witness = checkpoint("text", "skip"), tmp_path / "witness"
     with_code(source, witness)
     found = {(f.code, f.severity): f.tensors for f in bnbfix.scan(source, "portable").findings}
-    pickles = ("optimizer.PT", "original/consolidated.00.pth", "pytorch_model.bin", "x.ckpt", "y.pkl")
+    pickles = ("optimizer.PT", "pytorch_model.bin", "x.ckpt", "y.pkl")  # vLLM reads nothing in subfolders
     assert found[Code.PICKLES, "note"] == pickles
     messages = [f.message for f in bnbfix.scan(source, "portable").findings if f.code is Code.CODE]
     assert len(messages) == 2 and any("auto_map" in m for m in messages)
@@ -232,7 +339,7 @@ def test_pickles_and_programs_are_told_of_and_neither_run_nor_given_new_rights(
     out = repair(source, tmp_path / "out").out
     assert out is not None and not witness.exists()
     made = contents(out)
-    assert not set(pickles) & set(made), "stale weights, and code"
+    assert not {*pickles, "original/consolidated.00.pth"} & set(made), "stale weights, and code"
     assert made["modeling_evil.py"] == (source / "modeling_evil.py").read_bytes()
     assert not [p for p in out.rglob("*") if p.is_file() and p.stat().st_mode & 0o111]
     assert bnbfix.verify(out, source).ok

@@ -1,4 +1,4 @@
-"""Quant states: what bitsandbytes writes passes, and each lie is refused on its own."""
+"""Quant states: what bitsandbytes writes passes, and each inconsistency is an error of its own."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bnbfix.checkpoint.quant_state import (
     STATE_SUFFIXES,
     NestedState,
     QuantState,
-    check,
     check_int8,
+    check_state,
     is_int8,
     parse_state,
     split_state_tensor,
@@ -59,7 +59,7 @@ def tensor(dtype: str, *shape: int) -> TensorInfo:
 
 
 def fitting(state: QuantState) -> tuple[TensorInfo, StateTensors]:
-    """A weight and quant-state tensors that fit a state, by the rules of bitsandbytes and not by the properties under test."""
+    """Return a weight and quant-state tensors that match a state by the rules of bitsandbytes."""
     numel = math.prod(state.shape)
     blocks = math.ceil(numel / state.blocksize)
     state_tensors = {
@@ -73,10 +73,10 @@ def fitting(state: QuantState) -> tuple[TensorInfo, StateTensors]:
     return tensor("U8", math.ceil(numel / 2), 1), state_tensors
 
 
-def content_range_error(words: str, state: QuantState, weight: TensorInfo, state_tensors: StateTensors) -> None:
+def refuses(words: str, state: QuantState, weight: TensorInfo, state_tensors: StateTensors) -> None:
     """Asserts that the parts of a weight are refused, in one line that names the weight and says why."""
     with pytest.raises(QuantStateError) as caught:
-        check(state, weight, state_tensors, WHERE)
+        check_state(state, weight, state_tensors, WHERE)
     message = str(caught.value)
     assert message.startswith(f"{WHERE}: ") and words in message
     assert "\n" not in message
@@ -122,7 +122,7 @@ def test_other_names_are_no_state_tensors(name: str) -> None:
     assert split_state_tensor(name) is None
 
 
-def test_nested_statistics_are_not_taken_for_plain_ones_of_another_weight() -> None:
+def test_nested_statistics_are_not_taken_for_those_of_another_weight() -> None:
     assert split_state_tensor("w.nested_absmax") == ("w", ".nested_absmax")
     assert split_state_tensor("w.nested_quant_map") == ("w", ".nested_quant_map")
     assert split_state_tensor("w.absmax.absmax") == ("w.absmax", ".absmax")
@@ -160,8 +160,8 @@ def test_an_fp4_state_is_read_from_a_tensor_of_that_name() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_dtype_has_its_safetensors_name(dtype: str) -> None:
-    plain = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
-    assert parse(SINGLE | {"dtype": dtype}).safetensors_dtype == plain
+    name = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    assert parse(SINGLE | {"dtype": dtype}).safetensors_dtype == name
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
@@ -321,7 +321,7 @@ def test_a_shape_of_as_many_elements_as_can_be_counted_is_read() -> None:
 def test_thousands_of_characters_make_a_short_message(key: str, value: Any) -> None:
     doc = NESTED | {key: value}
     with pytest.raises(QuantStateError) as caught:
-        check(parse(doc), *fitting(parse(NESTED)), WHERE)
+        check_state(parse(doc), *fitting(parse(NESTED)), WHERE)
     assert len(str(caught.value)) < 300
 
 
@@ -425,30 +425,30 @@ def test_what_bitsandbytes_writes_passes(blocksize: int, dtype: str, quant_type:
     )
     assert (state.quant_type, state.blocksize, state.dtype, state.shape) == (quant_type, blocksize, dtype, (65, 64))
     assert (state.nested is not None) == nested
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 129), (3, 7, 11), (130, 130)])
 def test_what_bitsandbytes_writes_of_any_shape_passes(shape: tuple[int, ...]) -> None:
     state, weight, state_tensors = written(torch.ones(shape), compress_statistics=True, blocksize=64)
     assert state.shape == shape
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_other_storage_passes() -> None:
     state, weight, state_tensors = written(torch.ones(48, 64), quant_storage=torch.bfloat16, blocksize=64)
     assert (weight.dtype, weight.shape) == ("BF16", (768, 1))
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
 
 
 @settings(QUICK, max_examples=150)
 @given(states(), st.data())
 def test_parts_that_fit_pass_and_none_of_them_may_be_missing(state: QuantState, data: st.DataObject) -> None:
     weight, state_tensors = fitting(state)
-    check(state, weight, state_tensors, WHERE)
+    check_state(state, weight, state_tensors, WHERE)
     missing = data.draw(st.sampled_from(sorted(s for s in state_tensors if ".quant_state." not in s)))
     with pytest.raises(QuantStateError, match=missing[1:]):
-        check(state, weight, {s: t for s, t in state_tensors.items() if s != missing}, WHERE)
+        check_state(state, weight, {s: t for s, t in state_tensors.items() if s != missing}, WHERE)
 
 
 @settings(QUICK, max_examples=200)
@@ -461,9 +461,9 @@ def test_any_one_tensor_of_another_size_is_refused(state: QuantState, data: st.D
     new = data.draw(st.integers(0, 4 * count + 8).filter(lambda n: n != count))
     changed = tensor(old.dtype, new)
     if which == "weight":
-        content_range_error(f"the weight has {new:,}", state, changed, state_tensors)
+        refuses(f"the weight has {new:,}", state, changed, state_tensors)
     else:
-        content_range_error(f"{which[1:]} is {old.dtype} [{new}]", state, weight, state_tensors | {which: changed})
+        refuses(f"{which[1:]} is {old.dtype} [{new}]", state, weight, state_tensors | {which: changed})
 
 
 @settings(QUICK, max_examples=200)
@@ -472,20 +472,20 @@ def test_any_one_size_in_the_state_that_asks_for_other_tensors_is_refused(
     state: QuantState, data: st.DataObject
 ) -> None:
     weight, state_tensors = fitting(state)
-    kind = data.draw(st.sampled_from(["shape", "blocksize", "nested_blocksize"]))
-    if kind == "shape":
+    field = data.draw(st.sampled_from(["shape", "blocksize", "nested_blocksize"]))
+    if field == "shape":
         i = data.draw(st.integers(0, len(state.shape) - 1))
         shape = list(state.shape)
         shape[i] = data.draw(st.integers(1, 200))
-        lie = replace(state, shape=tuple(shape))
-    elif kind == "blocksize":
-        lie = replace(state, blocksize=data.draw(st.sampled_from(BLOCKSIZES)))
+        wrong = replace(state, shape=tuple(shape))
+    elif field == "blocksize":
+        wrong = replace(state, blocksize=data.draw(st.sampled_from(BLOCKSIZES)))
     else:
         assume(state.nested is not None)
         assert state.nested is not None
-        lie = replace(state, nested=replace(state.nested, blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
-    assume(fitting(lie) != (weight, state_tensors))
-    content_range_error("", lie, weight, state_tensors)
+        wrong = replace(state, nested=replace(state.nested, blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
+    assume(fitting(wrong) != (weight, state_tensors))
+    refuses("", wrong, weight, state_tensors)
 
 
 @settings(QUICK, max_examples=200)
@@ -496,7 +496,7 @@ def test_any_one_state_tensor_of_another_dtype_is_refused(state: QuantState, dat
     dtype = data.draw(
         st.sampled_from(["F32", "U8", "I8", "BF16", "F16", "F64"]).filter(lambda d: d != state_tensors[suffix].dtype)
     )
-    content_range_error(
+    refuses(
         f"{suffix[1:]} is {dtype}", state, weight, state_tensors | {suffix: tensor(dtype, *state_tensors[suffix].shape)}
     )
 
@@ -506,69 +506,69 @@ def test_a_state_tensor_that_is_missing(suffix: str) -> None:
     state = parse(NESTED)
     weight, state_tensors = fitting(state)
     del state_tensors[suffix]
-    content_range_error(f"its quant-state tensor {suffix[1:]} is missing", state, weight, state_tensors)
+    refuses(f"its quant-state tensor {suffix[1:]} is missing", state, weight, state_tensors)
 
 
 def test_a_weight_of_another_size() -> None:
     _, state_tensors = fitting(parse(NESTED))
     words = "quant state says shape [48, 64], which quantizes to 1,536 bytes; the weight has 1,535"
-    content_range_error(words, parse(NESTED), tensor("U8", 1535, 1), state_tensors)
+    refuses(words, parse(NESTED), tensor("U8", 1535, 1), state_tensors)
 
 
 def test_an_absmax_that_is_too_short() -> None:
     weight, state_tensors = fitting(parse(NESTED))
     words = "absmax is U8 [47]; the quant state asks for U8 [48]"
-    content_range_error(words, parse(NESTED), weight, state_tensors | {".absmax": tensor("U8", 47)})
+    refuses(words, parse(NESTED), weight, state_tensors | {".absmax": tensor("U8", 47)})
 
 
 def test_a_lie_about_the_shape() -> None:
-    content_range_error("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
+    refuses("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
 
 
 def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
-    check(replace(state, shape=(64, 1)), *fitting(state), WHERE)  # the spare half of the last byte, in the same block
-    content_range_error("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
+    check_state(
+        replace(state, shape=(64, 1)), *fitting(state), WHERE
+    )  # the spare half of the last byte, in the same block
+    refuses("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
 
 
 def test_a_lie_about_the_blocksize() -> None:
     words = "absmax is U8 [48]; the quant state asks for U8 [24]"
-    content_range_error(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
+    refuses(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
 
 
 def test_a_lie_about_the_nested_blocksize() -> None:
     words = "nested_absmax is F32 [1]; the quant state asks for F32 [2]"
-    content_range_error(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
+    refuses(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
 
 
 def test_a_state_that_keeps_its_double_quantization_to_itself() -> None:
     words = "absmax is U8 [48]; the quant state asks for F32 [48]"
-    content_range_error(words, parse(SINGLE), *fitting(parse(NESTED)))
+    refuses(words, parse(SINGLE), *fitting(parse(NESTED)))
 
 
 def test_a_state_that_makes_a_double_quantization_up() -> None:
     words = "absmax is F32 [48]; the quant state asks for U8 [48]"
-    content_range_error(words, parse(NESTED), *fitting(parse(SINGLE)))
+    refuses(words, parse(NESTED), *fitting(parse(SINGLE)))
 
 
 @pytest.mark.parametrize("suffix", [".nested_absmax", ".nested_quant_map"])
 def test_a_nested_state_tensor_that_no_state_asks_for(suffix: str) -> None:
     weight, state_tensors = fitting(parse(SINGLE))
     words = f"{suffix[1:]} is there, but the quant state names no double quantization"
-    content_range_error(words, parse(SINGLE), weight, state_tensors | {suffix: tensor("F32", 256)})
+    refuses(words, parse(SINGLE), weight, state_tensors | {suffix: tensor("F32", 256)})
 
 
 def test_two_quant_states_for_one_weight() -> None:
     weight, state_tensors = fitting(parse(NESTED))
-    content_range_error(
-        "both an nf4 and an fp4 quant state", parse(NESTED), weight, state_tensors | {FP4: tensor("U8", 200)}
-    )
+    refuses("both an nf4 and an fp4 quant state", parse(NESTED), weight, state_tensors | {FP4: tensor("U8", 200)})
 
 
 def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
     weight, state_tensors = fitting(parse(NESTED))
     words = "it has both a 4-bit quant state and weight_format, of two quantizations"
-    content_range_error(words, parse(NESTED), weight, state_tensors | {".weight_format": tensor("U8")})
+    refuses(words, parse(NESTED), weight, state_tensors | {".weight_format": tensor("U8")})
 
 
 # LLM.int8
@@ -612,7 +612,7 @@ def test_scales_are_what_makes_a_weight_int8() -> None:
 )
 def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> None:
     words = (
-        f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} beside a weight of {weight.dtype} {list(weight.shape)}; "
+        f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} next to a weight of {weight.dtype} {list(weight.shape)}; "
     )
     with pytest.raises(QuantStateError) as caught:
         check_int8(weight, {".SCB": scales}, WHERE)

@@ -64,13 +64,13 @@ def test_a_file_of_less_than_eight_bytes_is_too_short(first: bytes) -> None:
 
 def test_a_header_over_25_megabytes_is_too_long_even_where_the_file_holds_it() -> None:
     assert header_length(struct.pack("<Q", 25_000_000), 25_000_008, "m") == 25_000_000
-    with pytest.raises(HeaderError, match=r"^m: header of 25,000,001 bytes is too long \(the limit is 25,000,000\)$"):
+    with pytest.raises(HeaderError, match=r"^m: header of 25,000,001 bytes exceeds the limit of 25,000,000$"):
         header_length(struct.pack("<Q", 25_000_001), 25_000_009, "m")
 
 
 @pytest.mark.parametrize("n", [100_000_001, 2**63, 2**64 - 1])
 def test_an_absurd_length_is_too_long_whatever_the_file_holds(n: int) -> None:
-    with pytest.raises(HeaderError, match=r"^m: header of [\d,]+ bytes is too long"):
+    with pytest.raises(HeaderError, match=r"^m: header of [\d,]+ bytes exceeds the limit"):
         header_length(struct.pack("<Q", n), 20, "m")
 
 
@@ -212,7 +212,7 @@ def test_a_key_that_is_missing(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["device", "Dtype", "", "__metadata__"])
-def test_a_key_that_nobody_knows(key: str) -> None:
+def test_an_unknown_key(key: str) -> None:
     entry = json.loads(GOOD)["a"] | {key: 1}
     error_from_response(json.dumps({"a": entry}).encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
 
@@ -262,7 +262,7 @@ def test_a_shape_that_is_no_list_of_sizes(shape: str) -> None:
 @pytest.mark.parametrize(
     "shape",
     [[10**18, 10**18], [10**18] * 300, [2**63 - 1] * 8, [2**32, 2**32, 0], [2**61, 1], [2] * 1_000_000],
-    ids=["two", "300", "eight", "a zero after the overflow", "overflow in bits alone", "a million"],
+    ids=["two", "300", "eight", "a zero after the overflow", "overflow only in bits", "a million"],
 )
 def test_a_shape_whose_product_overflows(shape: list[int]) -> None:
     raw = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
@@ -427,7 +427,7 @@ NAMES = TEXT.filter(lambda name: name != "__metadata__")
 
 @st.composite
 def layouts(draw: st.DrawFn) -> list[TensorInfo]:
-    """Tensors that lie one behind the other."""
+    """Tensors stored one after another."""
     at, out = 0, []
     for name in draw(st.lists(NAMES, max_size=5, unique=True)):
         dtype, shape = draw(DTYPES), draw(st.lists(st.integers(0, 4), max_size=3))

@@ -82,7 +82,7 @@ def test_the_exit_code_of_several(
 
 def test_the_error_of_a_single_model_is_reported_once(run: Cli) -> None:
     for options in ([], ["--quiet"]):
-        hint = "  MODEL is a folder, or a repo on the Hub: org/name[@revision].\n"
+        hint = "  A model is a folder, or a repo on the Hub: org/name[@revision].\n"
         assert run("scan", "nowhere", *options) == Run(2, "", "error: nowhere: no such folder\n" + hint)
     assert run("scan", "nowhere", "there", "-q").out.startswith("nowhere: error no such folder\nthere: error ")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ class MemorySource:
     name = "memory"
     fingerprint = ""
     origin = None
-    external_links = frozenset[str]()
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -37,6 +36,12 @@ class MemorySource:
 
     def local_path(self, file: str) -> None:
         """Nowhere."""
+
+    def with_subfolders(self) -> MemorySource:
+        return self
+
+    def check_copyable(self, files: Iterable[str]) -> None:
+        """It has nothing else than files."""
 
     def check_unchanged(self) -> None:
         """It cannot change."""

@@ -73,10 +73,10 @@ def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        ("MAX_HEADERS", "bytes of headers are more than any model has"),
-        ("MAX_TENSORS", "tensors are more than any model has"),
-        ("MAX_LINEARS", "linear modules exceed the limit"),
-        ("MAX_SKIP", "entries, more than any model"),
+        ("MAX_HEADERS", "bytes of headers exceed the limit of"),
+        ("MAX_TENSORS", "tensors exceed the limit of"),
+        ("MAX_LINEARS", "linear modules exceed the limit of"),
+        ("MAX_SKIP", "entries exceed the limit of"),
     ],
 )
 def test_more_than_any_model_has_is_refused(limit: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,28 +1,30 @@
-"""A repo as a source, and the patience of its client, with what huggingface_hub answers put in its place."""
+"""A repo as a source, and the retries of its client, with the answers of huggingface_hub replaced."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from bnbfix.errors import HubError, InputError, UsageError
 from bnbfix.hub import client as hub_client
 from bnbfix.hub import source as hub
-from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, retry, silence
+from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, guard_cache, retry, silence
 from bnbfix.hub.source import KEPT, HubSource
 
 SHA = "a" * 40
-TOKEN = "hf_NobodyMaySeeThis"
+TOKEN = "hf_MustNeverBeShown"
 ASKED = describe_request("org/parts", None)
 
 
@@ -40,8 +42,8 @@ def source(**files: int) -> HubSource:
 
 
 def listing(monkeypatch: pytest.MonkeyPatch, sha: Any, **sizes: Any) -> HubSource:
-    state_tensors = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
-    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=state_tensors))
+    listed = [SimpleNamespace(rfilename=name, size=size, lfs=None) for name, size in sizes.items()]
+    api = SimpleNamespace(model_info=lambda *args, **options: SimpleNamespace(sha=sha, siblings=listed))
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     return HubSource.open("org/parts")
 
@@ -62,7 +64,8 @@ def test_a_listing_without_sizes_is_refused(monkeypatch: pytest.MonkeyPatch, siz
 def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("config.json", ".git/config", ".cache/huggingface/x", "sub/.cache/x", ".gitattributes", "sub/a.cache")
     found = listing(monkeypatch, SHA, **dict.fromkeys(names, 1))
-    assert set(found.files) == {"config.json", ".gitattributes", "sub/a.cache"}
+    assert set(found.files) == {"config.json", ".gitattributes"}
+    assert set(found.with_subfolders().files) == {"config.json", ".gitattributes", "sub/a.cache"}
     assert (found.revision, found.origin) == (SHA, {"repo": "org/parts", "revision": SHA})
 
 
@@ -71,14 +74,17 @@ def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: py
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The ranges that are asked of the Hub."""
+    """The ranges that are asked of the Hub, whose files count from 0 to 250 again and again."""
     seen: list[tuple[int, int]] = []
 
-    def once(self: HubSource, file: str, offset: int, length: int) -> bytes:
-        seen.append((offset, length))
-        return bytes(i % 251 for i in range(offset, offset + length))
+    def stream(method: str, url: str, *, headers: dict[str, str], **options: object) -> Any:
+        first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
+        seen.append((first, last - first + 1))
+        data = bytes(i % 251 for i in range(first, last + 1))
+        answer = {"Content-Range": f"bytes {first}-{last}/*"}
+        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda size: [data]))
 
-    monkeypatch.setattr(HubSource, "_once", once)
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(stream=stream))
     return seen
 
 
@@ -149,7 +155,7 @@ def test_a_file_is_fetched_once_and_forgotten_only_where_it_was_put(
         return str(path)
 
     downloading(monkeypatch, download)
-    s, folder = source(a=10, b=10), tmp_path / "beside"
+    s, folder = source(a=10, b=10), tmp_path / "fetched"
     for _ in range(2):
         s.fetch("a")
         s.fetch("b", folder)
@@ -162,7 +168,24 @@ def test_a_file_is_fetched_once_and_forgotten_only_where_it_was_put(
     assert calls == [None, folder, folder] and (folder / "b").exists()
 
 
-# Patience
+def test_the_hooks_of_the_session_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    session, during = get_session(), []
+    before = {event: list(hooks) for event, hooks in session.event_hooks.items()}
+
+    def download(*args: object, **options: object) -> str:
+        during.append(len(session.event_hooks["response"]))
+        (tmp_path / "file").write_bytes(b"0123456789")
+        return str(tmp_path / "file")
+
+    downloading(monkeypatch, download)
+    source(file=10).fetch("file")
+    with pytest.raises(ZeroDivisionError), guard_cache(), guard_cache():
+        1 / 0  # noqa: B018
+    assert during == [len(before["response"]) + 1]
+    assert session.event_hooks == before
+
+
+# Retries
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -173,18 +196,36 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_name_that_cannot_be_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="org/parts: is no name that a model on the Hub can have"):
+    with pytest.raises(UsageError, match="org/parts: is not a valid repo id"):
         retry(raising(HFValidationError("no")), ASKED)
 
 
-def test_what_no_cache_has_is_told_with_its_reason() -> None:
+def test_a_file_that_is_not_in_the_cache_is_an_error_with_its_reason() -> None:
     error = LocalEntryNotFoundError("huggingface_hub's own words")
     error.__cause__ = TimeoutError(f"timed out with {TOKEN}")
     with pytest.raises(HubError, match=r"no answer from https?://\S+ \(timed out with \*\*\*\)"):
         retry(raising(error), ASKED)
 
 
-def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
+def test_retries_are_logged_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hub_client, "FIRST_WAIT", 0.0)
+    errors = [NoAnswer(f"refused with {TOKEN}"), RetryableError(HubError("busy"), 0)]
+
+    def work() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    with caplog.at_level(logging.INFO, "bnbfix"):
+        assert retry(work, ASKED) == "done"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "refused with ***" in first and first.endswith("trying again in 0.0 s, 4 tries left")
+    assert second == "busy; trying again in 0.0 s, 3 tries left"
+
+
+def test_a_retry_that_is_stopped_does_not_wait() -> None:
     tries, stop = [], threading.Event()
     stop.set()
 
@@ -198,7 +239,7 @@ def test_who_is_told_to_stop_does_not_wait_for_another_try() -> None:
 
 
 @pytest.mark.parametrize("cause", [NoAnswer("the line is dead"), None], ids=["no answer", "none"])
-def test_a_push_that_fails_is_told_without_the_token(
+def test_a_failed_push_is_reported_without_the_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: Exception | None
 ) -> None:
     def create_commit(*args: object, **options: object) -> None:

@@ -292,11 +292,11 @@ def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) ->
 XET = """
 from types import SimpleNamespace
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
-from bnbfix.hub.client import counting
+from bnbfix.hub.client import counting_bar
 
 counted = []
 with XetDownloadProgressReporter(
-    reconstruction_desc="", total=100, log_level=30, tqdm_class=counting(counted.append)
+    reconstruction_desc="", total=100, log_level=30, tqdm_class=counting_bar(counted.append)
 ) as reporter:
     for n in (10, 60, 100):
         reporter.update_progress(SimpleNamespace(
@@ -402,7 +402,7 @@ from bnbfix.writer import download as supply
 plan, usage, stat = bnbfix.plan_repair(sys.argv[1], "0.22.1"), shutil.disk_usage, os.stat
 out = Path(sys.argv[2])
 download, output = sum(supply.missing_files(plan).values()), plan.bytes_written + supply.SLACK_BYTES
-def disk(path):  # the output's folder lies on a disk of its own
+def disk(path):  # the output's folder is on a disk of its own
     return 1 if str(path).startswith(str(out.parent)) else 2
 try:
     def apart(path, **options):

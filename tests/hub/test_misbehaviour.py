@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from bnbfix.hub.refusals import HubRequest, hub_error
+from bnbfix.hub.client import HubRequest, hub_error
 from tests.support.build import Make
 from tests.support.hub import Hub
 from tests.support.hub_server import TOKEN, FakeHub
 
-WRONG = "hf_WrongTokenThatNobodyMaySee"
+WRONG = "hf_WrongTokenThatIsNeverShown"
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def repo(hub: Hub, checkpoint: Make) -> str:
 
 
 SHARD = {"path": "model.safetensors"}
-NONSENSE = "sent what no Hub would send ("
+NONSENSE = "returned an invalid response ("
 CHANGED = "org/model: model.safetensors: changed on the Hub while it was being read"
 
 
@@ -41,17 +41,17 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
     ("fault", "words", "hint"),
     [
         # What comes is not what was asked for
-        ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200): reading on would fetch all 4,", "HF_ENDPOINT"),
-        ({"kind": "short"}, "sent 131,071 bytes of the 131,072 that were asked for", ""),
-        ({"kind": "long"}, "sends more than the 131,072 bytes that were asked for", ""),
-        ({"kind": "wrong range"}, "sent bytes 1 to 131,072 where 0 to 131,071 were asked for", "proxy"),
-        ({"kind": "no Content-Range"}, "sent no Content-Range that makes sense (None)", "proxy"),
+        ({"kind": "ignores ranges"}, "ignores byte ranges (HTTP 200) and would send all 4,", "HF_ENDPOINT"),
+        ({"kind": "short"}, "sent 131,071 of the 131,072 requested bytes", ""),
+        ({"kind": "long"}, "sends more than the 131,072 requested bytes", ""),
+        ({"kind": "wrong range"}, "sent bytes 1 to 131,072 instead of 0 to 131,071", "proxy"),
+        ({"kind": "no Content-Range"}, "sent an invalid Content-Range (None)", "proxy"),
         ({"kind": "grown"}, "bytes, the listing said 4,", "Run it again"),
-        ({"kind": "gzip"}, "compresses byte ranges, which makes them useless", ""),
+        ({"kind": "gzip"}, "compresses byte ranges, so they cannot be used", ""),
         ({"kind": "etag"}, CHANGED, "Run it again"),
         ({"kind": "changed", "origin": "hub"}, CHANGED, "Run it again"),
         ({"kind": "commit", "origin": "hub"}, "the Hub answers with commit ffffffffffff, not ", ""),
-        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "nothing safe", ""),
+        ({"kind": "elsewhere", "origin": "hub", "headers": {"Location": "file:///etc/passwd"}}, "unsafe redirect", ""),
         (
             {
                 "kind": "elsewhere",
@@ -73,10 +73,10 @@ CHANGED = "org/model: model.safetensors: changed on the Hub while it was being r
         # Refusals
         ({"kind": 401, "origin": "hub", "path": "/api/models"}, "no such model on http://127.0.0.1", "hf auth login"),
         ({"kind": 403, "origin": "hub"}, "the Hub does not allow this (HTTP 403)", "HF_TOKEN"),
-        ({"kind": 404, "origin": "hub"}, "is not there any more (HTTP 404), though the Hub listed it", "again"),
+        ({"kind": 404, "origin": "hub"}, "is no longer there (HTTP 404), though the Hub listed it", "again"),
         ({"kind": 404, "origin": "hub", "path": "/api/models"}, "has no such page (HTTP 404)", "HF_ENDPOINT"),
         ({"kind": 416}, "no longer has the bytes that the listing promised (HTTP 416)", "Run it again"),
-        ({"kind": 429, "origin": "hub"}, "too many requests from here (HTTP 429)", "With a token"),
+        ({"kind": 429, "origin": "hub"}, "rate limited by the Hub (HTTP 429)", "With a token"),
         ({"kind": 429, "headers": {"Retry-After": "3600"}}, "HTTP 429); it asks to wait 3,600 s", "Wait"),
         (
             {"kind": 429, "origin": "hub", "headers": {"RateLimit": '"resolvers";r=0;t=250'}},
@@ -96,7 +96,7 @@ def test_each_failure_has_its_own_error(hub: Hub, repo: str, fault: dict[str, An
     first, *rest = done.err.splitlines()
     assert first.startswith("error: org/model: ") and words in first
     assert hint in "".join(rest) and "Traceback" not in done.err
-    assert hub.server.sent < 16 << 20, "what was not asked for must not be read, but for what lies in buffers"
+    assert hub.server.sent < 16 << 20, "only buffers may hold more than was requested"
     assert "signature" not in done.err, "a signed address is a secret"
 
 
@@ -138,7 +138,7 @@ def test_a_listing_that_is_none_is_the_hubs_error(hub: Hub, repo: str, body: str
     ],
     ids=lambda f: f"{f['kind']} x{f.get('times', 'always')}",
 )
-def test_what_passes_is_waited_for(hub: Hub, repo: str, fault: dict[str, Any]) -> None:
+def test_transient_errors_are_retried(hub: Hub, repo: str, fault: dict[str, Any]) -> None:
     want = hub.run("scan", repo, "--vllm", "0.32.0")
     hub.server.fault(**({} if "path" in fault else SHARD) | fault)
     assert hub.run("scan", repo, "--vllm", "0.32.0") == want
@@ -159,7 +159,7 @@ def test_the_first_failure_stops_the_rest(hub: Hub, pristine: Make) -> None:
     ("access", "allowed", "token", "words", "hint"),
     [
         ("private", True, None, "no such model on", "Log in with `hf auth login`, or set HF_TOKEN."),
-        ("private", False, TOKEN, "or it is private (HTTP 404)", "Look at the name"),
+        ("private", False, TOKEN, "or it is private (HTTP 404)", "Check the name"),
         ("private", True, WRONG, "the Hub does not accept your token (HTTP 401)", "Log in"),
         ("gated", True, None, "is gated, and no token was sent (HTTP 401)", "Ask for access at http://127.0.0.1"),
         ("gated", False, TOKEN, "is gated, and your account has no access to it (HTTP 403)", "Ask for access"),
@@ -176,12 +176,12 @@ def test_private_and_gated_repos(
 
 
 def test_what_is_not_there(hub: Hub, repo: str) -> None:
-    assert "org/nobody: no such model on http" in hub.run("scan", "org/nobody").err
+    assert "org/missing: no such model on http" in hub.run("scan", "org/missing").err
     done = hub.run("scan", repo, "--revision", "v9")
     assert "org/model: has no revision 'v9' (HTTP 404)" in done.err and "are listed at" in done.err
 
 
-def test_a_missing_shard_is_said_as_for_a_folder(hub: Hub, checkpoint: Make) -> None:
+def test_a_missing_shard_is_the_same_error_as_in_a_folder(hub: Hub, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip", shards=2)
     (source / "model-00002-of-00002.safetensors").unlink()
     hub.server.add("org/half", source)
@@ -193,13 +193,13 @@ def test_listed_names_cannot_leave_their_folder(hub: Hub, repo: str, name: str) 
     files = hub.server.repos[repo].commits[hub.server.repos[repo].refs["main"]]
     files[name] = next(iter(files.values()))
     done = hub.run("scan", repo)
-    assert done.code == 2 and "which is no name for a file" in done.err
+    assert done.code == 2 and "which is not a valid file name" in done.err
 
 
 # No Hub
 
 
-def test_nobody_listens(hub: Hub) -> None:
+def test_an_endpoint_without_a_server(hub: Hub) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     code = "import sys; from bnbfix.cli import main as cli; from bnbfix.hub import client; client.FIRST_WAIT = 0"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bnbfix.hub.push import stale
+from bnbfix.hub.push import stale_files
 from tests.support.build import Make
 from tests.support.hub import Hub, Ran
 from tests.support.hub_server import TOKEN
@@ -91,7 +91,7 @@ def test_what_is_not_replaced_goes(hub: Hub, source: str, pristine: Make, to: st
 
 def test_only_weights_and_indexes_beside_the_config_go() -> None:
     there = {"a.safetensors", "b.safetensors", "model.safetensors.index.json", "x/a.safetensors", "notes.txt"}
-    assert stale(there, {"a.safetensors", "config.json"}) == ["b.safetensors", "model.safetensors.index.json"]
+    assert stale_files(there, {"a.safetensors", "config.json"}) == ["b.safetensors", "model.safetensors.index.json"]
 
 
 def test_nothing_to_do_pushes_nothing(hub: Hub, pristine: Make, to: str, tmp_path: Path) -> None:
@@ -103,47 +103,66 @@ def test_nothing_to_do_pushes_nothing(hub: Hub, pristine: Make, to: str, tmp_pat
     assert done.json["pushed"] is None and done.json["nothing_to_do"]
 
 
-SPOIL = """
+SPOILED = """
 import sys
 from pathlib import Path
-import bnbfix
-from bnbfix.hub.push import Destination, publish
+from bnbfix.cli import main as cli
+from bnbfix.writer import download
 
-out, repo, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-shard = out / "model-00001-of-00002.safetensors"
-if what == "flipped":
-    data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
-elif what == "missing":
-    shard.unlink()
-elif what == "extra":
-    (out / "pytorch_model.bin").write_bytes(b"x")
-elif what == "no record":
-    (out / "bnbfix.json").unlink()
+what, out = WHAT, Path(sys.argv[sys.argv.index("--out") + 1])
+execute_plan = download.execute_plan
+
+def execute_and_spoil(*arguments, **options):
+    result = execute_plan(*arguments, **options)
+    shard = out / "model-00001-of-00002.safetensors"
+    if what == "flipped":
+        data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
+    elif what == "missing":
+        shard.unlink()
+    elif what == "extra":
+        (out / "folder").mkdir(); (out / "folder" / "pytorch_model.bin").write_bytes(b"x")
+    elif what == "no record":
+        (out / "bnbfix.json").unlink()
+    return result
+
+download.execute_plan = execute_and_spoil
 try:
-    publish(out, Destination(repo, False, False, None))
-except bnbfix.BnbfixError as e:
-    print(type(e).__name__, e.exit_code, e)
+    cli.main()
+finally:
+    download.execute_plan = execute_plan
 """
 
 
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("flipped", "VerifyError 1 "),
-        ("missing", "VerifyError 1 "),
-        ("extra", "VerifyError 1 "),
-        ("no record", "InputError 2"),
-    ],
-)
+@pytest.mark.parametrize(("what", "code"), [("flipped", 1), ("missing", 1), ("extra", 1), ("no record", 2)])
 def test_a_folder_that_fails_verify_is_not_pushed(
-    hub: Hub, source: str, to: str, tmp_path: Path, what: str, words: str
+    hub: Hub, source: str, to: str, tmp_path: Path, what: str, code: int
 ) -> None:
-    assert repair(hub, source, tmp_path / "out").code == 0
-    hub.server.reset()
-    done = hub.run(tmp_path / "out", to, what, script=SPOIL, token=TOKEN)
-    assert done.err == "" and done.out.startswith(words)
-    assert "nothing was pushed" in done.out or what == "no record"
-    assert hub.server.seen == [] and to not in hub.server.repos
+    command = ("repair", source, "--out", tmp_path / "out", "--vllm", "0.32.0", "--push-to", to)
+    done = hub.run(*command, script=SPOILED.replace("WHAT", repr(what)), token=TOKEN)
+    assert done.code == code and done.err.startswith(f"error: {tmp_path / 'out'}"), done.err
+    assert "nothing was pushed" in done.err or what == "no record"
+    assert {s.method for s in hub.server.seen} <= {"GET", "HEAD"} and to not in hub.server.repos
+
+
+PUSHED = """
+import sys
+from pathlib import Path
+from bnbfix.hub.push import Destination, push_folder
+
+done = push_folder(Path(sys.argv[1]), Destination(sys.argv[2], False, False, None), message="Any folder")
+print(done.repo, done.commit)
+"""
+
+
+def test_a_folder_is_pushed_with_its_subfolders_in_one_commit(hub: Hub, to: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.txt").write_text("deep")
+    (tmp_path / "y.txt").write_text("top")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "z").write_text("of a download")
+    done = hub.run(tmp_path, to, script=PUSHED, token=TOKEN)
+    assert (done.out, done.err) == (f"{to} {hub.server.repos[to].refs['main']}\n", "")
+    assert stored(hub, to) == {"folder/x.txt": b"deep", "y.txt": b"top"}
 
 
 # Refusals
@@ -152,10 +171,10 @@ def test_a_folder_that_fails_verify_is_not_pushed(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--push-to", "nonsense"], "--push-to 'nonsense' is no repo on the Hub: org/name"),
-        (["--push-to", "me/x@v1"], "is no repo on the Hub"),
-        (["--private"], "--private belongs to --push-to"),
-        (["--private", "--create-pr"], "--private is for a new repo"),
+        (["--push-to", "nonsense"], "'nonsense' is not a repo that can be pushed to: org/name"),
+        (["--push-to", "me/x@v1"], "is not a repo that can be pushed to"),
+        (["--private"], "a private repo needs a repo to push to"),
+        (["--private", "--create-pr"], "only a new repo can be made private"),
     ],
 )
 def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, options: list[str], words: str) -> None:
@@ -165,7 +184,7 @@ def test_options_that_make_no_sense(hub: Hub, source: str, tmp_path: Path, optio
 
 def test_a_folder_has_no_repo_for_a_pull_request(hub: Hub, pristine: Make, tmp_path: Path) -> None:
     done = repair(hub, pristine("dense31b", "skip"), tmp_path / "out", "--create-pr")
-    assert done.code == 2 and "--create-pr needs --push-to" in done.err
+    assert done.code == 2 and "a pull request needs a repo to push to, and a folder has none" in done.err
 
 
 def test_no_token_is_said_before_the_work(hub: Hub, source: str, to: str, tmp_path: Path) -> None:
@@ -190,9 +209,15 @@ def test_nothing_is_pushed_offline(hub: Hub, pristine: Make, to: str, tmp_path: 
         ({"kind": 403, "path": "/objects/batch", "origin": "hub"}, "your token does not allow this (HTTP 403)"),
         ({"kind": 403, "path": "/upload/", "origin": "cdn"}, "HTTP 403"),
         ({"kind": 500, "path": "/commit/", "origin": "hub"}, "the Hub fails (HTTP 500)"),
-        ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}}, "what no Hub would send"),
+        (
+            {"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "{}"}},
+            "returned an invalid response",
+        ),
         ({"kind": "says", "path": "/commit/", "origin": "hub", "headers": {"body": "<html>"}}, "cannot be pushed"),
-        ({"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}}, "no Hub would"),
+        (
+            {"kind": "says", "path": "/api/repos/create", "origin": "hub", "headers": {"body": "<html>"}},
+            "invalid response",
+        ),
     ],
 )
 def test_a_push_that_is_refused_keeps_the_repair(

@@ -193,7 +193,7 @@ def test_what_is_a_repo(text: str, repo: tuple[str, str | None] | None) -> None:
 def test_an_endpoint_that_is_no_address_is_said(hub: Hub) -> None:
     for model in ("org/name", "https://huggingface.co/org/name"):
         done = hub.process("scan", model, HF_ENDPOINT="http://[")
-        assert (done.code, done.err) == (2, "error: HF_ENDPOINT is no address\n"), model
+        assert (done.code, done.err) == (2, "error: HF_ENDPOINT is not a valid URL\n"), model
 
 
 def test_a_folder_wins_over_a_repo_of_its_name(
@@ -203,7 +203,7 @@ def test_a_folder_wins_over_a_repo_of_its_name(
     (tmp_path / "org" / "tiny").symlink_to(pristine("e4b", "all"))
     monkeypatch.chdir(tmp_path)
     assert bnbfix.scan("org/tiny", "0.32.0").ok
-    with pytest.raises(UsageError, match="has no --revision"):
+    with pytest.raises(UsageError, match="is a folder, which has no revision 'main'"):
         bnbfix.scan("org/tiny", revision="main")
     assert hub.server.seen == []
 
@@ -214,8 +214,22 @@ def test_a_path_is_never_a_repo() -> None:
 
 
 def test_contradicting_revisions() -> None:
-    with pytest.raises(UsageError, match="--revision b contradicts it"):
+    with pytest.raises(UsageError, match="names revision 'a', not 'b'"):
         open_source("org/name@a", "b")
+
+
+# Subfolders
+
+
+def test_files_in_subfolders_are_no_more_seen_by_a_scan_than_those_of_a_folder(hub: Hub, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"pickle")
+    (source / "optimizer.pt").write_bytes(b"pickle")
+    hub.server.add("org/pickles", source)
+    remote = scanned(hub, "org/pickles")
+    assert remote == found(source)
+    assert [f["tensors"] for f in remote["findings"] if f["code"] == "BNB205"] == [["optimizer.pt"]]
 
 
 # Tokens
@@ -280,7 +294,7 @@ def test_near_ranges_are_merged_and_far_ones_are_not() -> None:
 def test_spans_cut_back_into_what_was_asked() -> None:
     data = bytes(range(256)) * 40
     asked = [(5, 3), (9000, 20), (0, 0), (4, 10), (8190, 1)]
-    cut = {i: part for s in merge_ranges(asked, 100) for i, part in s.cut(data[s.offset : s.offset + s.length])}
+    cut = {i: part for s in merge_ranges(asked, 100) for i, part in s.split(data[s.offset : s.offset + s.length])}
     assert [cut[i] for i in range(5)] == [data[a : a + n] for a, n in asked]
 
 
@@ -293,10 +307,10 @@ def test_spans_cut_back_into_what_was_asked() -> None:
         ("bytes 10-19/101", "has 101 bytes"),
         ("bytes 0-9/100", "sent bytes 0 to 9"),
         ("bytes 10-20/100", "10 to 20"),
-        ("bytes */100", "no Content-Range"),
-        ("", "no Content-Range"),
-        (None, "no Content-Range"),
-        ("items 10-19/100", "no Content-Range"),
+        ("bytes */100", "invalid Content-Range"),
+        ("", "invalid Content-Range"),
+        (None, "invalid Content-Range"),
+        ("items 10-19/100", "invalid Content-Range"),
     ],
 )
 def test_content_range(value: str | None, words: str | None) -> None:

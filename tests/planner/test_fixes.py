@@ -675,7 +675,7 @@ def test_a_group_that_gets_a_shared_member_is_dequantized_even_where_the_user_as
 
 @pytest.fixture(scope="module")
 def mixed(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensors, Tensors]]:
-    """By family: a folder to write in, every tensor with all projections quantized, and every tensor in full precision."""
+    """By family: a folder to write in, every tensor with all linears quantized, and every tensor in full precision."""
     out = {}
     for family in ("dense31b", "e4b", "text"):
         folder = Path(shutil.copytree(pristine(family, "all"), tmp_path_factory.mktemp("mixed") / family))

@@ -333,7 +333,7 @@ def test_the_planned_source_reads_what_stays_as_the_source_has_it(plan: Plan) ->
 def test_the_planned_source_comes_from_where_the_source_does(plan: Plan) -> None:
     source, out = plan.checkpoint.source, PlannedSource(plan)
     assert (out.name, out.origin, out.fingerprint) == (source.name, source.origin, source.fingerprint)
-    assert out.external_links == frozenset(), "a plan makes no links"
+    assert out.with_subfolders() is out
     assert all(out.local_path(name) is None for name in out.files), "and nothing lies on disk yet"
 
 

@@ -112,7 +112,7 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
             "kind": "UsageError",
             "message": f"{tmp_path}/nowhere: no such folder",
             "exit_code": 2,
-            "hint": "MODEL is a folder, or a repo on the Hub: org/name[@revision].",
+            "hint": "A model is a folder, or a repo on the Hub: org/name[@revision].",
         },
     }
     lines = list(report_json.render_lines(found))

@@ -1,7 +1,7 @@
 """Runs the command line, or a piece of code, again and again in one process that talks to the tests' Hub.
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so the tests' own process cannot be told. One line of JSON in,
-{argv, env, script}; one line out, {code, out, err}.
+huggingface_hub reads HF_ENDPOINT when it is imported, so the tests' own process cannot be pointed at it. One line of
+JSON in, {argv, env, script}; one line out, {code, out, err}.
 """
 
 from __future__ import annotations

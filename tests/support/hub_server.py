@@ -1,7 +1,7 @@
 """A Hub for tests: the endpoints that huggingface_hub calls, a second origin as its CDN, misbehaviour on request.
 
 Two origins on one event loop in a thread: the Hub redirects large files to the CDN, under addresses signed with a
-number that runs out when told to. Files are served from disk, so sparse ones of many GB cost nothing. Every request is
+number that expires on request. Files are served from disk, so sparse ones of many GB cost nothing. Every request is
 recorded.
 """
 
@@ -28,14 +28,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-TOKEN = "hf_OnlyForTheHubAndNobodyElse"
+TOKEN = "hf_OnlyForTheHub"
 CHUNK = 256 << 10
 HASHED = 1 << 30  # bytes; the "SHA-256" of a larger file is made up, since reading it would take too long
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file: where its bytes lie, and what it is stored as."""
+    """A file: where its bytes are, and what it is stored as."""
 
     path: Path
     size: int
@@ -90,7 +90,7 @@ class FakeHub:
         self.signature = 1
         self.fresh = 1  # the lowest signature that still counts
         self.uploaded: dict[str, Path] = {}
-        # Made by hand: asyncio switches Nagle's algorithm off, 40 ms a response, where the protocol is named alone.
+        # Made by hand: asyncio switches Nagle's algorithm off, 40 ms a response, where only the protocol is named.
         sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) for _ in range(2)]
         for s in sockets:
             s.bind(("127.0.0.1", 0))

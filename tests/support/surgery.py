@@ -1,4 +1,4 @@
-"""Cuts safetensors files open and sews them up again, so that a test can damage one thing and leave the rest alone."""
+"""Take safetensors files apart and put them together, so that a test can damage one thing and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METADATA = "__metadata__"
 
 
 def pack(header: Header | str | bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """The bytes of a file. Nothing is checked: header text may be anything, and `length` may lie about it."""
+    """The bytes of a file. Nothing is checked: header text may be anything, and `length` may be wrong."""
     text = json.dumps(header, separators=(",", ":")) if isinstance(header, dict) else header
     raw = text.encode() if isinstance(text, str) else text
     return (len(raw) if length is None else length).to_bytes(LENGTH_BYTES, "little") + raw + data
@@ -67,7 +67,7 @@ def rename(path: Path, old: str, new: str) -> None:
 
 
 def edit_header(path: Path, change: Callable[[Header], object]) -> None:
-    """Lets `change` alter the header in place; the data stays as it is, whether it still fits or not."""
+    """Lets `change` alter the header in place; the data stays unchanged, whether it still matches or not."""
     header, data = read_file(path)
     change(header)
     write_file(path, header, data)
