@@ -84,8 +84,13 @@ def _lists(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
-    """{schema, ranges}: the release table."""
-    return {
-        "schema": SCHEMA,
-        "ranges": [{k: sorted(v) if isinstance(v, frozenset) else v for k, v in vars(r).items()} for r in rows],
-    }
+    """{schema, ranges, unquantized}: the release table, and what a family never quantizes, by family."""
+    never: dict[str, list[str]] = {}
+    for family, kind in sorted(rows[-1].unquantized):
+        never.setdefault(family, []).append(kind)
+    ranges = [vars(r) | {"quantized": sorted(r.quantized)} for r in rows]
+    return {"schema": SCHEMA, "ranges": [_without(r, "unquantized") for r in ranges], "unquantized": never}
+
+
+def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != key}

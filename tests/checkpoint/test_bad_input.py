@@ -749,7 +749,7 @@ def test_a_destination_inside_the_source_or_around_it(run: Cli, checkpoint: Make
     before = snapshot(tmp_path)
     done = run("repair", tmp_path / "source", "--out", out, "--overwrite")
     assert (done.code, done.out) == (2, "")
-    assert done.error == f"error: {out}: the output must lie outside the source, and the source outside the output"
+    assert done.error == f"error: {out}: the output must be outside the source, and the source outside the output"
     assert snapshot(tmp_path) == before
 
 

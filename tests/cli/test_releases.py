@@ -44,6 +44,7 @@ def test_releases_in_json_is_the_table(run: Cli) -> None:
     path = Path(vllm_releases.__file__).with_name("releases.json")
     want = [row | {"quantized": sorted(row["quantized"])} for row in json.loads(path.read_text())["ranges"]]
     assert done.json["ranges"] == want
+    assert done.json["unquantized"] == {"gemma4_unified": ["embedder"]}
 
 
 @pytest.mark.parametrize("code", list(Code), ids=lambda c: c.value)
@@ -71,7 +72,7 @@ def test_without_a_vllm_there_is_nothing_to_ask(run: Cli, pristine: Make, tmp_pa
     assert (done.code, done.out) == (2, "")
     error, hint = done.err.splitlines()
     assert error.startswith("error: no vLLM is installed")
-    assert hint == "  Run bnbfix from the environment that serves the model."
+    assert hint == "  Run bnbfix in the environment that serves the model."
 
 
 def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_probe_reports_where_the_table_is_wrong(run: Cli, pristine: Make, answer
     answer(probed(source, "0.32.0", **{name: False}))
     done = run("releases", "--probe", source)
     assert (done.code, done.err) == (1, "")
-    assert f"{name}: the table says quantized, vLLM a" in done.words
+    assert f"{name}: the table says quantized, vLLM unquantized" in done.words
     assert done.words.endswith("The table disagrees with this vLLM; its row needs a fix.")
     doc = run("releases", "--probe", source, "--format", "json").json
     assert [(d["module"], d["table"]) for d in doc["disagreements"]] == [(name, "quantized")]

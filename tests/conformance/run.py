@@ -199,7 +199,7 @@ def run_in(python: Path, *command: object, PYTHONPATH: str = "", **more: str) ->
 
 
 def ask(python: Path, folder: Path, truth: Path, answers: Path, without_bnb: bool = False) -> dict[str, Any] | None:
-    """What judge.py says of a folder; None when it takes too long. `without_bnb`: no weight can be dequantized there."""
+    """What judge.py says of a folder; None when it takes too long. `without_bnb`: it cannot dequantize any weight."""
     with tempfile.TemporaryDirectory() as scratch:
         answer, without = Path(scratch) / "answer.json", {}
         if without_bnb:

@@ -107,13 +107,13 @@ SPOILED = """
 import sys
 from pathlib import Path
 from bnbfix.cli import main as cli
-from bnbfix.writer import download
+from bnbfix.writer import write
 
 what, out = WHAT, Path(sys.argv[sys.argv.index("--out") + 1])
-execute_plan = download.execute_plan
+write_plan = write.write_plan
 
-def execute_and_spoil(*arguments, **options):
-    result = execute_plan(*arguments, **options)
+def write_and_spoil(*arguments, **options):
+    result = write_plan(*arguments, **options)
     shard = out / "model-00001-of-00002.safetensors"
     if what == "flipped":
         data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
@@ -125,11 +125,11 @@ def execute_and_spoil(*arguments, **options):
         (out / "bnbfix.json").unlink()
     return result
 
-download.execute_plan = execute_and_spoil
+write.write_plan = write_and_spoil
 try:
     cli.main()
 finally:
-    download.execute_plan = execute_plan
+    write.write_plan = write_plan
 """
 
 
