@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 PINS = json.loads((Path(__file__).parent / "pins.json").read_text())
-# Not needed to load a model on a CPU, or not to be had beside the torch that is pinned.
+# Not needed to load a model on a CPU, or not available for the pinned torch.
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "triton", "transformers", "bitsandbytes")
 # The registry's torchvision is built for CUDA. Over a CPU torch its operators do not load and its import fails; these
 # declarations, put before its first line, let the Python part work, which is all that image processors use.
@@ -22,7 +22,7 @@ _library = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-# bitsandbytes' AVX-512 kernel counts blocks by row (see bnbfix/kernels.py), and so decodes a weight whose columns are
+# bitsandbytes' AVX-512 kernel counts blocks by row (see bnbfix/kernels/bnb.py), and so decodes a weight whose columns are
 # no multiple of the blocksize wrongly, which no GPU does. As a single row the count is right.
 BY_ROW = """        n = shape[-1]
 
@@ -56,13 +56,13 @@ def build(release: str, folder: Path) -> Path:
     if subprocess.run([str(python), "-c", "import torchvision"], stderr=subprocess.DEVNULL, check=False).returncode:
         package = next(folder.glob("lib/python*/site-packages/torchvision/__init__.py"))
         package.write_text(DECLARATIONS + package.read_text())
-    mend_bitsandbytes(folder)
+    fix_bitsandbytes(folder)
     wheel.unlink()
     done.write_text(json.dumps(pins))
     return python
 
 
-def mend_bitsandbytes(folder: Path) -> None:
+def fix_bitsandbytes(folder: Path) -> None:
     """Makes the environment's bitsandbytes decode every shape as it does on a GPU."""
     kernels = next(folder.glob("lib/python*/site-packages/bitsandbytes/backends/cpu/ops.py"))
     text = kernels.read_text()
