@@ -21,8 +21,10 @@ from .__version__ import __version__ as __version__
 if TYPE_CHECKING:
     from .api import check_before_upload, plan_repair, repair, scan, verify
     from .engines.engine import ReleaseRange, Target
+    from .engines.vllm.live import DryLoad, LiveVllm
     from .errors import (
         BnbfixError,
+        EngineError,
         FindingsRemain,
         HeaderError,
         HubError,
@@ -43,12 +45,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BnbfixError",
     "Code",
+    "DryLoad",
     "Edit",
+    "EngineError",
     "Finding",
     "FindingsRemain",
     "HeaderError",
     "HubError",
     "InputError",
+    "LiveVllm",
     "NotApplicable",
     "OutputError",
     "Plan",
@@ -78,6 +83,7 @@ _HOME = {
         "rules.rule": ("Code", "Severity"),
         "errors": (
             "BnbfixError",
+            "EngineError",
             "FindingsRemain",
             "HeaderError",
             "HubError",
@@ -93,6 +99,7 @@ _HOME = {
         "rules.scan": ("Finding", "ReleaseVerdict", "ScanResult"),
         "verifier.verify": ("Problem", "VerifyResult"),
         "engines.engine": ("ReleaseRange", "Target"),
+        "engines.vllm.live": ("DryLoad", "LiveVllm"),
         "writer.write": ("RepairResult",),
     }.items()
     for name in names

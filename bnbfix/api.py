@@ -15,9 +15,10 @@ from .engines.vllm.releases import find_installed, resolve_target
 from .errors import FindingsRemain, NotApplicable, UsageError, VerifyError
 from .hub.resolve import open_source
 from .models.detect import read_model
-from .rules.scan import Finding, ScanResult, scan_checkpoint
+from .rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 
 if TYPE_CHECKING:
+    from .engines.vllm.live import LiveVllm
     from .hub.push import Destination, Pushed
     from .planner.plan import Plan
     from .verifier.verify import VerifyResult
@@ -28,21 +29,34 @@ StrPath = str | os.PathLike[str]
 Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
 
 
-def choose_target(vllm: str | None) -> Target:
-    """The target that `vllm` names; None means the vLLM installed with bnbfix, or else "portable".
+def choose_target(vllm: str | None, live: LiveVllm | None = None) -> Target:
+    """The target that `vllm` names; None means the vLLM that is asked, or the one installed, or else "portable".
 
     Raises:
-        UsageError: `vllm` is not a string, or not a release in the table.
+        UsageError: `vllm` is not a string, or not a release in the table, or not the vLLM that is asked.
     """
     if vllm is not None and not isinstance(vllm, str):
         kind = type(vllm).__name__
         raise UsageError(f"vllm is {vllm!r}, a{'n' * (kind[0] in 'aeiou')} {kind}; write it as a string")
-    target = resolve_target(vllm, None if vllm else find_installed())
+    target = live.target if live else resolve_target(vllm, None if vllm else find_installed())
+    if live and vllm is not None and resolve_target(vllm).ranges != target.ranges:
+        raise UsageError(f"the target is {vllm!r}, but the vLLM that is asked is {target.name}")
     logger.info("target: %s, release ranges: %s", target.label, ", ".join(r.name for r in target.ranges))
     return target
 
 
-def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None) -> ScanResult:
+def choose_live(dry_load: LiveVllm | bool) -> LiveVllm | None:
+    """The vLLM to ask: True means the one installed with bnbfix."""
+    if dry_load is True:
+        from .engines.vllm.live import LiveVllm
+
+        return LiveVllm()
+    return dry_load or None
+
+
+def scan(
+    path: StrPath, vllm: str | None = None, *, revision: str | None = None, dry_load: LiveVllm | bool = False
+) -> ScanResult:
     """Reports what would go wrong with a checkpoint, where, and what fixes it. Reads headers, never weights.
 
     Args:
@@ -51,6 +65,9 @@ def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None)
         vllm: A release ("0.22.1"), or "portable" for every release. None means the vLLM installed with bnbfix, or
             else "portable".
         revision: Branch, tag or commit of the repo.
+        dry_load: Ask a vLLM whether it loads the checkpoint: its own loader is given every tensor's name, dtype and
+            shape. True asks the vLLM installed with bnbfix, `bnbfix.LiveVllm(python=...)` that of another environment.
+            The target is then that vLLM, and any model class works that it knows.
 
     Returns:
         The result. `result.ok` is True when no finding counts against the target. Invalid quant states are findings
@@ -61,8 +78,14 @@ def scan(path: StrPath, vllm: str | None = None, *, revision: str | None = None)
         InputError: A file is missing or broken.
         NotApplicable: This is not a bitsandbytes Gemma4 checkpoint.
         HubError: The Hub does not serve the repo.
+        EngineError: The vLLM that is asked gives no answer.
     """
-    return scan_checkpoint(open_checkpoint(open_source(path, revision)), choose_target(vllm))
+    live = choose_live(dry_load)
+    target = choose_target(vllm, live)
+    checkpoint = open_checkpoint(open_source(path, revision))
+    if live is None:
+        return scan_checkpoint(checkpoint, target)
+    return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
 
 
 def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
@@ -125,6 +148,7 @@ def plan_repair(
     partial_groups: str = "dequantize",
     out: StrPath | None = None,
     overwrite: bool = False,
+    dry_load: LiveVllm | bool = False,
 ) -> Plan:
     """Plans a repair to the byte, without writing: shards, offsets, config edits.
 
@@ -138,6 +162,7 @@ def plan_repair(
             members, or "quantize" their unquantized ones, which loses precision.
         out: The folder that the repair will write. If given, it is checked first, as `repair` checks it.
         overwrite: `out` may hold files, which will be replaced.
+        dry_load: Ask a vLLM, as in `scan`, whether it will load the planned output.
 
     Returns:
         The plan. `plan.edits` is empty when there is nothing to do.
@@ -149,7 +174,7 @@ def plan_repair(
         Unrepairable: No edit of the files makes them load in the target.
     """
     from .planner.plan import MAX_SHARD_SIZE, Options
-    from .planner.plan_repair import plan_checkpoint
+    from .planner.plan_repair import check_plan, plan_checkpoint
 
     source = open_source(path, revision) if isinstance(path, str | os.PathLike) else path
     if out is not None:
@@ -157,7 +182,10 @@ def plan_repair(
 
         check_destination(source, Path(out), overwrite=overwrite)
     options = Options(bf16, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size, partial_groups)
-    plan = plan_checkpoint(source, choose_target(vllm), options)
+    live = choose_live(dry_load)
+    plan = plan_checkpoint(source, choose_target(vllm, live), options)
+    if live is not None and not plan.nothing_to_do:
+        check_plan(plan, live)
     logger.info("plan for %s: %d edits, %d bytes to write", source.name, len(plan.edits), plan.bytes_written)
     return plan
 
@@ -201,6 +229,7 @@ def repair(
     workers: int | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    dry_load: LiveVllm | bool = False,
 ) -> RepairResult:
     """Writes a repaired copy of a checkpoint to the folder `out`, whole or not at all. The source is only read.
 
@@ -221,6 +250,7 @@ def repair(
         workers: The number of shards that are written in parallel. None means that bnbfix chooses it.
         max_memory: Bytes of RAM to use at most.
         progress: Called with the number of bytes just fetched or written, by one thread at a time.
+        dry_load: As in `plan_repair`: nothing is written that the vLLM would not load.
 
     Returns:
         What was written. `result.written` is False when there was nothing to do.
@@ -239,6 +269,7 @@ def repair(
         partial_groups=partial_groups,
         out=out,
         overwrite=overwrite,
+        dry_load=dry_load,
     )
     return write_repair(
         plan,
@@ -254,7 +285,12 @@ def repair(
 
 
 def verify(
-    out: StrPath, source: StrPath | None = None, *, revision: str | None = None, progress: Progress | None = None
+    out: StrPath,
+    source: StrPath | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    dry_load: LiveVllm | bool = False,
 ) -> VerifyResult:
     """Proves a repair: every file against the hashes in its record, and a fresh scan for its target.
 
@@ -266,6 +302,7 @@ def verify(
         source: What it was repaired from, as in `scan`. A repo is downloaded to the Hub's cache.
         revision: Branch, tag or commit of that repo.
         progress: Called with the number of bytes just fetched or compared.
+        dry_load: Ask a vLLM, as in `scan`, whether it loads the folder; what it says against it is a problem.
 
     Returns:
         The result. Differences are in `result.problems`; they are not raised.
@@ -279,7 +316,12 @@ def verify(
     if revision is not None and source is None:
         raise UsageError("a revision needs a source on the Hub")
     origin = open_source(source, revision) if source is not None else None
-    return verify_output(Path(out), origin, progress=progress)
+    result = verify_output(Path(out), origin, progress=progress)
+    if (live := choose_live(dry_load)) is None:
+        return result
+    from .verifier.verify import ask_vllm
+
+    return ask_vllm(result, live)
 
 
 def push(out: StrPath, to: Destination, *, progress: Progress | None = None, quiet: bool = True) -> Pushed:

@@ -37,19 +37,19 @@ FOLDERS = (
     "__init__",
     "__main__",
 )
-WORKER = "engines.vllm.worker"  # runs in a process of its own, and knows nothing of the rest
+INSIDE = "engines.vllm.inside"  # runs in a process of its own, under any Python that has vLLM: it knows only itself
 NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "cli"}
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "torch": {"kernels.bnb", WORKER},
-    "bitsandbytes": {"kernels.bnb"},
+    "torch": {"kernels.bnb", *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe"))},
+    "bitsandbytes": {"kernels.bnb", f"{INSIDE}.dry_load", f"{INSIDE}.engine"},
     "huggingface_hub": {"hub.source", "hub.client"},
     "numpy": {"kernels.reference", "kernels.native"},
     "rich": {"report.results", "report.terminal"},
     "typer": {"cli.main", "cli.options", "cli.releases", "cli.repair", "cli.scan", "cli.verify"},
-    "vllm": {WORKER},
-    "vllm_bnb_plugin": {WORKER},
+    "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe")},
+    "vllm_bnb_plugin": {f"{INSIDE}.probe"},
 }
 PRINTING = {"report", "cli"}
 
@@ -126,9 +126,10 @@ def test_folders_are_small() -> None:
     assert {str(f): n for f, n in sizes.items() if n > (8 if f == PACKAGE else 12)} == {}
 
 
-def test_the_worker_inside_vllms_process_stands_apart() -> None:
-    assert ARROWS[WORKER] == set()
-    assert not any(WORKER in found for found in ARROWS.values())
+def test_what_runs_inside_vllms_process_knows_only_itself() -> None:
+    inside = {name for name in FILES if name.startswith(INSIDE)}
+    assert {module for name in inside for module in ARROWS[name]} <= inside
+    assert not any(ARROWS[name] & inside for name in set(FILES) - inside)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -155,7 +156,7 @@ def test_only_the_report_and_the_command_line_print(name: str) -> None:
         if isinstance(n, ast.Attribute) and n.attr in ("stdout", "stderr") and getattr(n.value, "id", "") == "sys"
     ]
     assert printing == []
-    assert writing == [] or name == WORKER
+    assert writing == [] or name.startswith(INSIDE)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

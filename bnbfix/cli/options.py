@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import UsageError
+from ..report.terminal import show_status
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import LiveVllm
 
 
 class Format(str, Enum):
@@ -40,6 +46,13 @@ Vllm = Annotated[
         "Default: the vLLM installed with bnbfix, otherwise portable.",
     ),
 ]
+DryLoad = Annotated[
+    bool,
+    typer.Option("--dry-load", help="Ask the installed vLLM too: its own loader, given names and shapes, no weights."),
+]
+Python = Annotated[
+    str | None, typer.Option("--python", metavar="PYTHON", help="The Python whose vLLM --dry-load asks. Default: this.")
+]
 AsFormat = Annotated[Format, typer.Option("--format", help="Output format.")]
 Quiet = Annotated[
     bool,
@@ -62,3 +75,14 @@ Verbose = Annotated[
 def print_json(document: dict[str, Any]) -> None:
     """A document to stdout."""
     print(json.dumps(document, indent=2))
+
+
+def choose_live(dry_load: bool, python: str | None, *, quiet: bool) -> LiveVllm | None:
+    """The vLLM that --dry-load asks; what it is doing is shown on a terminal."""
+    if not dry_load:
+        if python is not None:
+            raise UsageError("--python needs --dry-load")
+        return None
+    from ..engines.vllm.live import LiveVllm
+
+    return LiveVllm(python, status=show_status(quiet=quiet))

@@ -13,7 +13,20 @@ import typer
 from ..errors import UsageError
 from ..report.terminal import progress_bar, show_logs
 from ..report.text import count
-from .options import AsFormat, Format, Interrupted, Model, Quiet, Revision, Verbose, Vllm, print_json
+from .options import (
+    AsFormat,
+    DryLoad,
+    Format,
+    Interrupted,
+    Model,
+    Python,
+    Quiet,
+    Revision,
+    Verbose,
+    Vllm,
+    choose_live,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
@@ -58,6 +71,8 @@ def repair(
         bool, typer.Option("--create-pr", help="Push as a pull request, to the source repo unless --push-to is given.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repo of --push-to as private.")] = False,
+    dry_load: DryLoad = False,
+    python: Python = None,
     format: AsFormat = Format.table,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -83,6 +98,7 @@ def repair(
         partial_groups=partial_groups.value,
         out=out,
         overwrite=overwrite,
+        dry_load=choose_live(dry_load, python, quiet=quiet) or False,
     )
     if dry_run:
         folder = Path(model if source.origin is None else source.origin["repo"].split("/")[1])

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..report.outcome import ScanOutcome, read_names, scan_models
 from ..report.terminal import print_error, show_logs, table_options, write_file, write_lines, write_text
 from ..rules.selection import LEVELS, Selection, worst
-from .options import Quiet, Revision, Verbose, Vllm
+from .options import DryLoad, Python, Quiet, Revision, Verbose, Vllm, choose_live
 
 
 class ScanFormat(str, Enum):
@@ -88,6 +88,8 @@ def scan(
     fail_on: FailOn = Level.degraded,
     exit_zero: ExitZero = False,
     map: Map = False,
+    dry_load: DryLoad = False,
+    python: Python = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -101,10 +103,12 @@ def scan(
     if output is not None and format is ScanFormat.table:
         raise UsageError("--output needs a --format; the table goes to stdout", hint="Add --format.")
     render = _renderer(format, several)
-    target = choose_target(vllm)
+    live = choose_live(dry_load, python, quiet=quiet)
+    target = choose_target(vllm, live)
     seen: list[ScanOutcome] = []
     outcomes = _kept(
-        scan_models(names, target, selection, revision=revision, with_grid=map or format is ScanFormat.html), seen
+        scan_models(names, target, selection, revision=revision, with_grid=map or format is ScanFormat.html, live=live),
+        seen,
     )
     if output is None and format is not ScanFormat.table:
         write_text(render(outcomes))

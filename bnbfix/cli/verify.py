@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report.terminal import progress_bar, show_logs
-from .options import AsFormat, Format, Quiet, Revision, Verbose, print_json
+from .options import AsFormat, DryLoad, Format, Python, Quiet, Revision, Verbose, choose_live, print_json
 
 
 def verify(
@@ -17,6 +17,8 @@ def verify(
     revision: Revision = None,
     load: Annotated[bool, typer.Option("--load", help="Also load and run DIR in the installed vLLM.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time limit for --load.")] = 1800,
+    dry_load: DryLoad = False,
+    python: Python = None,
     format: AsFormat = Format.table,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -26,9 +28,10 @@ def verify(
     from ..checkpoint.source import LocalSource
 
     show_logs(verbose)
+    live = choose_live(dry_load, python, quiet=quiet)
     size = sum(LocalSource.open(folder).files.values())
     with progress_bar(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
-        result = api.verify(folder, source, revision=revision, progress=step)
+        result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
     loaded = None
     if load:
         from ..engines.vllm.probe import load_model

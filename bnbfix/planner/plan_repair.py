@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from ..checkpoint.source import Source
@@ -16,12 +16,16 @@ from ..rules.changes import Changes, Request
 from ..rules.files import is_pickle
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, scan_checkpoint, scan_inspection
+from ..rules.support import describe_dry_load
 from . import json_edit, model_card
 from .fixes import DEQUANTIZE_ALL, REPAIR, collect_changes
 from .layout import ShardPlan
 from .plan import JOURNAL, RECORD, Action, Edit, Options, Plan
 from .planned_source import PlannedSource
 from .shards import recut_shards, repaired_shards
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import LiveVllm
 
 
 def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
@@ -59,6 +63,18 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     if left := [f for f in after.findings if f.blocking]:
         raise _refusal(target, left)
     return plan
+
+
+def check_plan(plan: Plan, live: LiveVllm) -> None:
+    """Asks a vLLM about the output of a plan before it is written; raises Unrepairable when it would not load it."""
+    (answer,) = live.dry_load([open_checkpoint(PlannedSource(plan))])
+    if not answer.ok:
+        hits = [hit for _, hit in describe_dry_load(answer)]
+        name = f"{hits[0].tensors[0]}: " if hits[0].tensors else ""
+        raise Unrepairable(
+            f"cannot be repaired for {plan.target.label}: of the planned output, {name}{hits[0].message}",
+            hint="Nothing was written. Please report this, with the output of `bnbfix scan --format json`.",
+        )
 
 
 def _refusal(target: Target, blocking: Sequence[Finding]) -> Unrepairable:

@@ -14,10 +14,11 @@ from ..errors import BnbfixError, InputError, UsageError
 from ..hub.resolve import open_source
 from ..models.detect import read_model
 from ..rules.rule import Code, Severity
-from ..rules.scan import Finding, ScanResult, scan_checkpoint
+from ..rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 from ..rules.selection import Selection, findings_code
 
 if TYPE_CHECKING:
+    from ..engines.vllm.live import LiveVllm
     from .layer_map import LayerMap
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,15 @@ def scan_models(
     *,
     revision: str | None = None,
     with_grid: bool = False,
+    live: LiveVllm | None = None,
 ) -> Iterator[ScanOutcome]:
-    """The outcome of each model, in order, as soon as it is known. `revision` applies to every repo."""
+    """The outcome of each model, in order, as soon as it is known.
+
+    `revision` applies to every repo. `live` is a vLLM to ask about each model, the one that `target` names.
+    """
     for model in models:
         try:
-            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid)
+            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid, live)
         except BnbfixError as e:
             yield ScanOutcome(model, error=e)
         except OSError as e:
@@ -66,13 +71,18 @@ def scan_models(
             yield ScanOutcome(model, error=error)
 
 
-def _outcome(source: Source, model: str, target: Target, selection: Selection, with_grid: bool) -> ScanOutcome:
+def _outcome(
+    source: Source, model: str, target: Target, selection: Selection, with_grid: bool, live: LiveVllm | None
+) -> ScanOutcome:
     checkpoint = open_checkpoint(source)
-    result = scan_checkpoint(checkpoint, target)
+    if live is None:
+        result = scan_checkpoint(checkpoint, target)
+    else:
+        result = scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
     logger.info("%s: %s for %s, %d findings", model, result.verdict, target.name, len(result.findings))
     chosen = selection.of(result.findings)
     grid = None
-    if with_grid:
+    if with_grid and result.releases:
         from ..writer.record import repaired_tensors
         from .layer_map import build_layer_map
 

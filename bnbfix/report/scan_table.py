@@ -98,8 +98,9 @@ def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) 
     yield from _wrapped(escape_control_chars(result.model), options, "bold")
     yield from _wrapped(contents(result), options)
     yield ()
-    yield from _matrix(result.releases, options)
-    yield ()
+    if result.releases:
+        yield from _matrix(result.releases, options)
+        yield ()
     for same in by_code(f for f in result.findings if f.counts or options.verbose):
         yield from _code(same, options)
     notes = [f for f in result.findings if not f.counts]

@@ -84,6 +84,18 @@ def progress_bar(words: str, total: int, *, quiet: bool) -> Iterator[Callable[[i
         yield lambda n: bar.advance(task, n)
 
 
+def show_status(*, quiet: bool) -> Callable[[str], None]:
+    """A function that shows what is being waited for, in one line on stderr where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        return lambda text: None
+
+    def show(text: str) -> None:
+        line = f"{escape_control_chars(text)} ..." if text else ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
 def table_options(*, verbose: bool, quiet: bool) -> TableOptions:
     """The options of a table on this stdout."""
     columns = os.environ.get("COLUMNS", "")

@@ -80,6 +80,7 @@ def check_expert_prefix(case: Case) -> Iterator[Hit]:
     why='vLLM\'s bitsandbytes loader fuses the quant states of experts with a hard-coded `quant_type="nf4"`. FP4 '
     "experts load, and are decoded with the wrong table.",
     fix="They are dequantized and quantized to NF4.",
+    after_loading=True,
 )
 def check_fp4_experts(case: Case) -> Iterator[Hit]:
     hits = [m for m in _experts(case) if m.weight.form == "fp4"]
@@ -94,6 +95,7 @@ def check_fp4_experts(case: Case) -> Iterator[Hit]:
     "the first. A bare AssertionError stops it where the matrices of one expert differ; where whole experts do, "
     "they load, and those unlike the first are decoded wrongly.",
     fix="None in 4 bits: the values would have to be quantized again. `repair --bf16` dequantizes those of one dtype.",
+    after_loading=True,
 )
 def check_mixed_experts(case: Case) -> Iterator[Hit]:
     layers: dict[int | None, dict[str, list[LinearWeight]]] = {}

@@ -21,6 +21,7 @@ CODE_SUFFIXES = frozenset({".bat", ".dll", ".dylib", ".exe", ".ipynb", ".ps1", "
     "is inconsistent. bitsandbytes would compute wrong numbers from it or read past a buffer, without an error.",
     fix="Nothing fixes it; quantize the model again, or fetch the file again.",
     release_independent=True,
+    after_loading=True,
 )
 def check_quant_state(case: Case) -> Iterator[Hit]:
     for error in case.inspection.invalid:
@@ -83,6 +84,7 @@ def check_index(case: Case) -> Iterator[Hit]:
     why="Two shards hold a tensor of the same name; which of them vLLM keeps depends on the order of the files.",
     fix="The one that the index names is kept.",
     release_independent=True,
+    after_loading=True,
 )
 def check_duplicate(case: Case) -> Iterator[Hit]:
     for name, shards in case.inspection.checkpoint.duplicates.items():

@@ -19,6 +19,7 @@ DEFAULT_GLOBAL_HEAD_DIM = 512  # transformers' default where a config names none
     "quantized the dtype is uint8, and every image is silently corrupted. "
     f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers.",
     fix="The projection, a small one, is dequantized and skipped.",
+    after_loading=True,
 )
 def check_quantized_pixel_projection(case: Case) -> Iterator[Hit]:
     hits = [m for p in case.params if p.kind == "pixel_projection" and p.quantized for m in p.members if m.quantized]

@@ -29,6 +29,7 @@ def _describe_v_fix(model: Model, releases: Sequence[ReleaseRange]) -> str:
     "releases that refuse them, q and k of these layers are dequantized and skipped.",
     upstream=[40437],
     fix_for=_describe_v_fix,
+    after_loading=True,
 )
 def check_k_eq_v_without_v(case: Case) -> Iterator[Hit]:
     if not case.release.needs_v:

@@ -1,7 +1,8 @@
 """What a rule is: a code, its explanation, and the function that looks for it.
 
 Codes are stable: they are never reused or renumbered. BNB1xx: a tensor and its parameter do not fit. BNB2xx: the files.
-BNB3xx: the config and the release. BNB4xx: forms of checkpoint that need more than an edit.
+BNB3xx: the config and the release. BNB4xx: forms of checkpoint that need more than an edit. BNB5xx: what an installed
+vLLM said when it was asked.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from ..engines.engine import Installed, Parameter, ReleaseRange
 from ..engines.vllm.parameters import parameters
 from ..engines.vllm.releases import format_ranges, ranges
 from ..models.family import Model
 from ..models.inspection import Inspection, LinearWeight
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import DryLoad
 
 
 class Severity(str, Enum):
@@ -81,6 +86,8 @@ class Code(str, Enum):
     FP4_EXPERTS = "BNB404"
     INT8 = "BNB405"
     MIXED_EXPERTS = "BNB406"
+    ENGINE_REFUSES = "BNB501"
+    REQUANTIZED_AT_LOAD = "BNB502"
 
     def __str__(self) -> str:
         return self.value
@@ -116,12 +123,19 @@ class Case:
     params: tuple[Parameter, ...]
     installed: Installed | None = None
 
+    dry_load: DryLoad | None = None  # what the installed release itself says
+
     @classmethod
-    def of(cls, inspection: Inspection, release: ReleaseRange, installed: Installed | None = None) -> Case:
+    def of(
+        cls,
+        inspection: Inspection,
+        release: ReleaseRange,
+        installed: Installed | None = None,
+        dry_load: DryLoad | None = None,
+    ) -> Case:
         skip = inspection.checkpoint.skip_modules
-        return cls(
-            inspection, release, tuple(parameters(inspection.linears, inspection.model, release, skip)), installed
-        )
+        params = parameters(inspection.linears, inspection.model, release, skip)
+        return cls(inspection, release, tuple(params), installed, dry_load)
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,7 @@ Check = Callable[[Case], Iterator[Hit]]
 CHECKS: dict[Code, Check] = {}
 EXPLANATIONS: dict[Code, Explanation] = {}
 RELEASE_INDEPENDENT: set[Code] = set()
+AFTER_LOADING: set[Code] = set()  # what shows only in the first forward pass, or in values
 
 
 def rule(
@@ -149,17 +164,21 @@ def rule(
     upstream: Iterable[int] = (),
     fix_for: FixText | None = None,
     release_independent: bool = False,
+    after_loading: bool = False,
 ) -> Callable[[Check], Check]:
     """Registers the function that looks for a code, with its explanation.
 
     Args:
         upstream: numbers of vLLM issues.
         release_independent: it looks at the checkpoint only, so its answer is the same for every release.
+        after_loading: a load does not show it, so a load that succeeds does not contradict it.
     """
     urls = tuple(f"https://github.com/vllm-project/vllm/issues/{n}" for n in upstream)
     EXPLANATIONS[code] = Explanation(title, why, fix, urls, fix_for)
     if release_independent:
         RELEASE_INDEPENDENT.add(code)
+    if after_loading:
+        AFTER_LOADING.add(code)
 
     def register(function: Check) -> Check:
         CHECKS[code] = function

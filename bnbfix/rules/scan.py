@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import ReleaseRange, Target
 from ..engines.transformers import check_skip_entries
 from ..engines.vllm.releases import ranges
+from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
-from .rule import CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
+from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
+from .support import describe_dry_load
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import DryLoad
 
 SCHEMA = 1
+NO_RULES = "bnbfix has no rules for this model yet, so it cannot repair it"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class ScanResult:
     findings: tuple[Finding, ...]
     counts: tuple[tuple[str, int], ...]  # weights by form: nf4, fp4, int8, BF16, ...
     shards: int
+    dry_load: DryLoad | None = None  # what an installed vLLM said, where one was asked
 
     @property
     def ok(self) -> bool:
@@ -69,7 +76,7 @@ class ScanResult:
         return not any(f.counts for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: {schema, model, family, target, verdict, weights, shards, releases, findings}."""
+        """The JSON document: {schema, model, family, target, verdict, weights, shards, releases, findings, ...}."""
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -96,6 +103,7 @@ class ScanResult:
                 }
                 for f in self.findings
             ],
+            "dry_load": self.dry_load.to_dict() if self.dry_load else None,
         }
 
 
@@ -112,16 +120,17 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
     return scan_inspection(inspect_checkpoint(checkpoint), target)
 
 
-def scan_inspection(inspection: Inspection, target: Target) -> ScanResult:
-    """`scan_checkpoint` of a checkpoint that was inspected already."""
+def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | None = None) -> ScanResult:
+    """`scan_checkpoint` of a checkpoint that was inspected already, perhaps with the target's own answer to it."""
     checkpoint, model = inspection.checkpoint, inspection.model
     check_skip_entries(checkpoint.skip_modules)
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
     for release in ranges():
-        installed = target.installed if release in target.ranges else None
-        hits = find_hits(Case.of(inspection, release, installed), known)
+        asked = release in target.ranges
+        case = Case.of(inspection, release, target.installed if asked else None, dry_load if asked else None)
+        hits = find_hits(case, known)
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(release)
         verdicts.append(_judge_release(release, hits))
@@ -140,9 +149,35 @@ def scan_inspection(inspection: Inspection, target: Target) -> ScanResult:
         verdict=_worst(f.severity for f in findings),
         releases=tuple(verdicts),
         findings=tuple(findings),
-        counts=tuple(Counter(w.form for w in checkpoint.weights.values()).most_common()),
+        counts=_count_forms(checkpoint),
         shards=len(checkpoint.shards),
+        dry_load=dry_load,
     )
+
+
+def scan_by_dry_load(checkpoint: Checkpoint, target: Target, dry_load: DryLoad) -> ScanResult:
+    """A scan for the vLLM that was asked. Of a model that no rule knows, its answer is all that is said."""
+    try:
+        return scan_inspection(inspect_checkpoint(checkpoint), target, dry_load)
+    except NotApplicable:
+        hits = describe_dry_load(dry_load)
+        findings = tuple(Finding(c, h.severity, h.tensors, target.ranges, h.message, None, NO_RULES) for c, h in hits)
+        architectures = checkpoint.config.get("architectures")
+        return ScanResult(
+            model=checkpoint.source.name,
+            family=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
+            target=target,
+            verdict=_worst(f.severity for f in findings),
+            releases=(),
+            findings=findings,
+            counts=_count_forms(checkpoint),
+            shards=len(checkpoint.shards),
+            dry_load=dry_load,
+        )
+
+
+def _count_forms(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:
+    return tuple(Counter(w.form for w in checkpoint.weights.values()).most_common())
 
 
 def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]]:
@@ -160,6 +195,8 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
             if code in RELEASE_INDEPENDENT:
                 known[code] = hits
         out += [(code, hit) for hit in hits]
+    if case.dry_load is not None and case.dry_load.ok:  # whatever would stop a load or change a weight in it, does not
+        out = [(code, hit) for code, hit in out if code in AFTER_LOADING or not hit.severity.counts]
     return out
 
 

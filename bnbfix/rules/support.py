@@ -1,11 +1,15 @@
-"""What the release itself lacks or refuses, whatever the tensors are: the model's class, the plugin, LLM.int8, MoE."""
+"""What the release lacks or refuses as a whole, and what an installed one says itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import DryLoad
 
 _REQUIRES = releases_where(lambda r: r.plugin == "required")
 _REFUSES = releases_where(lambda r: r.plugin == "refused")
@@ -68,3 +72,41 @@ def check_int8(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, names, "LLM.int8 in a mixture of experts, which vLLM refuses", reason)
     else:
         yield Hit(Severity.NOTE, names, "LLM.int8, of which a repair fixes only the skip list and V", reason)
+
+
+@rule(
+    Code.ENGINE_REFUSES,
+    "the installed vLLM refuses the checkpoint",
+    why="The loader of the vLLM that was asked (`--dry-load`) stops with the error that is quoted, given the names, "
+    "dtypes and shapes of the checkpoint's tensors; or it leaves quantized parameters without a quant state, on which "
+    "the first forward pass stops.",
+    fix="A repair fixes the other findings, and asks the same vLLM about the result before it is written.",
+)
+def check_engine_refuses(case: Case) -> Iterator[Hit]:
+    yield from (hit for code, hit in describe_dry_load(case.dry_load) if code is Code.ENGINE_REFUSES)
+
+
+@rule(
+    Code.REQUANTIZED_AT_LOAD,
+    "unquantized weight that the installed vLLM quantizes",
+    why="The vLLM that was asked (`--dry-load`) quantizes this unquantized weight while it loads, without a message, "
+    "because no skip entry names its module as vLLM does.",
+    fix="A repair names the module in llm_int8_skip_modules, in vLLM's spelling.",
+)
+def check_requantized_at_load(case: Case) -> Iterator[Hit]:
+    yield from (hit for code, hit in describe_dry_load(case.dry_load) if code is Code.REQUANTIZED_AT_LOAD)
+
+
+def describe_dry_load(answer: DryLoad | None) -> Iterator[tuple[Code, Hit]]:
+    """What an installed vLLM's answer comes to; nothing where it loads the checkpoint, or none was asked."""
+    if answer is None:
+        return
+    if answer.error is not None:
+        words = f"vLLM {answer.vllm} stops: {answer.error}"
+        yield Code.ENGINE_REFUSES, Hit(Severity.FAILS, answer.tensors, words)
+    elif answer.unbound:
+        words = f"vLLM {answer.vllm} loads it, but {len(answer.unbound)} quantized parameters have no quant state"
+        yield Code.ENGINE_REFUSES, Hit(Severity.FAILS, answer.unbound, words)
+    if answer.requantized:
+        words = f"vLLM {answer.vllm} silently quantizes it at load time"
+        yield Code.REQUANTIZED_AT_LOAD, Hit(Severity.WRONG, answer.requantized, words)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Source, as_remote
@@ -22,10 +22,14 @@ from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import SCHEMA, scan_checkpoint
+from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
 from ..writer.record import read_record
 from ..writer.tensor_data import CHUNK_BYTES, copy_range
 from ..writer.write import Progress
+
+if TYPE_CHECKING:
+    from ..engines.vllm.live import LiveVllm
 
 logger = logging.getLogger(__name__)
 
@@ -195,3 +199,11 @@ def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Pr
     for f in result.findings:
         if f.blocking:
             yield Problem(output.name, f.tensors[0] if f.tensors else None, f"{f.code.value}: {f.message}")
+
+
+def ask_vllm(result: VerifyResult, live: LiveVllm) -> VerifyResult:
+    """Adds what a vLLM says against the folder, which is asked to load it without the bytes."""
+    (answer,) = live.dry_load([open_checkpoint(LocalSource.open(result.out))])
+    hits = [hit for _, hit in describe_dry_load(answer)]
+    found = (Problem(str(result.out), next(iter(hit.tensors), None), hit.message) for hit in hits)
+    return replace(result, problems=(*result.problems, *found))

@@ -786,8 +786,9 @@ ABSENT = [
 
 def test_every_code_has_a_rule_an_explanation_and_cases_both_ways() -> None:
     assert set(CHECKS) == set(Code) == set(EXPLANATIONS)
-    assert {case.code for case in FOUND} == set(Code)
-    assert {case.code for case in ABSENT} == set(Code)
+    asked = {Code.ENGINE_REFUSES, Code.REQUANTIZED_AT_LOAD}  # of a vLLM: tests/engines/test_live.py
+    assert {case.code for case in FOUND} == set(Code) - asked
+    assert {case.code for case in ABSENT} == set(Code) - asked
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.source import LocalSource
@@ -20,9 +13,8 @@ from ...models.family import Model
 from ...models.inspection import Inspection, inspect_checkpoint
 from ..engine import Installed, Parameter, ReleaseRange
 from .parameters import parameters
+from .process import run_worker
 from .releases import find_installed, find_range, ranges
-
-logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 300.0
 LOAD_SECONDS = 1800.0
@@ -82,7 +74,7 @@ def probe_model(folder: Path) -> ProbeResult:
     """
     _, release = require_vllm()
     inspection = inspect_checkpoint(open_checkpoint(LocalSource.open(folder)))
-    answer = run_worker("probe", folder, PROBE_SECONDS)
+    (answer,) = run_worker("probe", [folder], seconds=PROBE_SECONDS)
     if answer["error"]:
         raise EngineError(f"vLLM cannot build the model: {answer['error']}", where=str(folder))
     modules = {m["name"]: bool(m["quantized"]) for m in answer["modules"]}
@@ -126,7 +118,7 @@ def load_model(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
     source = LocalSource.open(folder)
     checkpoint = open_checkpoint(source)
     _check_memory(sum(source.files[s] for s in checkpoint.shards))
-    answer = run_worker("load", folder, seconds)
+    (answer,) = run_worker("load", [folder], seconds=seconds)
     found = answer.get("parameters", [])
     error = answer["error"]
     if error is None and not answer.get("finite"):
@@ -149,36 +141,6 @@ def find_requantized(checkpoint: Checkpoint, release: ReleaseRange, quantized: s
     expected = _expect(inspect_checkpoint(checkpoint), release)
     unquantized = (p.module + ".weight" for p in expected if not all(m.quantized for m in p.members))
     return tuple(sorted(quantized.intersection(unquantized)))
-
-
-def run_worker(what: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs worker.py on a folder; raises EngineError when no answer comes."""
-    with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
-        answer, log = Path(scratch) / "answer.json", Path(scratch) / "log"
-        command = [sys.executable, "-m", "bnbfix.engines.vllm.worker", what, str(folder.resolve()), str(answer)]
-        here = str(Path(__file__).parents[3])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        logger.info("asking vLLM: %s", command)
-        with log.open("wb") as out:
-            try:
-                done = subprocess.run(  # noqa: S603  # our own module under our own interpreter
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    cwd=scratch,
-                    timeout=seconds,
-                    env=os.environ | {"PYTHONPATH": path},
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                raise EngineError(f"vLLM gave no answer within {seconds:.0f} s", where=str(folder)) from None
-        if answer.exists():
-            return dict(json.loads(answer.read_text()))
-        tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-        killed = done.returncode < 0
-        hint = "It was killed; was there too little memory?" if killed else "".join(tail) or None
-        raise EngineError(f"vLLM ended with status {done.returncode} and no answer", where=str(folder), hint=hint)
 
 
 def _check_memory(size: int) -> None:
