@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import ntpath
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 from ..errors import InputError, NotApplicable, QuantStateError
 from . import quant_state as qs
 from . import safetensors as st
-from .source import Source, read_file
+from .source import LocalSource, Source, read_file
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -24,6 +25,8 @@ MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the ind
 MAX_HEADERS = 100_000_000  # bytes of all headers together
 MAX_TENSORS = 500_000
 MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is matched with each module
+MAX_SHARDS = 10_000  # a file's name may say anything
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
 
 
@@ -133,7 +136,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if CONFIG not in source.files:
         if "adapter_config.json" in source.files:
             raise NotApplicable("is a PEFT adapter, not a model; merge it first", where=source.name)
-        raise InputError("is missing", where=CONFIG, hint=f"Is {source.name} a model folder?")
+        models = source.find_models() if isinstance(source, LocalSource) else []
+        hint = f"Is it one of these? {', '.join(models[:3])}" if models else f"Is {source.name} a model folder?"
+        raise InputError("is missing", where=CONFIG, hint=hint)
     config_text, config = _read_json(source, CONFIG)
     index = _read_json(source, INDEX)[1] if INDEX in source.files else None
     names = _shard_names(source, index)
@@ -156,7 +161,9 @@ def _read_json(source: Source, name: str) -> tuple[str, dict[str, Any]]:
     if size > limit:
         raise InputError(f"its {size:,} bytes exceed the limit of {limit:,}", where=name)
     try:
-        text = read_file(source, name).decode("utf-8")
+        raw = read_file(source, name)
+        check_not_pointer(raw, name)
+        text = raw.decode("utf-8")
         doc = json.loads(text)
         if "\\ud" in text.lower():  # it may spell half a surrogate pair, which no file can be written with
             json.dumps(doc, ensure_ascii=False).encode()
@@ -173,6 +180,7 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
         names = [f for f in source.files if f.endswith(".safetensors") and "/" not in f]
         if not names:
             raise NotApplicable("has no safetensors files", where=source.name)
+        _check_numbers(names, source.name)
         return names
     names = sorted(set(weight_map(index).values()))
     for name in names:
@@ -187,11 +195,36 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
     return names
 
 
+def _check_numbers(names: Sequence[str], where: str) -> None:
+    """Raise InputError when files that number themselves as `model-00001-of-00002.safetensors` are not all there."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if m := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name):
+            sets.setdefault((m[1], int(m[3])), set()).add(int(m[2]))
+    for (stem, count), numbers in sets.items():
+        if len(numbers) < count <= MAX_SHARDS:
+            missing = next(n for n in range(1, count + 1) if n not in numbers)
+            raise InputError(
+                f"shard {stem}-{missing:05}-of-{count:05}.safetensors is missing; the others say so by their names",
+                where=where,
+                hint="Download or copy the checkpoint again.",
+            )
+
+
+def check_not_pointer(start: bytes, where: str) -> None:
+    """Raise InputError when a file begins like a Git LFS pointer, which is there in place of the file itself."""
+    if start.startswith(LFS_POINTER):
+        hint = "Run `git lfs pull` in the clone, or download the repo with `hf download`."
+        raise InputError("is a Git LFS pointer, not the file itself", where=where, hint=hint)
+
+
 def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:
     """The header of every shard, in two rounds of reads at most."""
     sizes = {name: source.files[name] for name in names}
     found = source.read_many({n: [(0, min(HEADER_GUESS, sizes[n]))] for n in names})
     begun = {name: part for name, (part,) in found.items()}
+    for name, part in begun.items():
+        check_not_pointer(part, name)
     ends = {n: st.LENGTH_BYTES + st.header_length(begun[n][: st.LENGTH_BYTES], sizes[n], n) for n in names}
     if (total := sum(ends.values())) > MAX_HEADERS:
         raise InputError(f"its {total:,} bytes of headers exceed the limit of {MAX_HEADERS:,}", where=source.name)

@@ -144,6 +144,11 @@ class LocalSource:
         stats = dict(_list_files(self.path, subfolders=True)) | dict(self.stats)
         return LocalSource(self.path, MappingProxyType(dict(sorted(stats.items()))))
 
+    def find_models(self) -> list[str]:
+        """Return the folders just below that hold a model: a Trainer's checkpoints, the Hub cache's snapshots."""
+        found = [*self.path.glob("*/config.json"), *self.path.glob("snapshots/*/config.json")]
+        return sorted((str(path.parent) for path in found), key=lambda name: (len(name), name))
+
     @property
     def name(self) -> str:
         return str(self.path)

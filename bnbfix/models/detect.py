@@ -36,10 +36,13 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
     model = read_model(checkpoint.config)
     what, method = model.family.architecture, checkpoint.quantization.get("quant_method")
     quantized = sum(w.quantized for w in checkpoint.weights.values())
-    if method is None and not checkpoint.quantization and not quantized and not checkpoint.damaged:
+    unquantized = not checkpoint.quantization and not quantized and not checkpoint.damaged
+    if method is None and unquantized and not _describe_mlx(checkpoint):
         raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name)
     if method not in ("bitsandbytes", None):
         raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=checkpoint.source.name)
+    if method is None and (mlx := _describe_mlx(checkpoint)):
+        raise NotApplicable(f"is a {what} quantized by MLX ({mlx}), not by bitsandbytes", where=checkpoint.source.name)
     if method is None:
         raise NotApplicable(
             f"is a {what} with {quantized} quantized weights, but config.json has no bitsandbytes quantization_config",
@@ -47,3 +50,11 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
             hint="Take config.json from the model that was quantized.",
         )
     return model
+
+
+def _describe_mlx(checkpoint: Checkpoint) -> str | None:
+    """How MLX quantized a checkpoint, by the key that it writes into config.json; None where it did not."""
+    said = checkpoint.config.get("quantization") or checkpoint.quantization
+    if isinstance(said, dict) and type(said.get("bits")) is int and type(said.get("group_size")) is int:
+        return f"{said['bits']} bits in groups of {said['group_size']}"
+    return None

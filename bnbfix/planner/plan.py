@@ -115,6 +115,11 @@ class Plan:
         return not self.edits
 
     @property
+    def drops_quantization(self) -> bool:
+        """Return True if the output is not a bitsandbytes checkpoint any more: nothing in it is quantized."""
+        return any(e.action is Action.CONFIG and e.name == "quantization_config" for e in self.edits)
+
+    @property
     def bytes_written(self) -> int:
         """Size of the output in bytes, without the record."""
         files = self.checkpoint.source.files

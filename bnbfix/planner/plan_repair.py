@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
-from ..checkpoint.source import Source
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer, open_checkpoint
+from ..checkpoint.source import Source, read_file
 from ..engines.engine import Target
 from ..errors import Unrepairable
 from ..models.inspection import Inspection, inspect_checkpoint
@@ -26,6 +26,9 @@ from .shards import recut_shards, repaired_shards
 
 if TYPE_CHECKING:
     from ..engines.vllm.live import LiveVllm
+
+
+MAX_POINTER = 200  # bytes of a Git LFS pointer
 
 
 def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
@@ -59,6 +62,8 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     if not any(f.counts and f.reason is None for f in scan.findings):
         return Plan(checkpoint, target, scan, (), (), {}, (), _remaining(scan), options)
     plan = _complete_plan(inspection, target, scan, changes, tuple(repaired_shards(checkpoint, changes)), options)
+    if plan.drops_quantization:
+        return plan
     after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
     if left := [f for f in after.findings if f.blocking]:
         raise _refusal(target, left)
@@ -109,6 +114,8 @@ def _complete_plan(
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
     copied = tuple(f for f in source.files if f not in written and not is_pickle(f))
     source.check_copyable({*copied, *texts})
+    for name in (f for f in copied if source.files[f] <= MAX_POINTER):
+        check_not_pointer(read_file(source, name), name)
     return Plan(checkpoint, target, scan, edits, shards, texts, copied, _remaining(scan), options)
 
 

@@ -123,6 +123,26 @@ def check_code(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.NOTE, (), "config.json: auto_map names code to run under trust_remote_code; not run")
 
 
+@rule(
+    Code.ADAPTER,
+    "weights of a PEFT adapter in the model folder",
+    why="Tensors are named as PEFT names an adapter's (`base_model.model...`). Without an index vLLM reads every "
+    "*.safetensors of the folder, adapter_model.safetensors too: `There is no module or parameter named 'base_model'`.",
+    fix="Nothing in the files; merge the adapter, or move it out of the folder.",
+    release_independent=True,
+)
+def check_adapter(case: Case) -> Iterator[Hit]:
+    tensors = case.inspection.checkpoint.tensors
+    names = tuple(name for name in tensors if name.startswith("base_model."))
+    if names:
+        adapters = {tensors[name].shard for name in names}
+        apart = adapters.isdisjoint(t.shard for name, t in tensors.items() if name not in names)
+        reason = "merge the adapter and save the model itself (PEFT: merge_and_unload, save_pretrained)"
+        if apart and len(adapters) < len(case.inspection.checkpoint.shards):
+            reason += f", or move {' and '.join(sorted(adapters))} out of the folder"
+        yield Hit(Severity.FAILS, names, "a tensor of a PEFT adapter; no release knows base_model", reason)
+
+
 def is_pickle(name: str) -> bool:
     """Return True if the name of a file says that it is a pickle, which runs code when it is loaded."""
     return PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES

@@ -33,6 +33,19 @@ def check_quantized_but_skipped(case: Case) -> Iterator[Hit]:
 
 
 @rule(
+    Code.NOTHING_QUANTIZED,
+    "nothing quantized under a bitsandbytes config",
+    why="config.json says bitsandbytes, but the skip list names every module, so that no parameter is quantized: "
+    "`AssertionError: vLLM currently does not support BNB quantization for ...`. Was the quantized model merged or "
+    "dequantized?",
+    fix="quantization_config is removed from config.json, and the checkpoint loads as what it is, an unquantized one.",
+)
+def check_nothing_quantized(case: Case) -> Iterator[Hit]:
+    if not any(p.quantized for p in case.params) and not any(m.quantized for m in case.inspection.linears):
+        yield Hit(Severity.FAILS, (), "config.json says bitsandbytes, but no weight and no parameter is quantized")
+
+
+@rule(
     Code.SKIP_ENTRY,
     "skip entry that vLLM does not understand",
     why="An entry of llm_int8_skip_modules names modules as transformers does (`model.vision_tower`). vLLM compares "
@@ -78,6 +91,8 @@ def check_transformers_requantizes(case: Case) -> Iterator[Hit]:
 def write_skip_list(request: Request, so_far: Changes) -> Changes:
     """Names every weight that ends up unquantized in both spellings, and none that ends up quantized.
 
+    Where nothing ends up quantized, quantization_config goes: vLLM refuses one without a quantized module.
+
     Entries keep their places, except those that name a quantized module; what is missing is added at the end, vLLM's
     spelling before transformers'.
     """
@@ -86,6 +101,9 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
     for insert in so_far.insert:
         added = LinearWeight(insert.donor, gemma4.classify_tensor(insert.name))
         after.append((added, not insert.dequantize and insert.donor.quantized))
+    if so_far.experts == {} and not any(quantized for _, quantized in after):
+        edit = ConfigEdit(("quantization_config",), None, Code.NOTHING_QUANTIZED, remove=True)
+        return Changes(config=(edit,))
     spellings: list[tuple[Mapping[str, bool], Matches]] = []  # each reader's modules: are they quantized?
     for release in request.releases:
         names: dict[str, bool] = {}

@@ -59,7 +59,8 @@ def set_quant_storage(request: Request, so_far: Changes) -> Changes:
     """Has config.json say uint8."""
     quantization = request.inspection.checkpoint.quantization
     said = quantization.get("bnb_4bit_quant_storage") or "uint8"
-    if said == "uint8" or quantization.get("load_in_8bit"):
+    removed = any(edit.remove and edit.path == ("quantization_config",) for edit in so_far.config)
+    if said == "uint8" or removed or quantization.get("load_in_8bit"):
         return Changes()
     path = ("quantization_config", "bnb_4bit_quant_storage")
     return Changes(config=(ConfigEdit(path, "uint8", Code.QUANT_STORAGE),))

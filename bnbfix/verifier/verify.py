@@ -187,7 +187,7 @@ def _difference(a: Source, file_a: str, at_a: int, b: Source, file_b: str, at_b:
 def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Problem]:
     try:
         checkpoint = open_checkpoint(output)
-        if options.bf16:
+        if options.bf16 or not checkpoint.quantization:
             yield from (
                 Problem(w.tensor.shard, w.name, "is quantized") for w in checkpoint.weights.values() if w.quantized
             )

@@ -192,7 +192,7 @@ def _write_staged(
 
 def _check_written(plan: Plan, staging: Path) -> None:
     checkpoint = open_checkpoint(LocalSource.open(staging))
-    if plan.options.bf16:
+    if plan.drops_quantization:
         if checkpoint.damaged or checkpoint.orphans or any(w.quantized for w in checkpoint.weights.values()):
             raise VerifyError("the output would not be in full precision")
         return

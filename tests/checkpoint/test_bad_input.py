@@ -339,7 +339,7 @@ SHARD_CASES = (
     (
         "a Git LFS pointer",
         text(SHARD, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "exceeds the limit",
+        "is a Git LFS pointer, not the file itself",
     ),
     ("a page of HTML", text(SHARD, "<!DOCTYPE html><html>Not found</html>"), "exceeds the limit"),
     ("a pickle in a zip", text(SHARD, b"PK\x03\x04" + bytes(100)), "the file has 104"),

@@ -20,6 +20,6 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
 
     def put(given: dict[str, Any]) -> None:
         install_vllm(monkeypatch, "0.32.0")
-        monkeypatch.setattr(probe, "run_worker", lambda *_: {"versions": VERSIONS, "error": None} | given)
+        monkeypatch.setattr(probe, "run_worker", lambda *_, **__: [{"versions": VERSIONS, "error": None} | given])
 
     return put

@@ -179,7 +179,7 @@ def test_probe_reports_where_experts_are_elsewhere(
     found = probed(source, release, **{name: quantized})
     found["modules"] = [m for m in found["modules"] if ".experts" not in m["name"] or m["name"] == name]
     install_vllm(monkeypatch, release)
-    monkeypatch.setattr(probe, "run_worker", lambda *_: {"versions": VERSIONS, "error": None} | found)
+    monkeypatch.setattr(probe, "run_worker", lambda *_, **__: [{"versions": VERSIONS, "error": None} | found])
     done = run("releases", "--probe", source, "--format", "json")
     disagreements = [(d["module"], d["table"]) for d in done.json["disagreements"]]
     assert (done.code, disagreements) == ((1, [(name, table)]) if table else (0, []))

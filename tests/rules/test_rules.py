@@ -120,6 +120,18 @@ def plain_qk(tensors: Tensors) -> None:
             dequantize_weight(tensors, f"{L}{layer}.self_attn.{part}_proj.weight")
 
 
+def nothing_quantized(folder: Path) -> None:
+    with tensors_of(folder) as tensors:
+        for name in [n for n in tensors if f"{n}.absmax" in tensors]:
+            dequantize_weight(tensors, name)
+    set_skip(folder, "model")
+
+
+def adapter(tensors: Tensors) -> None:
+    for name in ("lora_A", "lora_B"):
+        tensors[f"base_model.model.model.layers.0.self_attn.q_proj.{name}.weight"] = zeros(8, 128)
+
+
 def lm_head(tensors: Tensors) -> None:
     copy_weight(tensors, next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight")), "lm_head.weight")
 
@@ -535,6 +547,8 @@ FOUND = [
         tensors=r"modeling_gemma4\.py|convert\.SH",
     ),
     Found(Code.CODE, "text", "all", "portable", auto_map, "auto_map", severity=NOTE, releases=ALL),
+    Found(Code.ADAPTER, "text", "all", "0.32.0", edit(adapter), "adapter", tensors=r"base_model\..*", releases=ALL),
+    Found(Code.NOTHING_QUANTIZED, "text", "all", "portable", nothing_quantized, "everything skipped", releases=ALL),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", wrong_size, "size", severity=NOTE, releases=ALL),
     Found(
         Code.INDEX, "dense31b", "all", "0.32.0", stale_tensor, "stale", severity=NOTE, releases=ALL, tensors=r".*stale"
@@ -742,6 +756,8 @@ ABSENT = [
     Case(Code.DUPLICATE, "dense31b", "all", "portable", None, "", (("shards", 3),)),
     Case(Code.PICKLES, "text", "all", "portable", programs),
     Case(Code.CODE, "text", "all", "portable", pickled),
+    Case(Code.ADAPTER, "text", "all", "portable"),
+    Case(Code.NOTHING_QUANTIZED, "text", "single", "portable"),
     Case(Code.SKIP_ENTRY, "dense31b", "all", "portable"),
     Case(Code.SKIP_ENTRY, "text", "mixed", "portable"),
     Case(Code.SKIP_ENTRY, "dense31b", "skip", "0.22.1"),
