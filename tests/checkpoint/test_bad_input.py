@@ -483,7 +483,9 @@ STATE_CASES = (
 
 @cases(*STATE_CASES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, command: str, case: Case) -> None:
+def test_an_invalid_quant_state_is_reported(
+    run: Cli, checkpoint: Make, tmp_path: Path, command: str, case: Case
+) -> None:
     source = checkpoint("dense31b", "skip")
     case.damage(source)
     with safe_open(source / SHARD, "pt") as f:  # the file itself is fine
@@ -500,7 +502,7 @@ def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, com
         assert done.out == ""
 
 
-def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kernel(
+def test_every_fault_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kernel(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -545,7 +547,7 @@ def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_ar
     [["--dry-run"], ["--bf16"], ["--partial-groups", "quantize"], ["--vllm", "0.32.0"], ["--format", "json"]],
     ids=" ".join,
 )
-def test_no_option_lets_a_quant_state_that_lies_pass(
+def test_no_option_lets_an_invalid_quant_state_pass(
     run: Cli, checkpoint: Make, tmp_path: Path, options: list[str]
 ) -> None:
     source = checkpoint("dense31b", "skip")
@@ -671,7 +673,7 @@ def link(file: str, target: str) -> Damage:
     ids=["broken", "broken config", "circle", "to a device"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
-def test_links_to_what_is_no_file_are_refused(
+def test_links_to_anything_but_a_file_are_refused(
     run: Cli, checkpoint: Make, tmp_path: Path, command: str, damage: Damage, words: str
 ) -> None:
     source = checkpoint("dense31b", "skip")
@@ -767,7 +769,7 @@ def test_a_destination_that_is_not_empty(run: Cli, pristine: Make, tmp_path: Pat
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_a_destination_that_is_no_folder(run: Cli, pristine: Make, tmp_path: Path, overwrite: list[str]) -> None:
+def test_a_destination_that_is_not_a_folder(run: Cli, pristine: Make, tmp_path: Path, overwrite: list[str]) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
     done = run("repair", pristine("dense31b", "skip"), "--out", out, *overwrite)
@@ -787,7 +789,7 @@ def test_a_destination_that_is_a_link_to_itself(run: Cli, pristine: Make, tmp_pa
     assert snapshot(tmp_path) == before
 
 
-def test_a_broken_source_leaves_an_old_destination_alone_even_with_overwrite(
+def test_a_broken_source_leaves_an_old_destination_unchanged_even_with_overwrite(
     run: Cli, checkpoint: Make, tmp_path: Path
 ) -> None:
     source = checkpoint("dense31b", "skip")

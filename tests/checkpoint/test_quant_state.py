@@ -118,7 +118,7 @@ def test_a_state_tensor_of_an_int8_weight_has_the_name_of_its_module_in_front(su
         "",
     ],
 )
-def test_other_names_are_no_state_tensors(name: str) -> None:
+def test_other_names_are_not_quant_state_tensors(name: str) -> None:
     assert split_state_tensor(name) is None
 
 
@@ -217,7 +217,7 @@ def test_a_state_of_no_bytes() -> None:
 
 
 @pytest.mark.parametrize("doc", [[], [SINGLE], "nf4", 64, None, True, {}])
-def test_json_that_is_no_state(doc: Any) -> None:
+def test_json_that_is_not_a_state(doc: Any) -> None:
     error_from_response("needs the keys blocksize, dtype, quant_type, shape", doc)
 
 
@@ -303,7 +303,7 @@ def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
         [10**18, 10**18],
     ],
 )
-def test_a_shape_that_is_no_list_of_sizes(value: Any) -> None:
+def test_a_shape_that_is_not_a_list_of_sizes(value: Any) -> None:
     error_from_response(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
 
 
@@ -353,7 +353,7 @@ def test_a_nested_dtype_other_than_float32(value: Any) -> None:
         "[0.1]",
     ],
 )
-def test_an_offset_that_is_no_number_of_f32(text: str) -> None:
+def test_an_offset_that_f32_cannot_hold(text: str) -> None:
     raw = json.dumps(NESTED).replace("0.03125", text).encode()
     error_from_response("nested_offset ", raw)
     error_from_response("is not a finite number", raw)
@@ -521,11 +521,11 @@ def test_an_absmax_that_is_too_short() -> None:
     refuses(words, parse(NESTED), weight, state_tensors | {".absmax": tensor("U8", 47)})
 
 
-def test_a_lie_about_the_shape() -> None:
+def test_a_wrong_shape() -> None:
     refuses("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
 
 
-def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
+def test_a_shape_off_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
     check_state(
         replace(state, shape=(64, 1)), *fitting(state), WHERE
@@ -533,12 +533,12 @@ def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte(
     refuses("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
 
 
-def test_a_lie_about_the_blocksize() -> None:
+def test_a_wrong_blocksize() -> None:
     words = "absmax is U8 [48]; the quant state asks for U8 [24]"
     refuses(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
 
 
-def test_a_lie_about_the_nested_blocksize() -> None:
+def test_a_wrong_nested_blocksize() -> None:
     words = "nested_absmax is F32 [1]; the quant state asks for F32 [2]"
     refuses(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
 
@@ -628,7 +628,7 @@ def test_int8_scales_beside_a_state_tensor_of_4_bits(suffix: str) -> None:
 
 @settings(QUICK, max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 400))
-def test_int8_scales_fit_one_size_alone(rows: int, columns: int, scales: int) -> None:
+def test_int8_scales_fit_only_one_size(rows: int, columns: int, scales: int) -> None:
     state_tensors = {".SCB": tensor("F32", scales)}
     check_int8(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
     if scales != rows:

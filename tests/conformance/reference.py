@@ -28,7 +28,9 @@ def load(folder: Path, dtype: Any) -> Any:
     # "sdpa" by choice: with "eager" Gemma4's audio tower masks the wrong positions.
     model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     for module in model.modules():  # bitsandbytes' fused AVX-512 kernel rounds scales to bfloat16, as no GPU does,
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # and fails on columns that are not a multiple of the blocksize
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # and fails on columns that are not a multiple of the blocksize
             module.support_avx512bf16_for_cpu = False
     return model
 

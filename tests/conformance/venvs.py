@@ -22,8 +22,8 @@ _library = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-# bitsandbytes' AVX-512 kernel counts blocks by row (see bnbfix/kernels/bnb.py), and so decodes a weight whose columns are
-# not a multiple of the blocksize wrongly, which no GPU does. As a single row the count is right.
+# bitsandbytes' AVX-512 kernel counts blocks by row (see bnbfix/kernels/bnb.py), and so decodes a weight wrongly whose
+# columns are not a multiple of the blocksize, which no GPU does. As a single row the count is right.
 BY_ROW = """        n = shape[-1]
 
         A = A.reshape(m, n // 2)

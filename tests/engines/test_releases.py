@@ -140,7 +140,7 @@ def test_a_version_is_read(version: str, expected: tuple[int, int, int]) -> None
         PORTABLE,
     ],
 )
-def test_garbage_is_no_version(version: str) -> None:
+def test_garbage_is_not_a_version(version: str) -> None:
     assert version_key(version) is None
     assert find_range(version) is None
 

@@ -25,7 +25,7 @@ SHARD = "model.safetensors"
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it lies in a file."""
+    """A tensor as it is in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -114,7 +114,7 @@ def drop_weight(tensors: Tensors, weight: str) -> None:
 
 
 def dequantize_weight(tensors: Tensors, weight: str) -> None:
-    """Puts a plain weight of the same shape (and zeros) in place of a 4-bit one."""
+    """Puts an unquantized weight of the same shape (and zeros) in place of a 4-bit one."""
     state = next(t for suffix, t in state_tensors(tensors, weight).items() if ".quant_state." in suffix)
     drop_weight(tensors, weight)
     tensors[weight] = zeros(*json.loads(state.data)["shape"])
