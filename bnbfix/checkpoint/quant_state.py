@@ -177,7 +177,7 @@ def is_int8(state_tensors: Mapping[str, Any]) -> bool:
     return ".SCB" in state_tensors
 
 
-def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
+def check_int8_state(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Cross-check an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
 
     Raises QuantStateError when they do not match, or the weight has 4-bit quant-state tensors too.

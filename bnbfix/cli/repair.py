@@ -13,7 +13,7 @@ import typer
 from ..errors import UsageError
 from ..report.terminal import progress_bar, show_logs
 from ..report.text import count
-from .options import AsFormat, Format, Interrupted, Model, Quiet, Revision, Verbose, Vllm, print_json
+from .options import AsFormat, Format, Interrupted, ModelName, Quiet, Revision, Verbose, Vllm, print_json
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
@@ -27,7 +27,7 @@ class PartialGroups(str, Enum):
 
 
 def repair(
-    model: Model,
+    model: ModelName,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
     ] = None,
@@ -63,18 +63,22 @@ def repair(
     quiet: Quiet = False,
 ) -> int:
     """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
-    from ..api import plan_repair, push, write_repair
-    from ..hub.push import require_login, resolve_destination
+    from ..api import plan_repair, push
+    from ..hub.push import resolve_destination
     from ..hub.resolve import open_source
+    from ..writer.write import WriteOptions, write_plan
 
     show_logs(verbose)
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to only see the plan")
     memory = _size(max_memory, "--max-memory") if max_memory is not None else None
+    options = WriteOptions(device, hardlink, workers, memory)
     source = open_source(model, revision)
     to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
-        require_login()
+        from ..hub.client import check_login
+
+        check_login()  # before the repair, not after it
     plan = plan_repair(
         source,
         vllm,
@@ -93,17 +97,7 @@ def repair(
     total = plan.bytes_written + _download_size(plan)
     try:
         with progress_bar(f"writing {out}", total, quiet=quiet_bars) as step:
-            result = write_repair(
-                plan,
-                out,
-                overwrite=overwrite,
-                stream=stream,
-                device=device,
-                hardlink=hardlink,
-                workers=workers,
-                max_memory=memory,
-                progress=step,
-            )
+            result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
         raise Interrupted(_resume_hint(out)) from None
     if result.kept and not quiet:
@@ -114,9 +108,7 @@ def repair(
         with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
             pushed = push(out, to, progress=step, quiet=quiet_bars)
     if format is Format.json:
-        from ..report.json import pushed_document, repair_document
-
-        print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
+        print_json(result.to_dict() | ({"pushed": vars(pushed) if pushed else None} if to else {}))
     elif not quiet:
         from ..report.results import pushed_line, repair_report, show
 
@@ -156,9 +148,7 @@ def _show_plan(plan: Plan, out: Path, format: Format) -> None:
     needed, free = disk_space(plan, out)
     needed += _download_size(plan)
     if format is Format.json:
-        from ..report.json import plan_document
-
-        print_json(plan_document(plan, needed=needed, free=free))
+        print_json(plan.to_dict(needed=needed, free=free))
         return
     from ..report.results import plan_report, repair_report, show
 

@@ -78,7 +78,7 @@ def decode_chunk(state: QuantState, quantized: bytes, scales: NDArray[np.float32
     raw = np.frombuffer(quantized, np.uint8)
     codes = np.empty(2 * len(raw), np.uint8)
     codes[0::2], codes[1::2] = raw >> 4, raw & 15
-    values = np.array(TABLES[state.quant_type], "<f4")[codes]
+    values = code_table(state.quant_type)[codes]
     with np.errstate(all="ignore"):  # infinities are valid values here, and the API prints no warnings
         values *= np.repeat(scales, state.blocksize)[: len(values)]
         return _cast(values, DTYPES[state.dtype])
@@ -112,7 +112,7 @@ def same_values(one: bytes, other: bytes, dtype: str) -> bool:
     return bool(np.array_equal(np.where(nan[0], 0, a), np.where(nan[1], 0, b)) and np.array_equal(*nan))
 
 
-def table(quant_type: str) -> NDArray[np.float32]:
+def code_table(quant_type: str) -> NDArray[np.float32]:
     """The sixteen values of a 4-bit type, F32 [16], as its `quant_map` holds them."""
     return np.array(TABLES[quant_type], "<f4")
 

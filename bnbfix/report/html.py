@@ -14,6 +14,7 @@ from html import escape
 from importlib import resources
 
 from ..__version__ import __version__
+from ..engines.vllm.releases import format_ranges
 from ..rules.scan import Finding, ScanResult
 from .layer_map import Cell, LayerMap, Section, State
 from .outcome import ScanOutcome
@@ -25,7 +26,6 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
-    join_ranges,
     matrix,
     summarize,
     target_label,
@@ -187,7 +187,7 @@ def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
     yield f'<span class="verdict {worst}">{worst}</span> {_e(code.explanation.title)}</h3>'
     yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
     for f in findings:
-        yield f"<li>vLLM {join_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
+        yield f"<li>vLLM {format_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"<li>{_prose(words)}"
     yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)

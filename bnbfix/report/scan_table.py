@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome
@@ -23,7 +24,6 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
-    join_ranges,
     matrix,
     natural_order,
     summarize,
@@ -50,7 +50,7 @@ CELL_STYLES = {  # by the name of a cell's state
 }
 
 
-def table(
+def render_table(
     outcomes: Iterable[ScanOutcome], options: TableOptions, *, several: bool, with_map: bool
 ) -> Iterator[StyledLine]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
@@ -168,7 +168,7 @@ def _code(findings: Sequence[Finding], options: TableOptions) -> Iterator[Styled
     shown: tuple[str, ...] | None = None
     for f in findings:
         yield from _wrapped(
-            f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
+            f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
         )
         if f.tensors != shown:
             yield from _names(f.tensors, options)

@@ -23,7 +23,7 @@ from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.cli import main as cli
 from bnbfix.errors import QuantStateError
-from bnbfix.kernels import bnb as kernels
+from bnbfix.writer import tensor_data
 from tests.support import surgery
 from tests.support.build import Make
 
@@ -506,8 +506,8 @@ def test_every_fault_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_ke
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("dequantize", "dequantize_int8", "quantize", "_bitsandbytes"):
-        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: calls.append(name))
+    for name in ("dequantize", "dequantize_int8", "quantize"):
+        monkeypatch.setattr(tensor_data, name, lambda *a, name=name, **k: calls.append(name))
     messages: dict[str, list[str]] = {}
     for name, damage, *_ in STATE_CASES:
         source = Path(shutil.copytree(pristine("dense31b", "skip"), tmp_path / "source"))
@@ -530,7 +530,7 @@ def test_every_fault_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_ke
 @pytest.mark.parametrize("shape", [[256, 128], [32768], [1, 128, 256], [64, 512]])
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"partial_groups": "quantize"}], ids=str)
 def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_are_quantized(
-    checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
+    run: Cli, checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
 ) -> None:
     source = checkpoint("dense31b", "skip")
     state(shape=shape)(source)
@@ -538,8 +538,11 @@ def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_ar
     (found,) = [f for f in bnbfix.scan(source, "portable").findings if f.code.value == "BNB201"]
     words = f"{SHARD}: {W}: quant state says shape {shape}; hidden_size asks for 128 rows"
     assert (found.tensors, found.message, found.fix) == ((W,), words, None)
-    with pytest.raises(QuantStateError, match="hidden_size asks for 128 rows"):  # exit code 2, as the scan's
+    with pytest.raises(QuantStateError, match="hidden_size asks for 128 rows"):
         bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", **options)
+    for command in COMMANDS:
+        done = refuses(run, command, source, tmp_path)  # exit code 2
+        assert done.error == f"error: {words}"
 
 
 @pytest.mark.parametrize(

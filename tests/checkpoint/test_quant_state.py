@@ -22,7 +22,7 @@ from bnbfix.checkpoint.quant_state import (
     STATE_SUFFIXES,
     NestedState,
     QuantState,
-    check_int8,
+    check_int8_state,
     check_state,
     is_int8,
     parse_state,
@@ -575,16 +575,16 @@ def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
 
 
 def test_an_int8_weight_with_its_scales_passes_and_with_one_too_few_does_not() -> None:
-    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
-    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
+    check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
+    check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
     with pytest.raises(QuantStateError, match="SCB"):
-        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
+        check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_int8_passes() -> None:
     quantized, scales, _ = bnb.int8_vectorwise_quant(torch.ones(6, 32, dtype=torch.float16))
     assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
-    check_int8(tensor("I8", *quantized.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
+    check_int8_state(tensor("I8", *quantized.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
 
 
 def test_scales_are_what_makes_a_weight_int8() -> None:
@@ -615,14 +615,14 @@ def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> 
         f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} next to a weight of {weight.dtype} {list(weight.shape)}; "
     )
     with pytest.raises(QuantStateError) as caught:
-        check_int8(weight, {".SCB": scales}, WHERE)
+        check_int8_state(weight, {".SCB": scales}, WHERE)
     assert str(caught.value).startswith(words)
 
 
 @pytest.mark.parametrize("suffix", FOUR_BIT_SUFFIXES)
 def test_int8_scales_beside_a_state_tensor_of_4_bits(suffix: str) -> None:
     with pytest.raises(QuantStateError) as caught:
-        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
+        check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
     assert f"it has both SCB and {suffix[1:]}, of two quantizations" in str(caught.value)
 
 
@@ -630,7 +630,7 @@ def test_int8_scales_beside_a_state_tensor_of_4_bits(suffix: str) -> None:
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 400))
 def test_int8_scales_fit_only_one_size(rows: int, columns: int, scales: int) -> None:
     state_tensors = {".SCB": tensor("F32", scales)}
-    check_int8(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
+    check_int8_state(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
     if scales != rows:
         with pytest.raises(QuantStateError):
-            check_int8(tensor("I8", rows, columns), state_tensors, WHERE)
+            check_int8_state(tensor("I8", rows, columns), state_tensors, WHERE)

@@ -557,6 +557,16 @@ def test_an_entry_for_one_reader_does_not_name_a_quantized_module_to_the_other(c
     assert skip_list(plan) == ["model.layers.1.mlp", "model.layers.1.self_attn", "lm_head"]
 
 
+def test_added_entries_are_sorted_by_layer_number(checkpoint: Make) -> None:
+    source = checkpoint("text", "all")
+    twelve_layers(source)
+    with tensors_of(source) as tensors:
+        for layer in (2, 10, 11):
+            dequantize_weight(tensors, f"model.layers.{layer}.mlp.down_proj.weight")
+    entries = [e for e in skip_list(fix(source, "0.32.0")) if "down_proj" in e]
+    assert entries == [f"model.layers.{layer}.mlp.down_proj" for layer in (2, 10, 11)]
+
+
 def test_statistics_without_a_weight_are_dropped_with_whatever_else_is_repaired(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     with tensors_of(source) as tensors:

@@ -47,6 +47,13 @@ def test_an_entry_is_refused_for_whatever_the_caller_names() -> None:
     assert shortest_prefixes(["a.b.c"], vllm_skips, lambda entry: True) == []
 
 
+@pytest.mark.parametrize("matches", [vllm_skips, transformers_skips])
+def test_layers_are_sorted_by_their_numbers(matches: Matches) -> None:
+    unquantized = [f"m.layers.{n}.mlp.down_proj" for n in (10, 2, 11, 0, 3)]
+    quantized = [f"m.layers.{n}.self_attn.o_proj" for n in range(12)]
+    assert covered(unquantized, quantized, matches) == [f"m.layers.{n}.mlp" for n in (0, 2, 3, 10, 11)]
+
+
 LINEARS = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "per_layer_projection"]
 MODULES = st.one_of(
     st.builds(

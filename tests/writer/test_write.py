@@ -938,7 +938,7 @@ def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setattr(torch, "frombuffer", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
