@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from safetensors import safe_open
 import bnbfix
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.cli import main as cli
 from bnbfix.errors import QuantStateError
 from bnbfix.writer import tensor_data
 from tests.support import surgery
 from tests.support.build import Make
+from tests.support.command_line import Cli, Run, process
 
 SHARD = "model.safetensors"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -36,52 +34,6 @@ STATE = W + ".quant_state.bitsandbytes__nf4"
 COMMANDS = ["scan", "repair"]
 Damage = Callable[[Path], object]
 Usage = namedtuple("Usage", "total used free")
-
-
-@dataclass
-class Run:
-    """How a run ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that says what is wrong; a hint may follow, in a line of its own."""
-        first, *hint = self.err.splitlines()
-        assert first.startswith("error: ") and len(first) < 1000
-        assert len(hint) <= 1 and all(line.startswith("  ") for line in hint)
-        assert "Traceback" not in self.out + self.err
-        return first
-
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command line in this process, for every release at once."""
-    monkeypatch.setattr("bnbfix.api.find_installed", lambda: None)
-    monkeypatch.setattr("bnbfix.engines.vllm.releases.find_installed", lambda: None)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert isinstance(caught.value.code, int)
-        return Run(caught.value.code, *capsys.readouterr())
-
-    return run
-
-
-def process(*arguments: object) -> Run:
-    """The same in a process of its own; one that waits for something forever fails the test."""
-    command = [sys.executable, "-m", "bnbfix", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
