@@ -66,6 +66,8 @@ def repair(
     from ..api import plan_repair, push
     from ..hub.push import resolve_destination
     from ..hub.resolve import open_source
+    from ..writer.download import missing_files
+    from ..writer.staging import unfinished
     from ..writer.write import WriteOptions, write_plan
 
     show_logs(verbose)
@@ -88,18 +90,20 @@ def repair(
         out=out,
         overwrite=overwrite,
     )
+    download = sum(missing_files(plan).values())
     if dry_run:
         folder = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
-        _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), format)
+        _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), download, format)
         return 0
     assert out is not None
     quiet_bars = quiet or format is Format.json
-    total = plan.bytes_written + _download_size(plan)
     try:
-        with progress_bar(f"writing {out}", total, quiet=quiet_bars) as step:
+        with progress_bar(f"writing {out}", plan.bytes_written + download, quiet=quiet_bars) as step:
             result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
-        raise Interrupted(_resume_hint(out)) from None
+        left = unfinished(out)
+        hint = f"Finished files are kept in {left}; run the same command again to resume." if left else None
+        raise Interrupted(hint) from None
     if result.kept and not quiet:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     pushed = None
@@ -128,25 +132,12 @@ def _size(text: str, option: str) -> int:
     return int(size)
 
 
-def _download_size(plan: Plan) -> int:
-    from ..writer.download import missing_files
-
-    return sum(missing_files(plan).values())
-
-
-def _resume_hint(out: Path) -> str | None:
-    from ..writer.staging import unfinished
-
-    left = unfinished(out)
-    return f"Finished files are kept in {left}; run the same command again to resume." if left else None
-
-
-def _show_plan(plan: Plan, out: Path, format: Format) -> None:
+def _show_plan(plan: Plan, out: Path, download: int, format: Format) -> None:
     from ..writer.staging import disk_space
     from ..writer.write import RepairResult
 
     needed, free = disk_space(plan, out)
-    needed += _download_size(plan)
+    needed += download
     if format is Format.json:
         print_json(plan.to_dict(needed=needed, free=free))
         return
