@@ -105,7 +105,7 @@ def scan(
     target = choose_target(vllm)
     seen: list[ScanOutcome] = []
     outcomes = _kept(
-        scan_models(names, target, selection, revision=revision, with_grid=map or format is ScanFormat.html), seen
+        scan_models(names, target, selection, revision=revision, with_map=map or format is ScanFormat.html), seen
     )
     if output is None and format is not ScanFormat.table:
         write_text(render(outcomes))

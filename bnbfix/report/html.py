@@ -100,8 +100,8 @@ def _model(o: ScanOutcome, key: str) -> Iterator[str]:
     else:
         yield from _header(o, o.result)
         yield from _releases(o.result, key)
-        if o.grid is not None:
-            yield from _map(o.grid, target_label(o.result), key)
+        if o.layer_map is not None:
+            yield from _map(o.layer_map, target_label(o.result), key)
         yield from _findings(o.result, key)
     yield "</article>"
 
@@ -129,12 +129,12 @@ def _releases(result: ScanResult, key: str) -> Iterator[str]:
     yield "</tbody></table></div></section>"
 
 
-def _map(grid: LayerMap, target: str, key: str) -> Iterator[str]:
+def _map(layer_map: LayerMap, target: str, key: str) -> Iterator[str]:
     yield f'<section class="map"><h2>Map of the checkpoint, for {_e(target)}</h2>\n<ul class="legend">'
-    for state, n in grid.counts().items():
+    for state, n in layer_map.counts().items():
         yield f'<li><span class="cell {state.name.lower()}">{state.mark}</span> {state.meaning} <small>{n}</small>'
     yield '</ul>\n<div class="stacks">'
-    for section in grid.sections:
+    for section in layer_map.sections:
         yield from _around(section, key) if section.columns == ("",) else _stack(section, key)
     yield "</div></section>"
 
