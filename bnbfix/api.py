@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
-from .checkpoint.source import LocalSource, Source
+from .checkpoint.source import LocalSource, Progress, Source
 from .engines.engine import Target
 from .engines.vllm.releases import find_installed, resolve_target
 from .errors import FindingsRemain, NotApplicable, UsageError, VerifyError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
-Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
 
 
 def choose_target(vllm: str | None, live: LiveVllm | None = None) -> Target:
@@ -35,9 +33,6 @@ def choose_target(vllm: str | None, live: LiveVllm | None = None) -> Target:
     Raises:
         UsageError: `vllm` is not a string, or not a release in the table, or not the vLLM that is asked.
     """
-    if vllm is not None and not isinstance(vllm, str):
-        kind = type(vllm).__name__
-        raise UsageError(f"vllm is {vllm!r}, a{'n' * (kind[0] in 'aeiou')} {kind}; write it as a string")
     target = live.target if live else resolve_target(vllm, None if vllm else find_installed())
     if live and vllm is not None and resolve_target(vllm).ranges != target.ranges:
         raise UsageError(f"the target is {vllm!r}, but the vLLM that is asked is {target.name}")
@@ -190,29 +185,6 @@ def plan_repair(
     return plan
 
 
-def write_repair(
-    plan: Plan,
-    out: StrPath,
-    *,
-    overwrite: bool = False,
-    stream: bool = False,
-    device: str = "auto",
-    hardlink: bool = False,
-    workers: int | None = None,
-    max_memory: int | None = None,
-    progress: Progress | None = None,
-) -> RepairResult:
-    """Carries out a plan: the second half of `repair`, which explains the arguments and the errors.
-
-    Raises:
-        UsageError, OutputError, HubError: As in `repair`.
-    """
-    from .writer.write import WriteOptions, write_plan
-
-    options = WriteOptions(device, hardlink, workers, max_memory)
-    return write_plan(plan, Path(out), options, overwrite=overwrite, stream=stream, progress=progress)
-
-
 def repair(
     path: StrPath,
     out: StrPath,
@@ -260,6 +232,8 @@ def repair(
         UsageError: `out` is not empty or overlaps the source, or the device is not there.
         OutputError: The output cannot be written.
     """
+    from .writer.write import WriteOptions, write_plan
+
     plan = plan_repair(
         path,
         vllm,
@@ -271,17 +245,8 @@ def repair(
         overwrite=overwrite,
         dry_load=dry_load,
     )
-    return write_repair(
-        plan,
-        out,
-        overwrite=overwrite,
-        stream=stream,
-        device=device,
-        hardlink=hardlink,
-        workers=workers,
-        max_memory=max_memory,
-        progress=progress,
-    )
+    options = WriteOptions(device, hardlink, workers, max_memory)
+    return write_plan(plan, Path(out), options, overwrite=overwrite, stream=stream, progress=progress)
 
 
 def verify(

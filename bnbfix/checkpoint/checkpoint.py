@@ -294,7 +294,7 @@ def _check_state(
     """Return the checked quant state of a weight, None for an unquantized or LLM.int8 one; raises QuantStateError."""
     where = f"{t.shard}: {name}"
     if qs.is_int8(own):
-        qs.check_int8(t.info, {k: v.info for k, v in own.items()}, where)
+        qs.check_int8_state(t.info, {k: v.info for k, v in own.items()}, where)
         if qs.WEIGHT_FORMAT in own:
             qs.check_weight_format(raw[name, qs.WEIGHT_FORMAT], where)
         return None

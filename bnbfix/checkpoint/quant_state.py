@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shorten  # the JSON may hold thousands of characters; an error is one line
 from typing import Any
 
 from ..errors import QuantStateError
@@ -109,28 +109,28 @@ def parse_state(raw: bytes, suffix: str, where: str) -> QuantState:
         raise bad(f"needs the keys {', '.join(sorted(_KEYS))}")
     # bitsandbytes takes "x.blocksize" for "blocksize", so a key left unread could overrule one that was checked.
     if unknown := set(doc) - _KEYS - _NESTED_KEYS:
-        raise bad(f"unknown key {_show(min(unknown))}")
+        raise bad(f"unknown key {shorten(min(unknown))}")
     quant_type, blocksize, dtype, shape = doc["quant_type"], doc["blocksize"], doc["dtype"], doc["shape"]
     if quant_type not in QUANT_TYPES or not suffix.endswith(f"__{quant_type}"):
-        raise bad(f"quant_type {_show(quant_type)} in a tensor named {suffix}")
+        raise bad(f"quant_type {shorten(quant_type)} in a tensor named {suffix}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise bad(f"blocksize {_show(blocksize)} is not one of {', '.join(map(str, BLOCKSIZES))}")
+        raise bad(f"blocksize {shorten(blocksize)} is not one of {', '.join(map(str, BLOCKSIZES))}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise bad(f"dtype {_show(dtype)} is not one of {', '.join(DTYPES)}")
+        raise bad(f"dtype {shorten(dtype)} is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 < n < 2**40 for n in shape):
-        raise bad(f"shape {_show(shape)} is not a list of sizes")
+        raise bad(f"shape {shorten(shape)} is not a list of sizes")
     if math.prod(shape) >= 2**63:
-        raise bad(f"shape {_show(shape)} is more than 64 bits can count")
+        raise bad(f"shape {shorten(shape)} is more than 64 bits can count")
     nested = None
     if _NESTED_KEYS & set(doc):
         size, offset = doc.get("nested_blocksize"), doc.get("nested_offset", "missing")
         if type(size) is not int or size not in BLOCKSIZES:
-            raise bad(f"nested_blocksize {_show(size)} is not one of {', '.join(map(str, BLOCKSIZES))}")
+            raise bad(f"nested_blocksize {shorten(size)} is not one of {', '.join(map(str, BLOCKSIZES))}")
         if doc.get("nested_dtype") != "float32":
-            raise bad(f"nested_dtype {_show(doc.get('nested_dtype'))} is not float32")
+            raise bad(f"nested_dtype {shorten(doc.get('nested_dtype'))} is not float32")
         # What F32 cannot hold becomes infinite there; the comparison refuses NaN too.
         if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) <= F32_MAX:
-            raise bad(f"nested_offset {_show(offset)} is not a finite number")
+            raise bad(f"nested_offset {shorten(offset)} is not a finite number")
         nested = NestedState(size, float(offset))
     return QuantState(quant_type, blocksize, dtype, tuple(shape), nested)
 
@@ -146,8 +146,8 @@ def check_state(state: QuantState, weight: TensorInfo, state_tensors: Mapping[st
 
     if weight.nbytes != state.quantized_nbytes:
         raise bad(
-            f"quant state says shape {_show(list(state.shape))}, which quantizes to {state.quantized_nbytes:,} bytes; "
-            f"the weight has {weight.nbytes:,}"
+            f"quant state says shape {shorten(list(state.shape))}, which quantizes to "
+            f"{state.quantized_nbytes:,} bytes; the weight has {weight.nbytes:,}"
         )
     nested = state.nested
     expected: dict[str, tuple[str, int]] = {
@@ -177,7 +177,7 @@ def is_int8(state_tensors: Mapping[str, Any]) -> bool:
     return ".SCB" in state_tensors
 
 
-def check_int8(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
+def check_int8_state(weight: TensorInfo, state_tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Cross-check an LLM.int8 weight [out, in] with its scales, SCB [out] in F32.
 
     Raises QuantStateError when they do not match, or the weight has 4-bit quant-state tensors too.
@@ -206,8 +206,3 @@ def check_weight_format(raw: bytes, where: str) -> None:
     if (number := raw[0]) != WEIGHT_FORMATS.index("row"):
         name = WEIGHT_FORMATS[number] if number < len(WEIGHT_FORMATS) else number
         raise QuantStateError(f"its weight_format is {name}, and bitsandbytes reads only row", where=where)
-
-
-def _show(value: object) -> str:
-    # The JSON may hold thousands of characters; an error is one line.
-    return reprlib.repr(value)

@@ -16,6 +16,8 @@ from ..errors import InputError, UsageError
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
 IGNORED_DIRS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
+Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
+
 
 class Source(Protocol):
     """Where a checkpoint's bytes come from."""
@@ -76,7 +78,7 @@ class RemoteSource(Source, Protocol):
         """The folder that fetched files go to."""
         ...
 
-    def fetch(self, file: str, folder: Path | None, step: Callable[[int], None]) -> None:
+    def fetch(self, file: str, folder: Path | None, step: Progress) -> None:
         """Fetch a whole file to the store or to `folder`, unless it is here already; `step` counts bytes."""
         ...
 

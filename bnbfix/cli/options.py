@@ -30,7 +30,7 @@ class Interrupted(Exception):
         self.hint = hint
 
 
-Model = Annotated[
+ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
 ]
 Revision = Annotated[

@@ -18,7 +18,7 @@ from .options import (
     DryLoad,
     Format,
     Interrupted,
-    Model,
+    ModelName,
     Python,
     Quiet,
     Revision,
@@ -40,7 +40,7 @@ class PartialGroups(str, Enum):
 
 
 def repair(
-    model: Model,
+    model: ModelName,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
     ] = None,
@@ -78,18 +78,24 @@ def repair(
     quiet: Quiet = False,
 ) -> int:
     """Write a repaired, sharded copy that stock vLLM loads. The source is only read."""
-    from ..api import plan_repair, push, write_repair
-    from ..hub.push import require_login, resolve_destination
+    from ..api import plan_repair, push
+    from ..hub.push import resolve_destination
     from ..hub.resolve import open_source
+    from ..writer.download import missing_files
+    from ..writer.staging import unfinished
+    from ..writer.write import WriteOptions, write_plan
 
     show_logs(verbose)
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to only see the plan")
     memory = _size(max_memory, "--max-memory") if max_memory is not None else None
+    options = WriteOptions(device, hardlink, workers, memory)
     source = open_source(model, revision)
     to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
-        require_login()
+        from ..hub.client import check_login
+
+        check_login()  # before the repair, not after it
     plan = plan_repair(
         source,
         vllm,
@@ -100,28 +106,20 @@ def repair(
         overwrite=overwrite,
         dry_load=choose_live(dry_load, python, quiet=quiet) or False,
     )
+    download = sum(missing_files(plan).values())
     if dry_run:
         folder = Path(model if source.origin is None else source.origin["repo"].split("/")[1])
-        _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), format)
+        _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), download, format)
         return 0
     assert out is not None
     quiet_bars = quiet or format is Format.json
-    total = plan.bytes_written + _download_size(plan)
     try:
-        with progress_bar(f"writing {out}", total, quiet=quiet_bars) as step:
-            result = write_repair(
-                plan,
-                out,
-                overwrite=overwrite,
-                stream=stream,
-                device=device,
-                hardlink=hardlink,
-                workers=workers,
-                max_memory=memory,
-                progress=step,
-            )
+        with progress_bar(f"writing {out}", plan.bytes_written + download, quiet=quiet_bars) as step:
+            result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
     except KeyboardInterrupt:
-        raise Interrupted(_resume_hint(out)) from None
+        left = unfinished(out)
+        hint = f"Finished files are kept in {left}; run the same command again to resume." if left else None
+        raise Interrupted(hint) from None
     if result.kept and not quiet:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     pushed = None
@@ -130,9 +128,7 @@ def repair(
         with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
             pushed = push(out, to, progress=step, quiet=quiet_bars)
     if format is Format.json:
-        from ..report.json import pushed_document, repair_document
-
-        print_json(repair_document(result) | (pushed_document(pushed) if to else {}))
+        print_json(result.to_dict() | ({"pushed": vars(pushed) if pushed else None} if to else {}))
     elif not quiet:
         from ..report.results import pushed_line, repair_report, show
 
@@ -152,29 +148,14 @@ def _size(text: str, option: str) -> int:
     return int(size)
 
 
-def _download_size(plan: Plan) -> int:
-    from ..writer.download import missing_files
-
-    return sum(missing_files(plan).values())
-
-
-def _resume_hint(out: Path) -> str | None:
-    from ..writer.staging import unfinished
-
-    left = unfinished(out)
-    return f"Finished files are kept in {left}; run the same command again to resume." if left else None
-
-
-def _show_plan(plan: Plan, out: Path, format: Format) -> None:
+def _show_plan(plan: Plan, out: Path, download: int, format: Format) -> None:
     from ..writer.staging import disk_space
     from ..writer.write import RepairResult
 
     needed, free = disk_space(plan, out)
-    needed += _download_size(plan)
+    needed += download
     if format is Format.json:
-        from ..report.json import plan_document
-
-        print_json(plan_document(plan, needed=needed, free=free))
+        print_json(plan.to_dict(needed=needed, free=free))
         return
     from ..report.results import plan_report, repair_report, show
 

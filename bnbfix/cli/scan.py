@@ -13,6 +13,7 @@ import typer
 from ..errors import UsageError
 from ..report.outcome import ScanOutcome, read_names, scan_models
 from ..report.terminal import print_error, show_logs, table_options, write_file, write_lines, write_text
+from ..rules.rule import Code
 from ..rules.selection import LEVELS, Selection, worst
 from .options import DryLoad, Python, Quiet, Revision, Verbose, Vllm, choose_live
 
@@ -107,16 +108,16 @@ def scan(
     target = choose_target(vllm, live)
     seen: list[ScanOutcome] = []
     outcomes = _kept(
-        scan_models(names, target, selection, revision=revision, with_grid=map or format is ScanFormat.html, live=live),
+        scan_models(names, target, selection, revision=revision, with_map=map or format is ScanFormat.html, live=live),
         seen,
     )
     if output is None and format is not ScanFormat.table:
         write_text(render(outcomes))
     else:
-        from ..report.scan_table import table
+        from ..report.scan_table import render_table
 
         shown = table_options(verbose=verbose > 0, quiet=quiet)
-        write_lines(table(outcomes, shown, several=several, with_map=map))
+        write_lines(render_table(outcomes, shown, several=several, with_map=map))
     if output is not None:
         write_file(output, render(seen))
     return _exit(seen, "never" if exit_zero else fail_on.value, several)
@@ -170,7 +171,7 @@ def _exit(outcomes: list[ScanOutcome], level: str, several: bool) -> int:
             print_error(f"{o.model}: {words}" if several and o.model not in words else words, o.error.hint)
         elif o.exit_code(None):
             assert o.result is not None
-            damaged = next(f for f in o.result.findings if f.code.value == "BNB201")
+            damaged = next(f for f in o.result.findings if f.code is Code.QUANT_STATE)
             words = f"{o.model}: {damaged.message}" if several else damaged.message
             print_error(words, "Quantize the model again, or fetch the file again.")
     codes = [o.exit_code(LEVELS[level]) for o in outcomes]

@@ -38,9 +38,9 @@ def verify(
 
         loaded = load_model(folder, seconds)
     if format is Format.json:
-        from ..report.json import load_document, verify_document
+        from ..report.json import load_document
 
-        print_json(verify_document(result) | ({"load": load_document(loaded)} if loaded else {}))
+        print_json(result.to_dict() | ({"load": load_document(loaded)} if loaded else {}))
     else:
         from ..report.results import load_report, show, verify_report
 

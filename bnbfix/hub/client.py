@@ -29,6 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx, whichever it is
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm  # type: ignore[attr-defined]  # not in __all__
 
+from ..checkpoint.source import Progress
 from ..errors import BnbfixError, HubError, UsageError
 
 TRIES = 5
@@ -286,7 +287,7 @@ def commit(
     return done.pr_url or done.commit_url, done.oid
 
 
-def counting_bar(step: Callable[[int], None]) -> type[tqdm]:
+def counting_bar(step: Progress) -> type[tqdm]:
     """Return a progress bar class that shows nothing and reports bytes to `step`."""
 
     class Counting(tqdm):

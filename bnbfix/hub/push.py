@@ -62,13 +62,6 @@ def resolve_destination(source: Source, push_to: str | None, *, create_pr: bool,
     return Destination(found[0], create_pr, private, None)
 
 
-def require_login() -> None:
-    """Raise HubError when there is no token to push with: better before a repair than after it."""
-    from .client import check_login
-
-    check_login()
-
-
 def push_folder(folder: Path, to: Destination, *, message: str, quiet: bool = True) -> Pushed:
     """Upload every file of a folder in one commit.
 

@@ -36,7 +36,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in __all__
 
 from ..__version__ import __version__
-from ..checkpoint.source import IGNORED_DIRS, LocalSource, read_ranges
+from ..checkpoint.source import IGNORED_DIRS, LocalSource, Progress, read_ranges
 from ..errors import HubError, InputError
 from .byte_ranges import MergedRange, check_file_name, content_range_error, merge_ranges, resolve_redirect, url_origin
 from .client import (
@@ -184,7 +184,7 @@ class HubSource:
             self._paths[file] = Path(found)
         return self._paths[file]
 
-    def fetch(self, file: str, folder: Path | None = None, step: Callable[[int], None] = lambda n: None) -> None:
+    def fetch(self, file: str, folder: Path | None = None, step: Progress = lambda n: None) -> None:
         """Download a whole file of this commit to the Hub cache, or to `folder`. Raises HubError.
 
         `step` is called with the number of bytes that just arrived.

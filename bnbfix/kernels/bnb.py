@@ -81,7 +81,7 @@ def use_threads(count: int) -> None:
     """Sets how many threads the kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
     from . import native
 
-    library = native.load()
+    library = native.load_library()
     if library is not None:
         library.use_threads(count)
     else:
@@ -166,7 +166,7 @@ def native_decoder(quantized: QuantizedTensor) -> Decode | None:
     """bitsandbytes' library without torch; None if it is not available or would flush small numbers to zero."""
     from . import native
 
-    library, state = native.load(), quantized.state
+    library, state = native.load_library(), quantized.state
     if library is None:
         return None
     scales = library.scales(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)

@@ -2,7 +2,7 @@
 
 Importing torch and bitsandbytes to reach the same functions takes seconds of processor time and 300 MB, more than
 everything else in most repairs. C functions do not describe their arguments, so the library is called only in releases
-that were tested; for others `load` returns None, and torch is used.
+that were tested; for others `load_library` returns None, and torch is used.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def any_below(scales: NDArray[np.float32], limit: float) -> bool:
 
 
 @cache
-def load() -> Library | None:
+def load_library() -> Library | None:
     """bitsandbytes' library for the CPU; None for another release or system, or if it cannot be loaded."""
     try:
         release = version("bitsandbytes")

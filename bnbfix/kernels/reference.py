@@ -17,43 +17,16 @@ if TYPE_CHECKING:
 
 # NF4: the quantiles of a normal distribution, QLoRA (arXiv:2305.14314), appendix E; as bitsandbytes writes them in
 # csrc/kernels.cu. FP4: sign, two bits of exponent, one of mantissa, scaled to 1; same source.
+_FP4 = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_NF4 = """
+-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453
+-0.28444138169288635 -0.18477343022823334 -0.09105003625154495 0.0
+0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0
+"""
 TABLES = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    "fp4": (
-        0.0,
-        0.005208333333,
-        0.66666667,
-        1.0,
-        0.33333333,
-        0.5,
-        0.16666667,
-        0.25,
-        0.0,
-        -0.005208333333,
-        -0.66666667,
-        -1.0,
-        -0.33333333,
-        -0.5,
-        -0.16666667,
-        -0.25,
-    ),
+    "nf4": tuple(map(float, _NF4.split())),
+    "fp4": (*_FP4, *(0.0 - value for value in _FP4)),  # the second zero is +0 too
 }
 
 
@@ -78,7 +51,7 @@ def decode_chunk(state: QuantState, quantized: bytes, scales: NDArray[np.float32
     raw = np.frombuffer(quantized, np.uint8)
     codes = np.empty(2 * len(raw), np.uint8)
     codes[0::2], codes[1::2] = raw >> 4, raw & 15
-    values = np.array(TABLES[state.quant_type], "<f4")[codes]
+    values = code_table(state.quant_type)[codes]
     with np.errstate(all="ignore"):  # infinities are valid values here, and the API prints no warnings
         values *= np.repeat(scales, state.blocksize)[: len(values)]
         return _cast(values, DTYPES[state.dtype])
@@ -112,7 +85,7 @@ def same_values(one: bytes, other: bytes, dtype: str) -> bool:
     return bool(np.array_equal(np.where(nan[0], 0, a), np.where(nan[1], 0, b)) and np.array_equal(*nan))
 
 
-def table(quant_type: str) -> NDArray[np.float32]:
+def code_table(quant_type: str) -> NDArray[np.float32]:
     """The sixteen values of a 4-bit type, F32 [16], as its `quant_map` holds them."""
     return np.array(TABLES[quant_type], "<f4")
 

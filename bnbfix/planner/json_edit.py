@@ -1,4 +1,4 @@
-"""Edits one value of a JSON text and leaves every other character as it is: order, spacing, number spelling."""
+"""Edits one value of a JSON text and leaves every other character unchanged: order, spacing, number spelling."""
 
 from __future__ import annotations
 

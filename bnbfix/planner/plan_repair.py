@@ -166,7 +166,7 @@ def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: 
         if size > model_card.MAX_CARD:
             return {}
         try:
-            old = source.read(model_card.CARD, [(0, size)])[0].decode("utf-8")
+            old = read_file(source, model_card.CARD).decode("utf-8")
         except UnicodeDecodeError:
             return {}
     section = model_card.describe_repair(target, [e.action for e in edits], bf16=options.bf16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from posixpath import normpath
 
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
-from .text import SHOWN, collapse, count, escape_control_chars, fix_text, join_ranges
+from .text import SHOWN, collapse, count, escape_control_chars, fix_text
 
 COMMANDS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "notice"}
 
@@ -29,7 +30,7 @@ def _message(f: Finding) -> str:
     more = [f"and {count(len(names) - SHOWN, 'more pattern')}"] if len(names) > SHOWN else []
     return "\n".join(
         [
-            f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}",
+            f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}",
             *names[:SHOWN],
             *more,
             fix_text(f),

@@ -14,6 +14,7 @@ from html import escape
 from importlib import resources
 
 from ..__version__ import __version__
+from ..engines.vllm.releases import format_ranges
 from ..rules.scan import Finding, ScanResult
 from .layer_map import Cell, LayerMap, Section, State
 from .outcome import ScanOutcome
@@ -25,7 +26,6 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
-    join_ranges,
     matrix,
     summarize,
     target_label,
@@ -100,8 +100,8 @@ def _model(o: ScanOutcome, key: str) -> Iterator[str]:
     else:
         yield from _header(o, o.result)
         yield from _releases(o.result, key)
-        if o.grid is not None:
-            yield from _map(o.grid, target_label(o.result), key)
+        if o.layer_map is not None:
+            yield from _map(o.layer_map, target_label(o.result), key)
         yield from _findings(o.result, key)
     yield "</article>"
 
@@ -129,12 +129,12 @@ def _releases(result: ScanResult, key: str) -> Iterator[str]:
     yield "</tbody></table></div></section>"
 
 
-def _map(grid: LayerMap, target: str, key: str) -> Iterator[str]:
+def _map(layer_map: LayerMap, target: str, key: str) -> Iterator[str]:
     yield f'<section class="map"><h2>Map of the checkpoint, for {_e(target)}</h2>\n<ul class="legend">'
-    for state, n in grid.counts().items():
+    for state, n in layer_map.counts().items():
         yield f'<li><span class="cell {state.name.lower()}">{state.mark}</span> {state.meaning} <small>{n}</small>'
     yield '</ul>\n<div class="stacks">'
-    for section in grid.sections:
+    for section in layer_map.sections:
         yield from _around(section, key) if section.columns == ("",) else _stack(section, key)
     yield "</div></section>"
 
@@ -187,7 +187,7 @@ def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
     yield f'<span class="verdict {worst}">{worst}</span> {_e(code.explanation.title)}</h3>'
     yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
     for f in findings:
-        yield f"<li>vLLM {join_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
+        yield f"<li>vLLM {format_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"<li>{_prose(words)}"
     yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)

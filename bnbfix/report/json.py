@@ -15,10 +15,6 @@ from .outcome import ScanOutcome
 if TYPE_CHECKING:  # a scan needs none of these
     from ..engines.engine import ReleaseRange
     from ..engines.vllm.probe import LoadResult, ProbeResult
-    from ..hub.push import Pushed
-    from ..planner.plan import Plan
-    from ..verifier.verify import VerifyResult
-    from ..writer.write import RepairResult
 
 
 def render(outcomes: Iterable[ScanOutcome], *, several: bool) -> Iterator[str]:
@@ -44,26 +40,6 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
     return {"schema": SCHEMA, "model": outcome.model, "error": described}
 
 
-def plan_document(plan: Plan, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
-    """{schema, model, target, edits, shards, config_diff, bytes_read, bytes_written, disk_needed, disk_free}"""
-    return plan.to_dict(needed=needed, free=free)
-
-
-def repair_document(result: RepairResult) -> dict[str, Any]:
-    """The plan's document with {out, sha256, linked, resumed}; out is null when there was nothing to do."""
-    return result.to_dict()
-
-
-def pushed_document(pushed: Pushed | None) -> dict[str, Any]:
-    """{pushed: {repo, url, commit}}; null when nothing was pushed."""
-    return {"pushed": vars(pushed) if pushed else None}
-
-
-def verify_document(result: VerifyResult) -> dict[str, Any]:
-    """{schema, out, target, ok, problems, files, kept, decoded}"""
-    return result.to_dict()
-
-
 def load_document(result: LoadResult) -> dict[str, Any]:
     """{ok, versions, error, parameters, quantized, unbound, requantized, forward}"""
     return {"ok": result.ok} | _lists(vars(result))
@@ -71,12 +47,9 @@ def load_document(result: LoadResult) -> dict[str, Any]:
 
 def probe_document(result: ProbeResult) -> dict[str, Any]:
     """{schema, versions, release, modules, skips, disagreements}"""
-    doc = (
-        {"schema": SCHEMA}
-        | _lists(vars(result))
-        | {"release": {"first": result.release.first, "last": result.release.last}}
-    )
-    return doc | {"disagreements": [vars(d) for d in result.disagreements]}
+    release = {"first": result.release.first, "last": result.release.last}
+    disagreements = [vars(d) for d in result.disagreements]
+    return {"schema": SCHEMA} | _lists(vars(result)) | {"release": release, "disagreements": disagreements}
 
 
 def _lists(values: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +62,6 @@ def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
     for family, kind in sorted(rows[-1].unquantized):
         never.setdefault(family, []).append(kind)
     ranges = [vars(r) | {"quantized": sorted(r.quantized)} for r in rows]
-    return {"schema": SCHEMA, "ranges": [_without(r, "unquantized") for r in ranges], "unquantized": never}
-
-
-def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != key}
+    for row in ranges:
+        del row["unquantized"]
+    return {"schema": SCHEMA, "ranges": ranges, "unquantized": never}

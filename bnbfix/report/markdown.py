@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ScanResult
 from .outcome import ScanOutcome
@@ -16,14 +17,13 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
-    join_ranges,
     matrix,
     summarize,
     totals,
 )
 
 BAR = "\\|"  # does not end a cell, not even in a code span
-SIGNS = {
+EMOJI = {
     "loads": "\u2705",
     "note": "\u2139\ufe0f",
     "degraded": "\u26a0\ufe0f",
@@ -42,7 +42,7 @@ def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
         yield from (line + "\n" for line in _section(o))
     if len(seen) > 1:
         yield "## Summary\n\n"
-        rows = [(code(r.model), f"{SIGNS[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
+        rows = [(code(r.model), f"{EMOJI[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
         yield from (line + "\n" for line in _table(("model", "verdict", "because of"), rows))
         yield f"\n{totals(seen)}\n"
 
@@ -51,11 +51,11 @@ def _section(o: ScanOutcome) -> Iterator[str]:
     yield f"## bnbfix: {code(escape_control_chars(o.model))}"
     yield ""
     if o.result is None:
-        yield f"{SIGNS[summarize(o).verdict]} {escape(escape_control_chars(str(o.error)))}"
+        yield f"{EMOJI[summarize(o).verdict]} {escape(escape_control_chars(str(o.error)))}"
         yield ""
         return
     last = conclude(o)
-    yield f"{SIGNS[o.result.verdict]} **{last.words}** {escape(contents(o.result))}."
+    yield f"{EMOJI[o.result.verdict]} **{last.words}** {escape(contents(o.result))}."
     yield ""
     yield from _releases(o.result)
     yield ""
@@ -68,7 +68,7 @@ def _section(o: ScanOutcome) -> Iterator[str]:
 
 def _releases(result: ScanResult) -> Iterator[str]:
     rows = [
-        (v.releases, f"{SIGNS[v.verdict]} {v.verdict}", str(v.tensors or ""), v.codes) for v in matrix(result.releases)
+        (v.releases, f"{EMOJI[v.verdict]} {v.verdict}", str(v.tensors or ""), v.codes) for v in matrix(result.releases)
     ]
     return _table(("vLLM", "verdict", "tensors", "because of"), rows)
 
@@ -85,7 +85,7 @@ def _code(findings: Sequence[Finding]) -> Iterator[str]:
     yield f"### {findings[0].code.value} {worst}: {escape(findings[0].code.explanation.title)}"
     yield ""
     for f in findings:
-        yield f"- vLLM {join_ranges(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
+        yield f"- vLLM {format_ranges(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"- {escape(words)}"
     yield ""

@@ -33,7 +33,7 @@ class ScanOutcome:
     error: BnbfixError | None = None
     left_out: int = 0  # findings that were not selected
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
-    grid: LayerMap | None = field(default=None, repr=False)
+    layer_map: LayerMap | None = field(default=None, repr=False)
 
     def file(self, finding: Finding) -> str:
         """The file to look at for a finding: the shard of its first tensor, else config.json or the index."""
@@ -54,7 +54,7 @@ def scan_models(
     selection: Selection | None = None,
     *,
     revision: str | None = None,
-    with_grid: bool = False,
+    with_map: bool = False,
     live: LiveVllm | None = None,
 ) -> Iterator[ScanOutcome]:
     """The outcome of each model, in order, as soon as it is known.
@@ -63,7 +63,7 @@ def scan_models(
     """
     for model in models:
         try:
-            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_grid, live)
+            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_map, live)
         except BnbfixError as e:
             yield ScanOutcome(model, error=e)
         except OSError as e:
@@ -72,7 +72,7 @@ def scan_models(
 
 
 def _outcome(
-    source: Source, model: str, target: Target, selection: Selection, with_grid: bool, live: LiveVllm | None
+    source: Source, model: str, target: Target, selection: Selection, with_map: bool, live: LiveVllm | None
 ) -> ScanOutcome:
     checkpoint = open_checkpoint(source)
     if live is None:
@@ -81,19 +81,21 @@ def _outcome(
         result = scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
     logger.info("%s: %s for %s, %d findings", model, result.verdict, target.name, len(result.findings))
     chosen = selection.of(result.findings)
-    grid = None
-    if with_grid and result.releases:
+    layer_map = None
+    if with_map and result.releases:
         from ..writer.record import repaired_tensors
         from .layer_map import build_layer_map
 
-        grid = build_layer_map(checkpoint, read_model(checkpoint.config), chosen, repaired_tensors(checkpoint.source))
+        layer_map = build_layer_map(
+            checkpoint, read_model(checkpoint.config), chosen, repaired_tensors(checkpoint.source)
+        )
     return ScanOutcome(
         model,
         replace(result, findings=chosen),
         None,
         len(result.findings) - len(chosen),
         _files(checkpoint, {name for f in chosen for name in f.tensors}),
-        grid,
+        layer_map,
     )
 
 

@@ -17,13 +17,14 @@ from typing import Any
 from urllib.parse import quote
 
 from ..__version__ import __version__
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
-from .text import collapse, count, escape_control_chars, fix_text, join_ranges
+from .text import collapse, count, escape_control_chars, fix_text
 
 SCHEMA_URI = "https://json.schemastore.org/sarif-2.1.0.json"
-LEVELS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note"}
+SARIF_LEVELS = {Severity.FAILS: "error", Severity.WRONG: "error", Severity.DEGRADED: "warning", Severity.NOTE: "note"}
 
 
 def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
@@ -69,7 +70,7 @@ def _rule(code: Code, worst: Severity) -> dict[str, Any]:
             "text": f"{e.why}\n\nFix: {e.fix}" + (f"\n\nUpstream:\n{links}" if links else ""),
             "markdown": f"{e.why}\n\n**Fix**: {e.fix}" + (f"\n\n**Upstream**\n\n{links}" if links else ""),
         },
-        "defaultConfiguration": {"level": LEVELS[worst]},
+        "defaultConfiguration": {"level": SARIF_LEVELS[worst]},
         "properties": {"tags": ["vllm", "bitsandbytes"]},
     }
     if e.upstream:
@@ -81,7 +82,7 @@ def _result(
     o: ScanOutcome, f: Finding, index: int, base: tuple[str, str | None], prints: Counter[str]
 ) -> dict[str, Any]:
     patterns = collapse(f.tensors)
-    text = f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
+    text = f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
     if patterns:
         text += f" {count(len(f.tensors), 'name')}: {', '.join(patterns)}."
     files: dict[str, list[str]] = {}
@@ -93,7 +94,7 @@ def _result(
     return {
         "ruleId": f.code.value,
         "ruleIndex": index,
-        "level": LEVELS[f.severity],
+        "level": SARIF_LEVELS[f.severity],
         "message": {"text": f"{text} {fix_text(f)}"},
         "locations": locations,
         # Code scanning reads the first name; the second is ours.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome
@@ -23,7 +24,6 @@ from .text import (
     count,
     escape_control_chars,
     fix_text,
-    join_ranges,
     matrix,
     natural_order,
     summarize,
@@ -50,7 +50,7 @@ CELL_STYLES = {  # by the name of a cell's state
 }
 
 
-def table(
+def render_table(
     outcomes: Iterable[ScanOutcome], options: TableOptions, *, several: bool, with_map: bool
 ) -> Iterator[StyledLine]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
@@ -61,7 +61,7 @@ def table(
             if several or outcome.result is not None:  # the command line itself reports a single model's error
                 yield from _quiet(rows[-1])
         else:
-            yield from _report(outcome if with_map else replace(outcome, grid=None), options, several)
+            yield from _report(outcome if with_map else replace(outcome, layer_map=None), options, several)
     if several:
         if not options.quiet:
             yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], options)
@@ -107,10 +107,10 @@ def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) 
     if notes and not options.verbose:
         codes = ", ".join(sorted({f.code.value for f in notes}))
         yield from _wrapped(f"{count(len(notes), 'note')} ({codes}), shown with --verbose", options, "dim")
-    if outcome.grid is not None:
+    if outcome.layer_map is not None:
         if notes and not options.verbose:
             yield ()
-        yield from layer_map_lines(outcome.grid, options)
+        yield from layer_map_lines(outcome.layer_map, options)
         yield ()
     last = conclude(outcome)
     words = last.words + (f" Repair it: {last.command}" if last.command else "")
@@ -169,7 +169,7 @@ def _code(findings: Sequence[Finding], options: TableOptions) -> Iterator[Styled
     shown: tuple[str, ...] | None = None
     for f in findings:
         yield from _wrapped(
-            f"vLLM {join_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
+            f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
         )
         if f.tensors != shown:
             yield from _names(f.tensors, options)
@@ -195,11 +195,11 @@ def _wrapped(text: str, options: TableOptions, style: str = "", by: int = 0) -> 
         yield (StyledText(" " * by + part, style),)
 
 
-def layer_map_lines(grid: LayerMap, options: TableOptions) -> Iterator[StyledLine]:
+def layer_map_lines(layer_map: LayerMap, options: TableOptions) -> Iterator[StyledLine]:
     """The map, transposed to be small: modules down, layers across, a character for each cell, and a legend."""
-    for section in grid.sections:
+    for section in layer_map.sections:
         yield from _around(section, options) if section.columns == ("",) else _stack(section, options)
-    for state in grid.counts():
+    for state in layer_map.counts():
         yield StyledText("  "), _mark(state), StyledText(f" {state.meaning}", CELL_STYLES.get(state.name, ""))
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..errors import OutputError
 from .text import escape_control_chars
 
-WIDTH = 80  # where there is no terminal to ask
+DEFAULT_WIDTH = 80  # where there is no terminal to ask
 
 
 class StyledText(NamedTuple):
@@ -33,7 +33,7 @@ StyledLine = tuple[StyledText, ...]
 class TableOptions:
     """How much a table shows, and in which width."""
 
-    width: int = WIDTH
+    width: int = DEFAULT_WIDTH
     rule: str = "\u2500"
     verbose: bool = False
     quiet: bool = False
@@ -99,10 +99,10 @@ def show_status(*, quiet: bool) -> Callable[[str], None]:
 def table_options(*, verbose: bool, quiet: bool) -> TableOptions:
     """The options of a table on this stdout."""
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdecimal() and int(columns) >= 20 else WIDTH
+    width = int(columns) if columns.isdecimal() and int(columns) >= 20 else DEFAULT_WIDTH
     if not columns and sys.stdout.isatty():
         with suppress(OSError):
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
+            width = os.get_terminal_size(sys.stdout.fileno()).columns or DEFAULT_WIDTH
     return TableOptions(width, "\u2500" if _can_encode("\u2500") else "-", verbose, quiet)
 
 

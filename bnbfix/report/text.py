@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..engines.engine import ReleaseRange
-from ..engines.vllm.releases import ranges
+from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome
@@ -36,17 +35,6 @@ def contents(result: ScanResult) -> str:
     return escape_control_chars(f"{result.family}, {count(result.shards, 'shard')}, {forms}")
 
 
-def join_ranges(releases: Iterable[ReleaseRange]) -> str:
-    """`0.19.0-0.22.1, 0.28.0`: neighbouring ranges are joined."""
-    table, groups = list(ranges()), list[list[ReleaseRange]]()
-    for r in releases:
-        if groups and table.index(groups[-1][-1]) + 1 == table.index(r):
-            groups[-1].append(r)
-        else:
-            groups.append([r])
-    return ", ".join(g[0].first if g[0].first == g[-1].last else f"{g[0].first}-{g[-1].last}" for g in groups)
-
-
 class MatrixRow(NamedTuple):
     """A row of the matrix of releases."""
 
@@ -65,10 +53,8 @@ def matrix(verdicts: Sequence[ReleaseVerdict]) -> list[MatrixRow]:
             groups[-1].append(v)
         else:
             groups.append([v])
-    return [
-        MatrixRow(join_ranges(v.release for v in g), g[0].verdict, g[0].tensors, " ".join(c.value for c in g[0].codes))
-        for g in groups
-    ]
+    joined = [(format_ranges(v.release for v in group), group[0]) for group in groups]
+    return [MatrixRow(names, v.verdict, v.tensors, " ".join(c.value for c in v.codes)) for names, v in joined]
 
 
 def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
@@ -162,7 +148,7 @@ def _verdict_sentences(result: ScanResult) -> list[str]:
         for verdict, words in _VERDICTS.items():
             found = [v.release for v in judged if v.verdict is verdict]
             if found and len(found) < len(judged):
-                where = f"{len(found)} of {len(judged)} release ranges ({join_ranges(found)})"
+                where = f"{len(found)} of {len(judged)} release ranges ({format_ranges(found)})"
                 sentences.append(f"{words} in {where}.")
         if sentences:
             return sentences

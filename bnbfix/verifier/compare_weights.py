@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Weight
 from ..checkpoint.source import Source
 from ..kernels import reference
 from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice
-from ..writer.tensor_data import CHUNK_BYTES, copy_range, quantized_tensor, read_tensor
+from ..writer.tensor_data import CHUNK_BYTES, copy_range, quantized_tensor
 
 
 def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
@@ -38,7 +38,7 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
     offset = _offset(raw)
     if offset is None or raw != op.state_json(offset):
         return "its quant state is not the one that the plan writes"
-    if parts[".quant_map"] != reference.table(QUANT_TYPE).tobytes():
+    if parts[".quant_map"] != reference.code_table(QUANT_TYPE).tobytes():
         return "its quant_map is not NF4's"
     state = op.state(offset)
     scales = reference.absmax_values(
@@ -99,7 +99,7 @@ def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
 
 def _eight_bit(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:
     rows, columns = weight.shape
-    scales = read_tensor(source, weight.state_tensors[".SCB"])
+    scales = weight.state_tensors[".SCB"].read(source)
     step = max(1, CHUNK_BYTES // (4 * columns))
     for first in range(0, rows, step):
         count = min(step, rows - first)

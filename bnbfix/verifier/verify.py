@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import open_checkpoint
-from ..checkpoint.source import LocalSource, Source, as_remote
+from ..checkpoint.source import LocalSource, Progress, Source, as_remote, read_file
 from ..engines.engine import Target
 from ..engines.vllm.releases import resolve_target
 from ..errors import BnbfixError
@@ -26,7 +26,6 @@ from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
 from ..writer.record import read_record
 from ..writer.tensor_data import CHUNK_BYTES, copy_range
-from ..writer.write import Progress
 
 if TYPE_CHECKING:
     from ..engines.vllm.live import LiveVllm
@@ -130,7 +129,7 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
         yield Problem(name, None, "is not in the plan")
     for name, text in plan.texts.items():
         data = text.encode()
-        if name in files and (files[name] != len(data) or output.read(name, [(0, len(data))])[0] != data):
+        if name in files and (files[name] != len(data) or read_file(output, name) != data):
             yield Problem(name, None, "differs from what the plan writes")
     for name in plan.copied:
         if name not in files:

@@ -10,12 +10,12 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint.source import RemoteSource, as_remote
+from ..checkpoint.source import Progress, RemoteSource, as_remote
 from ..errors import OutputError
 from ..planner.layout import tensors_read
 from ..planner.plan import Plan
@@ -90,7 +90,7 @@ def _compare(needed: int, free: int, download: int, where: Path) -> None:
 
 
 @contextmanager
-def reraise_callback_errors(progress: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+def reraise_callback_errors(progress: Progress | None) -> Iterator[Progress]:
     """A caller's `progress` whose exception is raised unchanged: its OSError must not be taken for the Hub's or the
     disk's.
     """
@@ -112,7 +112,7 @@ def reraise_callback_errors(progress: Callable[[int], None] | None) -> Iterator[
         raise
 
 
-def download_files(source: RemoteSource, files: Mapping[str, int], step: Callable[[int], None]) -> None:
+def download_files(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
     """Downloads files into the Hub's cache, the largest first; the first error stops those that have not begun."""
     logger.info("downloading %d files, %s bytes, to %s", len(files), f"{sum(files.values()):,}", source.store)
     lock = threading.Lock()
@@ -131,7 +131,7 @@ def download_files(source: RemoteSource, files: Mapping[str, int], step: Callabl
 
 
 @contextmanager
-def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Callable[[int], None]) -> Iterator[EnsureLocal]:
+def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Progress) -> Iterator[EnsureLocal]:
     """Yields what downloads the files for one output file, and deletes after it those that no later one needs."""
     folder = fetched_folder(out)
     needed = source_files_by_output(plan)

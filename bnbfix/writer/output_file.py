@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ..checkpoint.source import Source, open_regular
+from ..checkpoint.source import Progress, Source, open_regular
 from . import syscalls
 from .background import Hasher
 from .tensor_data import copy_range
@@ -30,7 +30,7 @@ class OutputFile:
     def __init__(
         self,
         path: Path,
-        step: Callable[[int], None],
+        step: Progress,
         finished: Callable[[str], None],
         stop: threading.Event,
         *,

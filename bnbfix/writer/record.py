@@ -9,11 +9,11 @@ from typing import Any
 
 from ..__version__ import __version__
 from ..checkpoint.checkpoint import MAX_JSON
-from ..checkpoint.source import Source
+from ..checkpoint.source import Source, read_file
 from ..errors import InputError, UsageError
 from ..planner.plan import RECORD, Action, Options, Plan
 
-SCHEMA = 1  # of the record; changes when a key changes its meaning
+RECORD_SCHEMA = 1  # of the record; changes when a key changes its meaning
 
 
 def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
@@ -23,7 +23,7 @@ def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = (
     """
     origin = plan.checkpoint.source.origin
     doc: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "bnbfix": __version__,
         **({"source": dict(origin)} if origin else {}),
         "target": plan.target.name,
@@ -45,11 +45,11 @@ def read_record(output: Source) -> dict[str, Any]:
     if output.files[RECORD] > MAX_JSON:
         raise InputError(f"{output.files[RECORD]:,} bytes are too many for such a file", where=RECORD)
     try:
-        doc = _read_json(output)
+        doc = json.loads(read_file(output, RECORD))
         schema = doc["schema"]
         if type(schema) is not int:
             raise ValueError("schema is not a number")
-        if schema != SCHEMA:
+        if schema != RECORD_SCHEMA:
             raise InputError(
                 f"has schema {schema}, which this bnbfix does not know", where=RECORD, hint="Use a newer bnbfix."
             )
@@ -68,14 +68,10 @@ def repaired_tensors(source: Source) -> frozenset[str]:
     if not 0 < source.files.get(RECORD, 0) <= MAX_JSON:
         return frozenset()
     try:
-        edits = _read_json(source)["edits"]
+        edits = json.loads(read_file(source, RECORD))["edits"]
         return frozenset(e["name"] for e in edits if e["action"] not in (Action.DROP, Action.CONFIG))
     except (ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
-
-
-def _read_json(source: Source) -> Any:
-    return json.loads(source.read(RECORD, [(0, source.files[RECORD])])[0])
 
 
 def plan_digest(plan: Plan) -> str:

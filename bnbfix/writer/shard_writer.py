@@ -20,7 +20,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from ..checkpoint.checkpoint import INDEX
-from ..checkpoint.source import Source
+from ..checkpoint.source import Progress, Source
 from ..kernels.bnb import resolve_device, use_threads
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Plan
@@ -52,7 +52,7 @@ class CopyRange(NamedTuple):
     length: int
 
 
-class Header(NamedTuple):
+class ShardHeader(NamedTuple):
     """A shard's header, known beforehand."""
 
     data: bytes
@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
     data: bytes | memoryview
 
 
-Part = CopyFile | CopyRange | Header | Chunk
+Part = CopyFile | CopyRange | ShardHeader | Chunk
 
 
 def write_order(shards: Iterable[ShardPlan]) -> list[ShardPlan]:
@@ -79,7 +79,7 @@ def shard_parts(source: Source, shards: Iterable[ShardPlan], device: str) -> Ite
         if shard.copied:
             yield shard.name, CopyFile(shard.name, shard.size)
             continue
-        yield shard.name, Header(shard.header)
+        yield shard.name, ShardHeader(shard.header)
         for step in _merge_copies(shard):
             if isinstance(step, CopyRange):
                 yield shard.name, step
@@ -131,7 +131,7 @@ class Job:
 
     plan: Plan
     staging: Staging
-    progress: Callable[[int], None]
+    progress: Progress
     device: str
     hardlink: bool
     ensure_local: EnsureLocal | None = None
@@ -241,6 +241,6 @@ class Job:
                         out.copy_file(source, file, size)
                     case CopyRange(file, offset, length):
                         out.copy(source, file, offset, length)
-                    case Header(data) | Chunk(data):
+                    case ShardHeader(data) | Chunk(data):
                         out.append(data)
             return out.finish(flush)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..checkpoint import quant_state as qs
-from ..checkpoint.checkpoint import Tensor, Weight
+from ..checkpoint.checkpoint import Weight
 from ..checkpoint.source import Source
 from ..kernels.bnb import QuantizedTensor, dequantize, dequantize_int8, quantize
 from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Slice
@@ -19,20 +19,15 @@ def copy_range(source: Source, file: str, offset: int, length: int) -> Iterator[
         yield source.read(file, [(at, min(CHUNK_BYTES, offset + length - at))])[0]
 
 
-def read_tensor(source: Source, tensor: Tensor) -> bytes:
-    """All bytes of a tensor of the source."""
-    return source.read(tensor.shard, [(tensor.offset, tensor.info.nbytes)])[0]
-
-
 def quantized_tensor(source: Source, weight: Weight) -> QuantizedTensor:
     """A quantized weight of a source, as the kernels take it: statistics in memory, quantized bytes by ranges."""
     assert weight.state is not None
     parts = weight.state_tensors
-    nested = {s: read_tensor(source, parts[s]) for s in (".nested_absmax", ".nested_quant_map") if s in parts}
+    nested = {s: parts[s].read(source) for s in (".nested_absmax", ".nested_quant_map") if s in parts}
     return QuantizedTensor(
         state=weight.state,
         read=_reader(source, weight),
-        absmax=read_tensor(source, parts[".absmax"]),
+        absmax=parts[".absmax"].read(source),
         nested_absmax=nested.get(".nested_absmax"),
         nested_quant_map=nested.get(".nested_quant_map"),
     )
@@ -49,7 +44,7 @@ def weight_values(source: Source, weights: tuple[Weight, ...], dtype: str, devic
             yield from dequantize(quantized_tensor(source, weight), device, CHUNK_BYTES)
         elif weight.int8:
             rows, columns = weight.shape
-            scales = read_tensor(source, weight.state_tensors[".SCB"])
+            scales = weight.state_tensors[".SCB"].read(source)
             torch_dtype = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
             yield from dequantize_int8(_reader(source, weight), (rows, columns), scales, torch_dtype, CHUNK_BYTES)
         else:

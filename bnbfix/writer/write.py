@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import open_checkpoint
-from ..checkpoint.source import LocalSource, as_remote
+from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import UsageError, VerifyError
 from ..kernels.bnb import resolve_device
 from ..planner.layout import Dequantize, Quantize
@@ -25,7 +25,6 @@ from .tensor_data import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 BASE_MEMORY = 400 << 20  # bytes that Python, torch and bitsandbytes take
-Progress = Callable[[int], None]  # called with the number of bytes just downloaded or written
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,10 @@ def repair(model: Path, scratch: Path, rounds: int, *options: str) -> None:
         ),
     }
     if "--bf16" in options:
-        sides["the kernel by itself, 1 thread"] = ([sys.executable, str(HERE / "kernel_alone.py"), str(model)], model)
+        sides["the kernel by itself, 1 thread"] = (
+            [sys.executable, str(HERE / "kernel_by_itself.py"), str(model)],
+            model,
+        )
     show(interleaved(sides, rounds, lambda: shutil.rmtree(out, ignore_errors=True)), "cp -r of the output, sync")
     shutil.rmtree(kept)
 

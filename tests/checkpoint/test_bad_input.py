@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from safetensors import safe_open
 import bnbfix
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.cli import main as cli
 from bnbfix.errors import QuantStateError
-from bnbfix.kernels import bnb as kernels
+from bnbfix.writer import tensor_data
 from tests.support import surgery
 from tests.support.build import Make
+from tests.support.command_line import Cli, Run, process
 
 SHARD = "model.safetensors"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -36,52 +34,6 @@ STATE = W + ".quant_state.bitsandbytes__nf4"
 COMMANDS = ["scan", "repair"]
 Damage = Callable[[Path], object]
 Usage = namedtuple("Usage", "total used free")
-
-
-@dataclass
-class Run:
-    """How a run ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that says what is wrong; a hint may follow, in a line of its own."""
-        first, *hint = self.err.splitlines()
-        assert first.startswith("error: ") and len(first) < 1000
-        assert len(hint) <= 1 and all(line.startswith("  ") for line in hint)
-        assert "Traceback" not in self.out + self.err
-        return first
-
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command line in this process, for every release at once."""
-    monkeypatch.setattr("bnbfix.api.find_installed", lambda: None)
-    monkeypatch.setattr("bnbfix.engines.vllm.releases.find_installed", lambda: None)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert isinstance(caught.value.code, int)
-        return Run(caught.value.code, *capsys.readouterr())
-
-    return run
-
-
-def process(*arguments: object) -> Run:
-    """The same in a process of its own; one that waits for something forever fails the test."""
-    command = [sys.executable, "-m", "bnbfix", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
@@ -483,7 +435,9 @@ STATE_CASES = (
 
 @cases(*STATE_CASES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, command: str, case: Case) -> None:
+def test_an_invalid_quant_state_is_reported(
+    run: Cli, checkpoint: Make, tmp_path: Path, command: str, case: Case
+) -> None:
     source = checkpoint("dense31b", "skip")
     case.damage(source)
     with safe_open(source / SHARD, "pt") as f:  # the file itself is fine
@@ -500,12 +454,12 @@ def test_a_quant_state_that_lies(run: Cli, checkpoint: Make, tmp_path: Path, com
         assert done.out == ""
 
 
-def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kernel(
+def test_every_fault_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kernel(
     pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("dequantize", "dequantize_int8", "quantize", "_bitsandbytes"):
-        monkeypatch.setattr(kernels, name, lambda *a, name=name, **k: calls.append(name))
+    for name in ("dequantize", "dequantize_int8", "quantize"):
+        monkeypatch.setattr(tensor_data, name, lambda *a, name=name, **k: calls.append(name))
     messages: dict[str, list[str]] = {}
     for name, damage, *_ in STATE_CASES:
         source = Path(shutil.copytree(pristine("dense31b", "skip"), tmp_path / "source"))
@@ -528,7 +482,7 @@ def test_every_lie_of_a_quant_state_has_a_message_of_its_own_and_reaches_no_kern
 @pytest.mark.parametrize("shape", [[256, 128], [32768], [1, 128, 256], [64, 512]])
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"partial_groups": "quantize"}], ids=str)
 def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_are_quantized(
-    checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
+    run: Cli, checkpoint: Make, tmp_path: Path, shape: list[int], options: dict[str, Any]
 ) -> None:
     source = checkpoint("dense31b", "skip")
     state(shape=shape)(source)
@@ -536,8 +490,11 @@ def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_ar
     (found,) = [f for f in bnbfix.scan(source, "portable").findings if f.code.value == "BNB201"]
     words = f"{SHARD}: {W}: quant state says shape {shape}; hidden_size asks for 128 rows"
     assert (found.tensors, found.message, found.fix) == ((W,), words, None)
-    with pytest.raises(QuantStateError, match="hidden_size asks for 128 rows"):  # exit code 2, as the scan's
+    with pytest.raises(QuantStateError, match="hidden_size asks for 128 rows"):
         bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", **options)
+    for command in COMMANDS:
+        done = refuses(run, command, source, tmp_path)  # exit code 2
+        assert done.error == f"error: {words}"
 
 
 @pytest.mark.parametrize(
@@ -545,7 +502,7 @@ def test_a_shape_that_the_model_cannot_have_is_refused_though_as_many_numbers_ar
     [["--dry-run"], ["--bf16"], ["--partial-groups", "quantize"], ["--vllm", "0.32.0"], ["--format", "json"]],
     ids=" ".join,
 )
-def test_no_option_lets_a_quant_state_that_lies_pass(
+def test_no_option_lets_an_invalid_quant_state_pass(
     run: Cli, checkpoint: Make, tmp_path: Path, options: list[str]
 ) -> None:
     source = checkpoint("dense31b", "skip")
@@ -671,7 +628,7 @@ def link(file: str, target: str) -> Damage:
     ids=["broken", "broken config", "circle", "to a device"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
-def test_links_to_what_is_no_file_are_refused(
+def test_links_to_anything_but_a_file_are_refused(
     run: Cli, checkpoint: Make, tmp_path: Path, command: str, damage: Damage, words: str
 ) -> None:
     source = checkpoint("dense31b", "skip")
@@ -767,7 +724,7 @@ def test_a_destination_that_is_not_empty(run: Cli, pristine: Make, tmp_path: Pat
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_a_destination_that_is_no_folder(run: Cli, pristine: Make, tmp_path: Path, overwrite: list[str]) -> None:
+def test_a_destination_that_is_not_a_folder(run: Cli, pristine: Make, tmp_path: Path, overwrite: list[str]) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
     done = run("repair", pristine("dense31b", "skip"), "--out", out, *overwrite)
@@ -787,7 +744,7 @@ def test_a_destination_that_is_a_link_to_itself(run: Cli, pristine: Make, tmp_pa
     assert snapshot(tmp_path) == before
 
 
-def test_a_broken_source_leaves_an_old_destination_alone_even_with_overwrite(
+def test_a_broken_source_leaves_an_old_destination_unchanged_even_with_overwrite(
     run: Cli, checkpoint: Make, tmp_path: Path
 ) -> None:
     source = checkpoint("dense31b", "skip")

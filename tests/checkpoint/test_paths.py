@@ -221,7 +221,7 @@ def test_an_odd_entry_does_not_concern_a_scan_and_stops_a_repair_that_would_copy
 
 
 @ODD
-def test_an_odd_entry_that_a_repair_does_not_copy_is_left_alone(
+def test_an_odd_entry_that_a_repair_does_not_copy_is_ignored(
     make: Callable[[Path], object], checkpoint: Make, tmp_path: Path
 ) -> None:
     source = checkpoint("text", "skip")
@@ -352,7 +352,7 @@ def test_a_folder_without_pickles_and_programs_has_no_such_note(pristine: Make) 
     assert not codes & {Code.PICKLES, Code.CODE}
 
 
-def test_pickles_alone_are_no_reason_to_repair(checkpoint: Make, tmp_path: Path) -> None:
+def test_pickles_by_themselves_are_not_repaired(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("e4b", "all")
     (source / "training_args.bin").write_bytes(b"\x80\x04.")
     assert bnbfix.scan(source, "0.32.0").ok

@@ -22,7 +22,7 @@ from bnbfix.checkpoint.quant_state import (
     STATE_SUFFIXES,
     NestedState,
     QuantState,
-    check_int8,
+    check_int8_state,
     check_state,
     is_int8,
     parse_state,
@@ -118,7 +118,7 @@ def test_a_state_tensor_of_an_int8_weight_has_the_name_of_its_module_in_front(su
         "",
     ],
 )
-def test_other_names_are_no_state_tensors(name: str) -> None:
+def test_other_names_are_not_quant_state_tensors(name: str) -> None:
     assert split_state_tensor(name) is None
 
 
@@ -217,7 +217,7 @@ def test_a_state_of_no_bytes() -> None:
 
 
 @pytest.mark.parametrize("doc", [[], [SINGLE], "nf4", 64, None, True, {}])
-def test_json_that_is_no_state(doc: Any) -> None:
+def test_json_that_is_not_a_state(doc: Any) -> None:
     error_from_response("needs the keys blocksize, dtype, quant_type, shape", doc)
 
 
@@ -303,7 +303,7 @@ def test_a_dtype_that_no_weight_is_decoded_to(value: Any) -> None:
         [10**18, 10**18],
     ],
 )
-def test_a_shape_that_is_no_list_of_sizes(value: Any) -> None:
+def test_a_shape_that_is_not_a_list_of_sizes(value: Any) -> None:
     error_from_response(f"shape {value!r} is not a list of sizes", NESTED | {"shape": value})
 
 
@@ -353,7 +353,7 @@ def test_a_nested_dtype_other_than_float32(value: Any) -> None:
         "[0.1]",
     ],
 )
-def test_an_offset_that_is_no_number_of_f32(text: str) -> None:
+def test_an_offset_that_f32_cannot_hold(text: str) -> None:
     raw = json.dumps(NESTED).replace("0.03125", text).encode()
     error_from_response("nested_offset ", raw)
     error_from_response("is not a finite number", raw)
@@ -521,11 +521,11 @@ def test_an_absmax_that_is_too_short() -> None:
     refuses(words, parse(NESTED), weight, state_tensors | {".absmax": tensor("U8", 47)})
 
 
-def test_a_lie_about_the_shape() -> None:
+def test_a_wrong_shape() -> None:
     refuses("quant state says shape [48, 63]", parse(NESTED | {"shape": [48, 63]}), *fitting(parse(NESTED)))
 
 
-def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte() -> None:
+def test_a_shape_off_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
     check_state(
         replace(state, shape=(64, 1)), *fitting(state), WHERE
@@ -533,12 +533,12 @@ def test_a_lie_about_the_shape_by_one_element_shows_where_it_takes_another_byte(
     refuses("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
 
 
-def test_a_lie_about_the_blocksize() -> None:
+def test_a_wrong_blocksize() -> None:
     words = "absmax is U8 [48]; the quant state asks for U8 [24]"
     refuses(words, parse(NESTED | {"blocksize": 128}), *fitting(parse(NESTED)))
 
 
-def test_a_lie_about_the_nested_blocksize() -> None:
+def test_a_wrong_nested_blocksize() -> None:
     words = "nested_absmax is F32 [1]; the quant state asks for F32 [2]"
     refuses(words, parse(NESTED | {"nested_blocksize": 32}), *fitting(parse(NESTED)))
 
@@ -575,16 +575,16 @@ def test_a_quant_state_beside_the_format_of_an_int8_weight() -> None:
 
 
 def test_an_int8_weight_with_its_scales_passes_and_with_one_too_few_does_not() -> None:
-    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
-    check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
+    check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48)}, WHERE)
+    check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), ".weight_format": tensor("U8")}, WHERE)
     with pytest.raises(QuantStateError, match="SCB"):
-        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
+        check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 47)}, WHERE)
 
 
 def test_what_bitsandbytes_writes_in_int8_passes() -> None:
     quantized, scales, _ = bnb.int8_vectorwise_quant(torch.ones(6, 32, dtype=torch.float16))
     assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
-    check_int8(tensor("I8", *quantized.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
+    check_int8_state(tensor("I8", *quantized.shape), {".SCB": tensor("F32", *scales.shape)}, WHERE)
 
 
 def test_scales_are_what_makes_a_weight_int8() -> None:
@@ -615,22 +615,22 @@ def test_int8_scales_that_do_not_fit(weight: TensorInfo, scales: TensorInfo) -> 
         f"{WHERE}: SCB is {scales.dtype} {list(scales.shape)} next to a weight of {weight.dtype} {list(weight.shape)}; "
     )
     with pytest.raises(QuantStateError) as caught:
-        check_int8(weight, {".SCB": scales}, WHERE)
+        check_int8_state(weight, {".SCB": scales}, WHERE)
     assert str(caught.value).startswith(words)
 
 
 @pytest.mark.parametrize("suffix", FOUR_BIT_SUFFIXES)
 def test_int8_scales_beside_a_state_tensor_of_4_bits(suffix: str) -> None:
     with pytest.raises(QuantStateError) as caught:
-        check_int8(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
+        check_int8_state(tensor("I8", 48, 64), {".SCB": tensor("F32", 48), suffix: tensor("U8", 48)}, WHERE)
     assert f"it has both SCB and {suffix[1:]}, of two quantizations" in str(caught.value)
 
 
 @settings(QUICK, max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 400))
-def test_int8_scales_fit_one_size_alone(rows: int, columns: int, scales: int) -> None:
+def test_int8_scales_fit_only_one_size(rows: int, columns: int, scales: int) -> None:
     state_tensors = {".SCB": tensor("F32", scales)}
-    check_int8(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
+    check_int8_state(tensor("I8", rows, columns), {".SCB": tensor("F32", rows)}, WHERE)
     if scales != rows:
         with pytest.raises(QuantStateError):
-            check_int8(tensor("I8", rows, columns), state_tensors, WHERE)
+            check_int8_state(tensor("I8", rows, columns), state_tensors, WHERE)

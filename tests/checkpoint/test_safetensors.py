@@ -111,7 +111,7 @@ def test_not_utf_8(raw: bytes, byte: int) -> None:
     [b"", b"[]", b'"a"', b"0", b"null", b' {"a":1}', b"\xef\xbb\xbf{}", b"\0{}", b'[{"a":1}]'],
     ids=["empty", "list", "string", "number", "null", "space first", "BOM of UTF-8", "NUL first", "object in a list"],
 )
-def test_what_does_not_start_with_a_brace_is_no_header(raw: bytes) -> None:
+def test_what_does_not_start_with_a_brace_is_not_a_header(raw: bytes) -> None:
     error_from_response(raw, 0, "header is not a JSON object (it must start with '{')")
 
 
@@ -218,7 +218,7 @@ def test_an_unknown_key(key: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ["null", "1", '"U8"', "[]", '["U8",[2],[0,2]]', "true", "{}"])
-def test_an_entry_that_is_no_object_with_the_three_keys(entry: str) -> None:
+def test_an_entry_that_is_not_an_object_with_the_three_keys(entry: str) -> None:
     error_from_response(f'{{"a":{entry}}}'.encode(), 2, "tensor 'a' needs exactly dtype, shape and data_offsets")
 
 
@@ -255,7 +255,7 @@ def test_an_unknown_dtype(dtype: str) -> None:
         "[0,9223372036854775808]",
     ],
 )
-def test_a_shape_that_is_no_list_of_sizes(shape: str) -> None:
+def test_a_shape_that_is_not_a_list_of_sizes(shape: str) -> None:
     error_from_response(GOOD.replace(b"[2]", shape.encode()), 2, "tensor 'a' has a shape that is not a list of sizes")
 
 
@@ -301,7 +301,7 @@ def test_a_zero_before_huge_sizes_makes_an_empty_tensor_as_it_does_for_the_libra
         "[0,18446744073709551618]",
     ],
 )
-def test_data_offsets_that_are_no_begin_and_end(offsets: str) -> None:
+def test_data_offsets_that_are_not_begin_and_end(offsets: str) -> None:
     error_from_response(
         GOOD.replace(b"[0,2]", offsets.encode()), 2, "tensor 'a' has data_offsets that are not [begin, end]"
     )
@@ -413,7 +413,7 @@ def test_megabytes_of_nonsense_make_a_short_message(raw: bytes) -> None:
     error_from_response(raw, 2, "")
 
 
-def test_a_long_but_real_name_is_told_in_full() -> None:
+def test_a_long_but_real_name_is_quoted_in_full() -> None:
     name = "model.language_model.layers.59.mlp.experts.127.down_proj.weight.quant_state.bitsandbytes__nf4"
     error_from_response(json.dumps({name: {}}).encode(), 0, repr(name))
 

@@ -22,7 +22,7 @@ import pytest
 from bnbfix.errors import InputError, OutputError
 from bnbfix.report.json import render_lines
 from bnbfix.report.outcome import ScanOutcome
-from bnbfix.report.scan_table import table
+from bnbfix.report.scan_table import render_table
 from bnbfix.report.terminal import StyledText, TableOptions, write_file, write_lines
 from tests.support.build import Make
 from tests.support.command_line import Cli, Run, harmless, process
@@ -110,7 +110,7 @@ def test_lines_come_as_they_are_known() -> None:
         raise RuntimeError("asked for more")
 
     assert json.loads(next(render_lines(outcomes())))["model"] == "first"
-    lines = table(outcomes(), TableOptions(), several=True, with_map=False)
+    lines = render_table(outcomes(), TableOptions(), several=True, with_map=False)
     assert next(lines)[0].text == "first" and next(lines)[0].text == "error: no"
 
 
@@ -262,7 +262,8 @@ def test_long_names_are_broken_in_the_summary() -> None:
     long = ScanOutcome("x/" * 60, error=InputError("y " * 60, where="z" * 100))
     for width in (40, 80, 200):
         lines = [
-            "".join(s.text for s in line) for line in table([long], TableOptions(width), several=True, with_map=False)
+            "".join(s.text for s in line)
+            for line in render_table([long], TableOptions(width), several=True, with_map=False)
         ]
         assert max(len(line.rstrip()) for line in lines) <= width
 

@@ -15,7 +15,7 @@ from tests.support.command_line import Cli, harmless
 UNBOUND = [{"name": "x.7.weight\x1b[31m", "quantized": True, "states": 0}]
 
 
-K_PLAIN = [{"name": "model.layers.1.self_attn.qkv_proj.weight", "quantized": True, "states": 3}]
+REQUANTIZED = [{"name": "model.layers.1.self_attn.qkv_proj.weight", "quantized": True, "states": 3}]
 
 
 def loaded(**changes: Any) -> dict[str, Any]:
@@ -32,7 +32,11 @@ def loaded(**changes: Any) -> dict[str, Any]:
     [
         (loaded(), True, "loads it: 2 parameters, 1 of them quantized; the forward pass ran."),
         (loaded(parameters=UNBOUND), False, r"have no quant state: x.7.weight\x1b[31m vLLM 0.32.0"),
-        (loaded(parameters=K_PLAIN), False, "were quantized while loading: model.layers.1.self_attn.qkv_proj.weight"),
+        (
+            loaded(parameters=REQUANTIZED),
+            False,
+            "were quantized while loading: model.layers.1.self_attn.qkv_proj.weight",
+        ),
         (loaded(finite=False), False, "cannot run it: the forward pass gave no finite numbers"),
         ({"error": "KeyError: '\x1b[31m'"}, False, r"cannot run it: KeyError: '\x1b[31m'"),
     ],

@@ -22,7 +22,7 @@ from bnbfix.engines.vllm import worker as vllm_worker
 
 os.environ.update({k: os.environ.get(k, v) for k, v in vllm_worker.ENVIRONMENT.items()})
 
-EXACT = 1e-3  # relative error of an ordinary parameter
+EXACT = 1e-3  # relative error of an unquantized parameter
 ROUNDED = 0.2  # of a quantized one: 4-bit rounding gives 0.07 to 0.15, a wrong matrix more than 0.5
 TOLERANCE = 3.0  # of outputs, as a multiple of what bfloat16 costs transformers itself
 TOLERANCE_INT8 = 5.0  # LLM.int8 rounds activations too
@@ -101,10 +101,10 @@ def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
         return re.sub(r"^model\.(?=layers\.|embed_tokens|norm\.|per_layer_)", "model.language_model.", name)
 
     want = {canonical(k): v for f in sorted(truth.glob("*.safetensors")) for k, v in load_file(f).items()}
-    plain = set()  # tensors that the folder itself holds in full precision
+    unquantized = set()  # tensors that the folder itself holds in full precision
     for f in sorted(folder.glob("*.safetensors")):
-        plain |= {canonical(k) for k, v in load_file(f).items() if v.is_floating_point() and v.dim() >= 2}
-    plain -= {n.rsplit(".", 1)[0] for n in plain if n.endswith(".absmax")}
+        unquantized |= {canonical(k) for k, v in load_file(f).items() if v.is_floating_point() and v.dim() >= 2}
+    unquantized -= {n.rsplit(".", 1)[0] for n in unquantized if n.endswith(".absmax")}
     out: dict[str, Any] = {"quantized": 0, "exact": 0, "rounded": 0, "wrong": [], "requantized": [], "unknown": []}
     for name, p in model.named_parameters():
         sources = originals(canonical(name), set(want))
@@ -113,7 +113,7 @@ def judge_weights(model: Any, folder: Path, truth: Path) -> dict[str, Any]:
             continue
         quantized = p.data.dtype in (torch.uint8, torch.int8)
         out["quantized"] += quantized
-        if quantized and any(s in plain for s in sources):
+        if quantized and any(s in unquantized for s in sources):
             out["requantized"].append(name)
         values, true = dequantized(p), torch.cat([want[s].float().reshape(-1) for s in sources])
         if values is None or values.numel() < true.numel():

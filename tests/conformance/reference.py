@@ -4,7 +4,7 @@
     python reference.py FOLDER answers.npz --as-saved
 
 For each prompt its token ids, the log probabilities at every position, and what transformers' own bfloat16 run of the
-same weights differs by, which is the unit that tolerances are in. With `--as-saved` the log probabilities alone, in
+same weights differs by, which is the unit that tolerances are in. With `--as-saved` only the log probabilities, in
 bfloat16, with bitsandbytes dequantizing what is quantized: what the folder says of itself, quantized or not. Needs
 transformers 5.13 or newer.
 """
@@ -28,7 +28,9 @@ def load(folder: Path, dtype: Any) -> Any:
     # "sdpa" by choice: with "eager" Gemma4's audio tower masks the wrong positions.
     model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     for module in model.modules():  # bitsandbytes' fused AVX-512 kernel rounds scales to bfloat16, as no GPU does,
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # and fails on columns that are no multiple of the blocksize
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # and fails on columns that are not a multiple of the blocksize
             module.support_avx512bf16_for_cpu = False
     return model
 

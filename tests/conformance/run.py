@@ -5,12 +5,12 @@
     python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
     python tests/conformance/run.py --bf16                what `repair --bf16` writes, in a vLLM without bitsandbytes
                                                           and in transformers
-    python tests/conformance/run.py --partial quantize     what `repair --partial quantize` writes
+    python tests/conformance/run.py --partial-groups quantize   what `repair --partial-groups quantize` writes
     python tests/conformance/run.py --releases 0.27.1 --cells dense31b-all,moe26b-skip
     python tests/conformance/run.py --results tests/conformance/RESULTS.md
 
-It makes its checkpoints and, one release after another, its virtual environments below --work. Cells that
-WORK/cells.jsonl tells of are not run again: a run that was cut off goes on, and a new one needs a new --work. The exit
+It makes its checkpoints and, one release after another, its virtual environments below --work. Cells
+recorded in WORK/cells.jsonl are not run again: an interrupted run resumes, and a new one needs a new --work. The exit
 status is 0 only when every prediction is right and every repaired checkpoint loads and answers right; 75 when an
 environment could not be built, so that nothing was judged in it. OMP_NUM_THREADS (default 2) is every engine's.
 """
@@ -99,7 +99,10 @@ BF16 = Way(
     ],
 )
 PARTIAL_GROUPS = Way(
-    "partial", {"partial_groups": "quantize"}, "--partial quantize", [f"{family}-partial" for family in FAMILIES]
+    "partial-groups",
+    {"partial_groups": "quantize"},
+    "--partial-groups quantize",
+    [f"{family}-partial" for family in FAMILIES],
 )
 
 
@@ -117,7 +120,7 @@ class Cell:
 
     release: str
     checkpoint: str
-    before: Seen | None  # None where a Way is judged: that is told by the run without one
+    before: Seen | None  # None where a Way is judged: the run without one reports it
     predicted: str | None
     repair: str  # what was done: repaired for the release, --bf16, nothing to do, or why nothing can be done
     after: Seen | None
@@ -132,7 +135,7 @@ class Cell:
 
     @property
     def predicted_right(self) -> bool:
-        """Degraded means right beside some releases of transformers, so it is right beside the pinned ones."""
+        """Degraded means right with some releases of transformers, so it is right with the pinned ones."""
         if self.before is None:
             return True
         said = "loads" if self.predicted == "degraded" else self.predicted
@@ -309,19 +312,19 @@ def in_transformers(work: Path, source: Path, full: Path, python: Path) -> Seen:
     Both calculate in bfloat16 with the same kernels, so the same weights give the same bits: no difference is allowed.
     LLM.int8 rounds what goes into each weight too, which is why it has the tolerance that it has in vLLM.
     """
-    dequantized, plain = (
+    dequantized, unquantized = (
         np.load(asked_of_transformers(work / "as-saved", folder, python, "--as-saved")) for folder in (source, full)
     )
     noise = np.load(reference(work, full, python))
     factor = TOLERANCE_INT8 if quantization(source)["load_in_8bit"] else 0
     words, right = [], True
-    for key in plain.files:
-        prompt, apart = key.removesuffix(".logp"), np.abs(plain[key] - dequantized[key])
+    for key in unquantized.files:
+        prompt, apart = key.removesuffix(".logp"), np.abs(unquantized[key] - dequantized[key])
         mean, allowed = float(apart.mean()), factor * float(noise[f"{prompt}.noise"])
         right = right and mean <= allowed
         words.append(f"{prompt} {mean:.4f}" + (f" of {allowed:.4f}" if allowed else ""))
-    same = all(np.array_equal(plain[key], dequantized[key]) for key in plain.files)
-    prompts = ", ".join(key.removesuffix(".logp") for key in plain.files)
+    same = all(np.array_equal(unquantized[key], dequantized[key]) for key in unquantized.files)
+    prompts = ", ".join(key.removesuffix(".logp") for key in unquantized.files)
     return Seen(
         "loads" if right else "wrong", f"as the source to the last bit ({prompts})" if same else ", ".join(words)
     )
@@ -389,11 +392,11 @@ def main() -> None:
     parser.add_argument("--boundaries", action="store_true", help="every release, some cells")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--bf16", action="store_const", dest="way", const=BF16, help="judge `repair --bf16`")
-    ways.add_argument("--partial-groups", choices=["quantize"], help="judge `repair --partial quantize`")
+    ways.add_argument("--partial-groups", choices=["quantize"], help="judge `repair --partial-groups quantize`")
     parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--results", type=Path, help="write the table to this markdown file")
     a = parser.parse_args()
-    way: Way | None = PARTIAL_GROUPS if a.partially_quantized else a.way
+    way: Way | None = PARTIAL_GROUPS if a.partial_groups else a.way
     default = SMOKE_RELEASES if a.smoke else WAY_RELEASES if way else list(venvs.PINS["releases"])
     releases = a.releases.split(",") if a.releases else default
     default = SMOKE if a.smoke else BOUNDARIES if a.boundaries else way.cells if way else CELLS

@@ -18,6 +18,7 @@ from bnbfix.engines.vllm.releases import (
     ReleaseRange,
     find_installed,
     find_range,
+    format_ranges,
     ranges,
     resolve_target,
     version_key,
@@ -140,7 +141,7 @@ def test_a_version_is_read(version: str, expected: tuple[int, int, int]) -> None
         PORTABLE,
     ],
 )
-def test_garbage_is_no_version(version: str) -> None:
+def test_garbage_is_not_a_version(version: str) -> None:
     assert version_key(version) is None
     assert find_range(version) is None
 
@@ -253,3 +254,11 @@ def having(**versions: str) -> Callable[[str], str]:
 )
 def test_the_installed_vllm_is_found_by_its_metadata(versions: dict[str, str], expected: Any) -> None:
     assert find_installed(having(**versions)) == expected
+
+
+def test_neighbouring_ranges_are_joined() -> None:
+    table = ranges()
+    assert format_ranges(table) == f"{table[0].first}-{table[-1].last}"
+    assert format_ranges(table[-2:]) == "0.31.0-0.33.0"
+    assert format_ranges([table[0], table[2]]) == "0.19.0-0.22.1, 0.25.0-0.26.0"
+    assert format_ranges(r for r in table if r.name == "0.30.0") == "0.30.0"

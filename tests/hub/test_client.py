@@ -49,7 +49,7 @@ def listing(monkeypatch: pytest.MonkeyPatch, sha: Any, **sizes: Any) -> HubSourc
 
 
 @pytest.mark.parametrize("sha", [None, "", "main", "A" * 40, "a" * 39, "a" * 65, 7])
-def test_what_names_no_commit_is_no_hub(monkeypatch: pytest.MonkeyPatch, sha: Any) -> None:
+def test_an_answer_without_a_commit_is_not_a_hub_s(monkeypatch: pytest.MonkeyPatch, sha: Any) -> None:
     with pytest.raises(HubError, match="org/parts: the Hub names no commit") as caught:
         listing(monkeypatch, sha)
     assert caught.value.hint == "Is HF_ENDPOINT a Hub?"
@@ -61,7 +61,7 @@ def test_a_listing_without_sizes_is_refused(monkeypatch: pytest.MonkeyPatch, siz
         listing(monkeypatch, SHA, **{"config.json": size})
 
 
-def test_records_of_git_and_of_downloads_are_no_files_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_git_and_of_downloads_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("config.json", ".git/config", ".cache/huggingface/x", "sub/.cache/x", ".gitattributes", "sub/a.cache")
     found = listing(monkeypatch, SHA, **dict.fromkeys(names, 1))
     assert set(found.files) == {"config.json", ".gitattributes"}

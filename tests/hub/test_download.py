@@ -118,7 +118,7 @@ def test_an_etag_cannot_lead_a_download_out_of_the_cache(
     assert not [p for p in tmp_path.rglob("*") if "stolen" in p.name] and not (tmp_path / "out").exists()
 
 
-def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str, tmp_path: Path) -> None:
+def test_a_second_stream_keeps_what_the_first_fetched(hub: Hub, repo: str, tmp_path: Path) -> None:
     folder = fetched_folder(tmp_path / "out")
     lock = lock_directory(folder, tmp_path / "out")
     (folder / "model.safetensors").write_bytes(b"half of it")
@@ -130,7 +130,7 @@ def test_a_second_stream_leaves_alone_what_the_first_fetched(hub: Hub, repo: str
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_root_is_no_destination(hub: Hub, repo: str) -> None:
+def test_the_root_is_not_a_destination(hub: Hub, repo: str) -> None:
     for more in ([], ["--dry-run"]):
         done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
         assert (done.code, done.err) == (2, "error: /: is the root, which cannot be replaced\n")
@@ -208,7 +208,7 @@ def test_a_stream_keeps_a_file_until_its_last_use(hub: Hub, pristine: Make, tmp_
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
-def test_what_is_no_folder_where_a_stream_is_fetched_is_an_error_and_stays(
+def test_a_file_in_place_of_the_stream_folder_is_an_error_and_stays(
     hub: Hub, repo: str, tmp_path: Path, what: str
 ) -> None:
     place = tmp_path / ".out.bnbfix-source"
@@ -277,7 +277,7 @@ def test_the_inputs_of_a_plan_are_what_its_files_are_made_from(source: Path) -> 
     assert all(read[name] == (name,) for name in plan.copied)
 
 
-def test_the_inputs_of_split_experts_are_where_they_lie_whole(pristine: Make) -> None:
+def test_the_inputs_of_split_experts_are_where_they_are_whole(pristine: Make) -> None:
     plan = bnbfix.plan_repair(pristine("moe26b", "skip", shards=5), "0.32.0")
     have = plan.checkpoint.tensors
     split = {e.name for e in plan.edits if e.action == "quantize"}

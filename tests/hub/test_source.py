@@ -73,7 +73,7 @@ def test_a_damaged_quant_state_is_found_on_the_hub_too(hub: Hub, checkpoint: Mak
     assert "BNB201" in {f["code"] for f in done.json["findings"]}
 
 
-def test_what_is_no_checkpoint_ends_as_a_folder_does(hub: Hub, tmp_path: Path) -> None:
+def test_a_repo_that_is_not_a_checkpoint_ends_as_a_folder_does(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     hub.server.add("org/adapter", tmp_path)
     done = hub.run("scan", "org/adapter")
@@ -190,7 +190,7 @@ def test_what_is_a_repo(text: str, repo: tuple[str, str | None] | None) -> None:
     assert parse_repo(text) == repo
 
 
-def test_an_endpoint_that_is_no_address_is_said(hub: Hub) -> None:
+def test_an_endpoint_that_is_not_an_address_is_reported(hub: Hub) -> None:
     for model in ("org/name", "https://huggingface.co/org/name"):
         done = hub.process("scan", model, HF_ENDPOINT="http://[")
         assert (done.code, done.err) == (2, "error: HF_ENDPOINT is not a valid URL\n"), model
@@ -221,7 +221,7 @@ def test_contradicting_revisions() -> None:
 # Subfolders
 
 
-def test_files_in_subfolders_are_no_more_seen_by_a_scan_than_those_of_a_folder(hub: Hub, checkpoint: Make) -> None:
+def test_a_scan_ignores_files_in_subfolders_as_it_does_in_a_folder(hub: Hub, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     (source / "original").mkdir()
     (source / "original" / "consolidated.00.pth").write_bytes(b"pickle")

@@ -19,20 +19,20 @@ from bnbfix.kernels import bnb as kernels
 from bnbfix.kernels import native
 from tests.support.quantized import Quantized, differences, examples, kernel_bytes, random_weight, states
 
-here = pytest.mark.skipif(native.load() is None, reason="this release of bitsandbytes is called through torch")
+here = pytest.mark.skipif(native.load_library() is None, reason="this release of bitsandbytes is called through torch")
 
 
 @pytest.fixture
 def loaded_again() -> Iterator[None]:
     """Makes the library be searched for again, in the test and after it."""
-    native.load.cache_clear()
+    native.load_library.cache_clear()
     yield
-    native.load.cache_clear()
+    native.load_library.cache_clear()
 
 
 def through_torch(quantized: Quantized, chunk_bytes: int) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "load", lambda: None)
+        patch.setattr(native, "load_library", lambda: None)
         return kernel_bytes(quantized, "cpu", chunk_bytes)
 
 
@@ -74,7 +74,7 @@ def test_threads_change_no_bit() -> None:
 
 def test_without_the_library_torchs_number_of_threads_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     kernels.use_threads(before + 1)
     try:
         assert torch.get_num_threads() == before + 1
@@ -88,7 +88,7 @@ def test_a_release_that_was_not_tested_is_called_through_torch(
 ) -> None:
     monkeypatch.setattr(native, "version", lambda name: "0.51.0")
     with caplog.at_level("INFO", "bnbfix.kernels"):
-        assert native.load() is None
+        assert native.load_library() is None
     assert caplog.messages == [f"bitsandbytes 0.51.0 on {sys.platform} is called through torch"]
     quantized = random_weight(QuantState("nf4", 64, "bfloat16", (8, 64), None))
     assert kernel_bytes(quantized) == through_torch(quantized, 4 << 20)
@@ -101,10 +101,10 @@ def test_without_bitsandbytes_or_on_another_system_there_is_none(monkeypatch: py
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "version", missing)
-        assert native.load() is None
-    native.load.cache_clear()
+        assert native.load_library() is None
+    native.load_library.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert native.load() is None
+    assert native.load_library() is None
 
 
 @here
@@ -120,7 +120,7 @@ def test_openmp_is_taken_from_torch_where_the_system_has_none(monkeypatch: pytes
 
     CDLL = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert native.load() is not None
+    assert native.load_library() is not None
     assert asked == ["libbitsandbytes_cpu.so", "libgomp.so.1", "libbitsandbytes_cpu.so"]
 
 
@@ -133,7 +133,7 @@ def test_a_library_that_cannot_be_loaded_is_not_used(
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     with caplog.at_level("INFO", "bnbfix.kernels"):
-        assert native.load() is None
+        assert native.load_library() is None
     if native.version("bitsandbytes") in native.RELEASES:
         assert caplog.messages[0].endswith("is called through torch: wrong ELF class")
 

@@ -138,7 +138,7 @@ def test_layers_that_share_take_k_and_v_from_the_last_one_of_their_kind_before_t
     assert model(num_kv_shared_layers=3).kv_donors(0) == []
 
 
-def test_k_serves_as_v_in_full_attention_layers_of_their_own_alone() -> None:
+def test_k_serves_as_v_only_in_full_attention_layers_with_their_own_k() -> None:
     types = [FULL, SLIDING, FULL, FULL]
     found = model(num_hidden_layers=4, layer_types=types, num_kv_shared_layers=1, attention_k_eq_v=True)
     assert [found.k_serves_as_v(i) for i in range(6)] == [True, False, True, False, False, False]
@@ -254,7 +254,7 @@ def test_what_no_model_has_is_other(name: str) -> None:
 def test_both_prefixes_of_a_whole_checkpoint_mean_the_same(family: str, pristine: Make) -> None:
     names = list(opened(pristine(family, "bf16")).tensors)
     other = list(opened(pristine(family, "bf16", prefix="language_model.model.")).tensors)
-    assert (set(names) == set(other)) == (family == "text"), "a text-only checkpoint has one spelling alone"
+    assert (set(names) == set(other)) == (family == "text"), "a text-only checkpoint has only one spelling"
     assert {canonical(n) for n in names} == {canonical(n) for n in other}
     roles = {classify_tensor(n).kind for n in names}
     assert {"attention", "mlp", "other"} <= roles

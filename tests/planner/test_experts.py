@@ -1,4 +1,4 @@
-"""Experts that lie one by one, plain or in FP4, quantized for vLLM; and joined again in full precision."""
+"""Per-expert weights, unquantized or in FP4, quantized for vLLM; and joined again in full precision."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def one_by_one(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose experts lie one by one, in NF4, as vLLM 0.32 looks for them."""
+def per_expert(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with per-expert weights in NF4, as vLLM 0.32 looks for them."""
     out = tmp_path_factory.mktemp("experts") / "nf4"
     bnbfix.repair(pristine("moe26b", "skip"), out, vllm="0.32.0", device="cpu")
     (out / "bnbfix.json").unlink()
@@ -46,12 +46,12 @@ def quantized(name: str, values: torch.Tensor, quant_type: str) -> Tensors:
     return {name: data} | {f"{name}.{k}": t for k, t in state.as_dict(packed=True).items()}
 
 
-def requantized(source: Path, out: Path, pack: Callable[[int, str, torch.Tensor], Tensors]) -> Tensors:
-    """Writes the checkpoint anew, each expert of layer 3 as `pack` makes it, and returns their values by name."""
+def requantized(source: Path, out: Path, remake: Callable[[int, str, torch.Tensor], Tensors]) -> Tensors:
+    """Writes the checkpoint anew, each expert of layer 3 as `remake` makes it, and returns their values by name."""
     shutil.copytree(source, out)
     tensors, values = load_file(out / FILE), {}
     for i, name in enumerate(experts(tensors)):
-        made = pack(i, name, take(tensors, name))
+        made = remake(i, name, take(tensors, name))
         tensors |= made
         values[name] = made[name] if len(made) == 1 else take(dict(made), name)
     save_file(tensors, out / FILE, {"format": "pt"})
@@ -76,12 +76,12 @@ def raw(t: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
         (unquantized, Code.UNQUANTIZED_IN_QUANTIZED, "0.27.1", "moe.experts"),
         (fp4, Code.FP4_EXPERTS, "0.32.0", "experts"),
     ],
-    ids=["plain", "fp4"],
+    ids=["unquantized", "fp4"],
 )
-def test_experts_one_by_one_are_quantized_as_bitsandbytes_does(
-    one_by_one: Path, tmp_path: Path, change: Callable[..., Tensors], code: Code, target: str, prefix: str
+def test_per_expert_weights_are_quantized_as_bitsandbytes_does(
+    per_expert: Path, tmp_path: Path, change: Callable[..., Tensors], code: Code, target: str, prefix: str
 ) -> None:
-    values = requantized(one_by_one, tmp_path / "source", change)
+    values = requantized(per_expert, tmp_path / "source", change)
     assert not bnbfix.scan(tmp_path / "source", target).ok
     result = bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm=target, device="cpu")
     edits = {e.name: e for e in result.plan.edits if e.action == "quantize"}
@@ -101,8 +101,8 @@ def test_experts_one_by_one_are_quantized_as_bitsandbytes_does(
     assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok and bnbfix.scan(tmp_path / "out", target).ok
 
 
-def test_a_spoilt_expert_that_was_fp4_is_found(one_by_one: Path, tmp_path: Path) -> None:
-    values = requantized(one_by_one, tmp_path / "source", fp4)
+def test_a_spoilt_expert_that_was_fp4_is_found(per_expert: Path, tmp_path: Path) -> None:
+    values = requantized(per_expert, tmp_path / "source", fp4)
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
     name = next(iter(values))
     data = bytearray((tmp_path / "out" / FILE).read_bytes())
@@ -115,11 +115,11 @@ def test_a_spoilt_expert_that_was_fp4_is_found(one_by_one: Path, tmp_path: Path)
     assert [(p.tensor, "4-bit rounding" in p.message) for p in found] == [(None, False), (name, True)]
 
 
-def test_quantized_and_plain_experts_are_joined_in_full_precision(one_by_one: Path, tmp_path: Path) -> None:
+def test_quantized_and_unquantized_experts_are_joined_in_full_precision(per_expert: Path, tmp_path: Path) -> None:
     def mixed(i: int, name: str, values: torch.Tensor) -> Tensors:
         return unquantized(i, name, values) if i % 2 else quantized(name, values, "nf4")
 
-    values = requantized(one_by_one, tmp_path / "source", mixed)
+    values = requantized(per_expert, tmp_path / "source", mixed)
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.22.1", device="cpu", bf16=True)
     after = load_file(next((tmp_path / "out").glob("*.safetensors")))
     stem = "model.language_model.layers.3.experts"
@@ -130,12 +130,12 @@ def test_quantized_and_plain_experts_are_joined_in_full_precision(one_by_one: Pa
     assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok
 
 
-def test_int8_experts_one_by_one_are_joined_in_the_dtype_of_the_model(one_by_one: Path, tmp_path: Path) -> None:
+def test_int8_per_expert_weights_are_joined_in_the_dtype_of_the_model(per_expert: Path, tmp_path: Path) -> None:
     def int8(i: int, name: str, values: torch.Tensor) -> Tensors:
         data, scales, _ = bnb.int8_vectorwise_quant(values.to(torch.float16))
         return {name: data, name.removesuffix("weight") + "SCB": scales}
 
-    shutil.copytree(one_by_one, tmp_path / "source")
+    shutil.copytree(per_expert, tmp_path / "source")
     tensors, values = load_file(tmp_path / "source" / FILE), {}
     for i, name in enumerate(experts(tensors)):
         values[name] = take(tensors, name)
@@ -157,13 +157,13 @@ def test_int8_experts_one_by_one_are_joined_in_the_dtype_of_the_model(one_by_one
         lambda values: {"": values.float()},
         lambda values: {"": values.to(torch.bfloat16)[1:]},
     ],
-    ids=["quantized-f16", "plain-f32", "shape"],
+    ids=["quantized-f16", "unquantized-f32", "shape"],
 )
 def test_experts_that_differ_are_not_joined(
-    one_by_one: Path, tmp_path: Path, other: Callable[[torch.Tensor], Tensors]
+    per_expert: Path, tmp_path: Path, other: Callable[[torch.Tensor], Tensors]
 ) -> None:
     requantized(
-        one_by_one,
+        per_expert,
         tmp_path / "source",
         lambda i, name, values: {name + n: t for n, t in (other(values) if i == 4 else {"": values}).items()},
     )
@@ -174,8 +174,8 @@ def test_experts_that_differ_are_not_joined(
 
 
 @pytest.mark.parametrize("gone", ["1.up_proj", "2.down_proj"])
-def test_experts_are_not_joined_over_a_gap(one_by_one: Path, tmp_path: Path, gone: str) -> None:
-    shutil.copytree(one_by_one, tmp_path / "source")
+def test_experts_are_not_joined_over_a_gap(per_expert: Path, tmp_path: Path, gone: str) -> None:
+    shutil.copytree(per_expert, tmp_path / "source")
     tensors = load_file(tmp_path / "source" / FILE)
     take(tensors, f"model.language_model.layers.3.experts.{gone}.weight")
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
@@ -226,12 +226,12 @@ BF16, NF4 = {"bf16": True}, {"vllm": "0.32.0"}
         (becomes(64, 128, dtype=torch.float64), NF4),
     ],
 )
-def test_experts_that_are_no_whole_set_of_matrices_are_refused_by_name(
-    one_by_one: Path, tmp_path: Path, change: Callable[[Tensors], None], options: dict[str, object]
+def test_experts_that_are_not_a_whole_set_of_matrices_are_refused_by_name(
+    per_expert: Path, tmp_path: Path, change: Callable[[Tensors], None], options: dict[str, object]
 ) -> None:
-    tensors = load_file(one_by_one / FILE)
+    tensors = load_file(per_expert / FILE)
     change(tensors)
-    shutil.copytree(one_by_one, tmp_path / "source")
+    shutil.copytree(per_expert, tmp_path / "source")
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
     with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.(moe\.)?experts"):
         bnbfix.plan_repair(tmp_path / "source", **options)  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ L = "model.language_model.layers."
 def made(plan: Plan) -> dict[str, TensorPlan]:
     """Every tensor of the output by name."""
     out = [t for shard in plan.shards for t in shard.tensors]
-    assert len({t.info.name for t in out}) == len(out), "no tensor lies in two shards"
+    assert len({t.info.name for t in out}) == len(out), "no tensor is in two shards"
     return {t.info.name: t for t in out}
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_quantized_but_experts(family: str, quant: str, target: str, 
 
 
 def assert_both_readers_agree(plan: Plan) -> None:
-    """What is quantized in the output is quantized to vLLM and to transformers, and what is plain is plain."""
+    """What is quantized in the output is quantized to vLLM and to transformers, and nothing else is."""
     checkpoint = after(plan)
     new, model = checkpoint.skip_modules, read_model(checkpoint.config)
     linears = inspect_checkpoint(checkpoint).linears
@@ -187,7 +187,9 @@ def assert_both_readers_agree(plan: Plan) -> None:
 
 
 @every_cell
-def test_the_skip_list_says_what_is_plain_to_both_readers(family: str, quant: str, target: str, pristine: Make) -> None:
+def test_the_skip_list_names_what_is_unquantized_to_both_readers(
+    family: str, quant: str, target: str, pristine: Make
+) -> None:
     plan = planned(pristine(family, quant), target)
     assert_both_readers_agree(plan)
     old, new = list(plan.checkpoint.skip_modules), skip_list(plan)
@@ -210,7 +212,7 @@ NEWER = [(f, q, t, True) for f, q, t in CELLS if q == "all"]
 
 
 @pytest.mark.parametrize(("family", "quant", "target", "newer"), [(*cell, False) for cell in CELLS] + NEWER)
-def test_the_config_changes_by_the_planned_keys_alone(
+def test_the_config_changes_only_by_the_planned_keys(
     family: str, quant: str, target: str, newer: bool, pristine: Make
 ) -> None:
     plan = planned(pristine(family, quant, **({"per_layer_config": True} if newer else {})), target)
@@ -428,7 +430,7 @@ def fix(source: Path, target: str, **options: Any) -> Plan:
     return plan_checkpoint(LocalSource.open(source), resolve_target(target), Options(**options))
 
 
-def test_a_donor_of_another_form_is_dequantized_for_a_plain_q(checkpoint: Make) -> None:
+def test_a_donor_of_another_form_is_dequantized_for_an_unquantized_q(checkpoint: Make) -> None:
     source = checkpoint("e4b-noshared", "all")
     with tensors_of(source) as tensors:
         dequantize_weight(tensors, L + "4.self_attn.q_proj.weight")
@@ -442,7 +444,7 @@ def test_a_donor_of_another_form_is_dequantized_for_a_plain_q(checkpoint: Make) 
 
 
 @pytest.mark.parametrize("dropped", [("k_proj", "v_proj"), ("v_proj",), ("k_proj",)])
-def test_without_a_quantized_donor_the_whole_group_becomes_plain(dropped: tuple[str, ...], checkpoint: Make) -> None:
+def test_without_a_quantized_donor_the_whole_group_is_dequantized(dropped: tuple[str, ...], checkpoint: Make) -> None:
     source = checkpoint("e4b", "all")
     with tensors_of(source) as tensors:
         for layer in (1, 3):
@@ -485,7 +487,7 @@ def test_an_explicit_v_goes_with_its_state_tensors(target: str, checkpoint: Make
     assert f"{L}1.self_attn.v_proj.weight" in made(plan)
 
 
-def test_of_an_explicit_v_that_is_dropped_nothing_else_is_told(checkpoint: Make) -> None:
+def test_of_a_dropped_explicit_v_nothing_else_is_reported(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "storage-bf16")
     explicit_v(source)
     name = f"{L}2.self_attn.v_proj.weight"
@@ -506,12 +508,12 @@ def test_a_quantized_lm_head_is_dequantized_and_named_in_a_list_that_is_there(ch
         copy_weight(tensors, "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
     plan = fix(source, "0.27.1")
     assert of(plan, "dequantize") == {"lm_head.weight": Code.QUANTIZED_LM_HEAD}
-    assert skip_list(plan) == [], "without a list transformers leaves lm_head alone"
+    assert skip_list(plan) == [], "without a list transformers leaves lm_head unquantized"
     set_skip(source, "model.vision_tower")
     assert skip_list(fix(source, "0.27.1")) == ["model.vision_tower", "lm_head"]
 
 
-def test_an_entry_that_names_a_quantized_module_makes_room_for_the_plain_ones_it_named(checkpoint: Make) -> None:
+def test_an_entry_that_names_a_quantized_module_is_replaced_by_the_unquantized_ones_it_named(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "mixed")
     old = ["first", "language_model.model.layers", "lm_head", "model.vision_tower", "embed_vision", "last"]
     set_skip(source, *old)
@@ -555,6 +557,16 @@ def test_an_entry_for_one_reader_does_not_name_a_quantized_module_to_the_other(c
     assert skip_list(plan) == ["model.layers.1.mlp", "model.layers.1.self_attn", "lm_head"]
 
 
+def test_added_entries_are_sorted_by_layer_number(checkpoint: Make) -> None:
+    source = checkpoint("text", "all")
+    twelve_layers(source)
+    with tensors_of(source) as tensors:
+        for layer in (2, 10, 11):
+            dequantize_weight(tensors, f"model.layers.{layer}.mlp.down_proj.weight")
+    entries = [e for e in skip_list(fix(source, "0.32.0")) if "down_proj" in e]
+    assert entries == [f"model.layers.{layer}.mlp.down_proj" for layer in (2, 10, 11)]
+
+
 def test_statistics_without_a_weight_are_dropped_with_whatever_else_is_repaired(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip")
     with tensors_of(source) as tensors:
@@ -566,7 +578,7 @@ def test_statistics_without_a_weight_are_dropped_with_whatever_else_is_repaired(
     assert not set(strays) & set(made(plan))
 
 
-def test_statistics_alone_are_no_reason_to_repair(checkpoint: Make) -> None:
+def test_statistics_by_themselves_are_not_repaired(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     with tensors_of(source) as tensors:
         tensors[L + "9.mlp.up_proj.weight.absmax"] = zeros(4, dtype="F32")
@@ -648,7 +660,7 @@ def test_a_partially_quantized_group_is_quantized_where_the_user_asks(target: st
         [L + "1.self_attn.q_proj.weight", L + "3.mlp.gate_proj.weight"], Code.PARTIALLY_QUANTIZED
     )
     assert of(plan, "dequantize") == {}
-    assert not [e for e in skip_list(plan) if "layers" in e], "nothing of the language model is plain any more"
+    assert not [e for e in skip_list(plan) if "layers" in e], "nothing of the language model is unquantized any more"
 
 
 def test_a_group_that_gets_a_copied_member_is_dequantized_even_where_the_user_asks(checkpoint: Make) -> None:
@@ -686,7 +698,7 @@ def mixed(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("family", ["dense31b", "e4b", "text"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_any_mixture_of_quantized_and_plain_with_any_skip_list_is_repaired(
+def test_any_mixture_of_quantized_and_unquantized_with_any_skip_list_is_repaired(
     family: str, data: st.DataObject, mixed: dict[str, tuple[Path, Tensors, Tensors]]
 ) -> None:
     folder, quantized, full = mixed[family]
@@ -695,16 +707,16 @@ def test_any_mixture_of_quantized_and_plain_with_any_skip_list_is_repaired(
     modules = [vllm_module(classify_tensor(n), model, ranges()[0]) or "" for n in linear]
     modules += [n.removesuffix(".weight") for n in linear]
     prefixes = sorted({m.rsplit(".", n)[0] for m in modules for n in range(4)} | {m.split(".")[-1] for m in modules})
-    plain_ones = data.draw(st.sets(st.sampled_from(linear)), label="plain")
+    unquantized = data.draw(st.sets(st.sampled_from(linear)), label="unquantized")
     set_skip(folder, *data.draw(st.lists(st.sampled_from(prefixes), max_size=4, unique=True), label="skip"))
-    gone = {n for n in quantized for name in plain_ones if n == name or n.startswith(name + ".")}
+    gone = {n for n in quantized for name in unquantized if n == name or n.startswith(name + ".")}
     shared = [n for n in quantized if re.search(r"layers\.[45]\.self_attn\.(k_proj|v_proj|k_norm)\.weight$", n)]
     if family == "e4b":
         lost = data.draw(st.sets(st.sampled_from(shared)), label="lost")
         gone |= {n for n in quantized for name in lost if n == name or n.startswith(name + ".")}
-        plain_ones -= lost
+        unquantized -= lost
     kept = {n: t for n, t in quantized.items() if n not in gone}
-    write_tensors(folder / SHARD, kept | {n: full[n] for n in plain_ones})
+    write_tensors(folder / SHARD, kept | {n: full[n] for n in unquantized})
     target, partial_groups = data.draw(st.sampled_from(TARGETS)), data.draw(st.sampled_from(["dequantize", "quantize"]))
     plan = fix(folder, target, partial_groups=partial_groups)
     if plan.nothing_to_do:
@@ -712,11 +724,11 @@ def test_any_mixture_of_quantized_and_plain_with_any_skip_list_is_repaired(
     assert_both_readers_agree(plan)
     if partial_groups == "dequantize":
         assert not of(plan, "quantize")
-    assert {n for n, code in of(plan, "dequantize").items() if n in plain_ones} == set()
+    assert {n for n, code in of(plan, "dequantize").items() if n in unquantized} == set()
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F64", "I32"])
-def test_what_bitsandbytes_cannot_quantize_makes_its_group_plain_even_where_the_user_asks(
+def test_a_group_that_bitsandbytes_cannot_quantize_is_dequantized_even_where_the_user_asks(
     dtype: str, checkpoint: Make
 ) -> None:
     source = checkpoint("dense31b", "all")

@@ -109,7 +109,7 @@ def test_the_spelling_of_numbers_and_strings_elsewhere_stays() -> None:
     assert remove_key(text, ("e",)) == text.replace('"e": [ ] ,', "")
 
 
-def test_what_looks_like_json_inside_a_string_is_no_json() -> None:
+def test_what_looks_like_json_inside_a_string_is_not_edited() -> None:
     text = '{"a": "{\\"b\\": 1, ", "k": "}", "b": 2, "c": "\\\\"}'
     assert json.loads(set_value(text, ("b",), 3)) == {"a": '{"b": 1, ', "k": "}", "b": 3, "c": "\\"}
     assert json.loads(remove_key(text, ("b",))) == {"a": '{"b": 1, ', "k": "}", "c": "\\"}
@@ -128,7 +128,7 @@ def test_removing_a_key_that_is_not_there_is_an_error(text: str, path: tuple[str
 
 
 @pytest.mark.parametrize("text", ["{}", '{"a": 1}', '{"a": [1]}', '{"a": null}', '{"a": "{}"}'])
-def test_a_path_through_what_is_no_object_is_an_error(text: str) -> None:
+def test_a_path_through_a_value_that_is_not_an_object_is_an_error(text: str) -> None:
     with pytest.raises(KeyError):
         set_value(text, ("a", "b"), 1)
     with pytest.raises(KeyError):

@@ -100,7 +100,7 @@ def test_a_card_promises_no_release_that_does_not_know_the_model(checkpoint: Mak
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe not UTF-8", b"# \xe9"])
-def test_what_is_no_text_stays_as_it_is(checkpoint: Make, tmp_path: Path, data: bytes) -> None:
+def test_a_card_that_is_not_text_stays_unchanged(checkpoint: Make, tmp_path: Path, data: bytes) -> None:
     source = checkpoint("dense31b", "skip")
     (source / CARD).write_bytes(data)
     bnbfix.repair(source, tmp_path / "out", "0.32.0")

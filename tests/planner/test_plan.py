@@ -1,4 +1,4 @@
-"""A plan to the byte: where every tensor of the output lies, the texts beside it, what is copied, what is refused."""
+"""A plan to the byte: where every tensor of the output is, the texts next to it, what is copied, what is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def after(plan: Plan) -> Checkpoint:
 
 
 @every_cell
-def test_tensors_lie_one_after_the_other_each_at_a_multiple_of_its_element_size(
+def test_tensors_follow_each_other_each_at_a_multiple_of_its_element_size(
     family: str, quant: str, shards: int, target: str, pristine: Make
 ) -> None:
     plan = planned(pristine(family, quant, shards=shards), target)
@@ -218,7 +218,7 @@ def test_state_tensors_in_another_shard_are_read_there_and_dropped_there(pristin
         assert not next(s for s in plan.shards if s.name == shard).copied
 
 
-def test_a_copy_and_all_its_state_tensors_lie_in_the_shard_of_its_donor(pristine: Make) -> None:
+def test_a_copy_and_all_its_state_tensors_are_in_the_shard_of_its_donor(pristine: Make) -> None:
     plan = planned(pristine("dense31b", "skip", shards=17), "0.22.1")
     shard_of = {t.info.name: shard.name for shard in plan.shards for t in shard.tensors}
     scattered = 0
@@ -232,7 +232,7 @@ def test_a_copy_and_all_its_state_tensors_lie_in_the_shard_of_its_donor(pristine
     assert len(touched) < len(plan.shards), "and the others are copied as they are"
 
 
-def test_a_repair_of_the_config_alone_copies_every_shard(pristine: Make) -> None:
+def test_a_repair_of_only_the_config_copies_every_shard(pristine: Make) -> None:
     source = pristine("dense31b", "skip", shards=3)
     plan = planned(source, "0.32.0")
     assert {e.action for e in plan.edits} == {"config"}
@@ -269,7 +269,7 @@ def test_an_older_prefix_gets_the_same_plan_under_its_own_names(family: str, qua
     assert bool(inserted) == (family == "e4b-noshared")
 
 
-def test_a_text_only_checkpoint_is_mended_under_its_own_names(pristine: Make) -> None:
+def test_a_text_only_checkpoint_is_repaired_under_its_own_names(pristine: Make) -> None:
     plan = planned(pristine("text", "partial"), "portable")
     assert all(n.startswith("model.") and "language_model" not in n for n in made(plan))
     assert list(after(plan).skip_modules)[-11:] == [
@@ -334,7 +334,7 @@ def test_the_planned_source_comes_from_where_the_source_does(plan: Plan) -> None
     source, out = plan.checkpoint.source, PlannedSource(plan)
     assert (out.name, out.origin, out.fingerprint) == (source.name, source.origin, source.fingerprint)
     assert out.with_subfolders() is out
-    assert all(out.local_path(name) is None for name in out.files), "and nothing lies on disk yet"
+    assert all(out.local_path(name) is None for name in out.files), "and nothing is on disk yet"
 
 
 def test_the_planned_source_has_no_bytes_for_what_is_not_made_yet(plan: Plan) -> None:
@@ -410,7 +410,7 @@ def test_the_index_keeps_what_else_it_says(checkpoint: Make) -> None:
     assert "ü" in plan.texts[INDEX]
 
 
-def test_a_wrong_index_alone_is_no_reason_to_repair(checkpoint: Make) -> None:
+def test_a_wrong_index_by_itself_is_not_repaired(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all", shards=3)
     with json_of(source, INDEX) as index:
         index["metadata"]["total_size"] = 1
@@ -439,7 +439,7 @@ def test_the_config_keeps_its_line_ends_and_indentation(checkpoint: Make) -> Non
     assert plan.texts[CONFIG] == json.dumps(doc, indent="\t").replace("\n", "\r\n")
 
 
-def test_edits_are_told_in_full(pristine: Make) -> None:
+def test_edits_are_listed_in_full(pristine: Make) -> None:
     plan = planned(pristine("dense31b", "skip"), "0.22.1")
     assert [(e.action, e.name, e.code, e.detail) for e in plan.edits] == [
         (
@@ -469,7 +469,7 @@ def test_bf16_in_one_file_needs_no_index_and_takes_none_along(pristine: Make) ->
     assert not [f for f in PlannedSource(plan).files if "safetensors" in f and f != "model.safetensors"]
 
 
-def test_bf16_keeps_an_index_where_a_file_lies_about_that_the_old_one_left_out(checkpoint: Make) -> None:
+def test_bf16_keeps_an_index_where_a_file_remains_that_the_old_one_left_out(checkpoint: Make) -> None:
     source = checkpoint("text", "all", shards=3)
     write_tensors(source / "stray.safetensors", {"model.norm.weight": zeros(128), "model.stray": zeros(4)})
     plan = fix(source, "0.32.0", bf16=True)
@@ -504,7 +504,7 @@ def test_bf16_of_a_class_that_the_release_does_not_know_is_refused(pristine: Mak
 
 
 def single_experts(source: Path, *prefixes: str) -> None:
-    """Two experts of layer 3 stored one by one under each prefix, beside whatever experts there are."""
+    """Two per-expert weights of layer 3 under each prefix, next to whatever experts there are."""
     with tensors_of(source) as tensors:
         for prefix in prefixes:
             for expert in range(2):

@@ -97,7 +97,7 @@ def write_checkpoint(out: Path, files: dict[str, bytes], tensors: Tensors, shard
 
 
 def everything(folder: Path) -> Tensors:
-    """Every tensor of a folder; one that lies in two files fails the test."""
+    """Every tensor of a folder; one that is in two files fails the test."""
     out: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         found = read_tensors(shard)
@@ -148,9 +148,9 @@ def test_a_repair_of_any_checkpoint_is_what_it_should_be(
 ) -> None:
     r = random.Random(seed)
     files, whole = made(family, quant)
-    _, plain = made(family, "bf16")
+    _, full = made(family, "bf16")
     tensors: Tensors = {}
-    for name, t in plain.items():
+    for name, t in full.items():
         own = {n: p for n, p in whole.items() if n == name or n.startswith(name + ".")}
         tensors |= own if len(own) > 1 and r.random() < share else {name: t}
     tensors = {prefix + name.removeprefix("model."): t for name, t in tensors.items()}

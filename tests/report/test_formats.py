@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from markdown_it import MarkdownIt
 from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.errors import InputError, NotApplicable, UsageError
 from bnbfix.report import github as report_github
+from bnbfix.report import html as report_html
 from bnbfix.report import json as report_json
 from bnbfix.report import markdown as report_markdown
 from bnbfix.report import sarif as report_sarif
 from bnbfix.report.outcome import ScanOutcome, read_names, scan_models
+from bnbfix.report.scan_table import render_table
+from bnbfix.report.terminal import TableOptions
 from bnbfix.rules.rule import Code, Severity
 from bnbfix.rules.scan import Finding
 from bnbfix.rules.selection import Selection, findings_code, worst
@@ -119,6 +122,27 @@ def test_json_of_several_and_json_lines(pristine: Make, tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == whole["models"]
     assert all(line.count("\n") == 1 for line in lines)
     assert json.loads("".join(report_json.render(found[:1], several=False))) == whole["models"][0]
+
+
+def as_table(found: list[ScanOutcome]) -> Iterator[str]:
+    for line in render_table(found, TableOptions(width=1000), several=False, with_map=False):
+        yield "".join(part.text for part in line)
+
+
+@pytest.mark.parametrize(
+    "render",
+    [as_table, report_markdown.render, report_html.render, report_sarif.render, report_github.render],
+    ids=["table", "markdown", "html", "sarif", "github"],
+)
+def test_neighbouring_ranges_are_joined_in_every_format(
+    pristine: Make, render: Callable[[list[ScanOutcome]], Iterable[str]]
+) -> None:
+    found = outcomes(pristine("dense31b", "partial", shards=2))
+    (result,) = (o.result for o in found)
+    assert result is not None and max(len(f.releases) for f in result.findings) > 3
+    text = "".join(render(found))
+    assert "vLLM 0.19.0-0.27.1" in text and "vLLM 0.28.0-0.33.0" in text
+    assert not re.search(r"0\.22\.1,|0\.31\.0, ", text)
 
 
 # SARIF

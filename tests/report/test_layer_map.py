@@ -28,7 +28,7 @@ from tests.support.outcomes import EVIL, evil, outcomes
 L = "model.language_model.layers."
 
 
-def grid_of(source: Path, target: str = "portable") -> LayerMap:
+def layer_map_of(source: Path, target: str = "portable") -> LayerMap:
     checkpoint = opened(source)
     findings = scan_checkpoint(checkpoint, resolve_target(target)).findings
     return build_layer_map(
@@ -36,8 +36,8 @@ def grid_of(source: Path, target: str = "portable") -> LayerMap:
     )
 
 
-def section(grid: LayerMap, title: str) -> Section:
-    return next(s for s in grid.sections if s.title == title)
+def section(layer_map: LayerMap, title: str) -> Section:
+    return next(s for s in layer_map.sections if s.title == title)
 
 
 def marks(section: Section) -> list[str]:
@@ -49,8 +49,8 @@ def marks(section: Section) -> list[str]:
 
 
 def test_the_map_of_31b_has_layers_down_and_modules_across(pristine: Make) -> None:
-    grid = grid_of(pristine("dense31b", "partial", shards=2))
-    language = section(grid, "language model")
+    layer_map = layer_map_of(pristine("dense31b", "partial", shards=2))
+    language = section(layer_map, "language model")
     assert language.columns == ("q", "k", "v", "o", "gate", "up", "down", "norms")
     assert [(r.label, r.kind) for r in language.rows] == [
         ("0", "sliding"),
@@ -64,22 +64,22 @@ def test_the_map_of_31b_has_layers_down_and_modules_across(pristine: Make) -> No
     assert language.rows[1].cells["q"] == Cell(State.FIXABLE, "BF16", (Code.PARTIALLY_QUANTIZED,))
     assert language.rows[2].cells["v"] == Cell(State.ABSENT, "K serves as V")
     assert language.rows[0].cells["norms"].note == "7 BF16"
-    assert marks(section(grid, "vision tower")) == ["!!!!!!!."] * 2
-    around = {r.label: r.cells[""].state for r in section(grid, "around the layers").rows}
+    assert marks(section(layer_map, "vision tower")) == ["!!!!!!!."] * 2
+    around = {r.label: r.cells[""].state for r in section(layer_map, "around the layers").rows}
     assert around["embed_vision.embedding_projection"] is State.FIXABLE
     assert around["language_model.embed_tokens"] is State.UNQUANTIZED
-    assert sum(grid.counts().values()) == sum(len(r.cells) for s in grid.sections for r in s.rows)
+    assert sum(layer_map.counts().values()) == sum(len(r.cells) for s in layer_map.sections for r in s.rows)
 
 
 def test_the_map_depends_on_the_target(pristine: Make) -> None:
     source = pristine("dense31b", "partial", shards=2)
-    old, new = (section(grid_of(source, t), "language model") for t in ("0.22.1", "0.32.0"))
+    old, new = (section(layer_map_of(source, t), "language model") for t in ("0.22.1", "0.32.0"))
     assert (marks(old)[2], marks(new)[2]) == ("Q!=QQQQ.", "QQ=QQQQ.")
 
 
 def test_the_map_has_audio_inputs_and_shared_layers(pristine: Make) -> None:
-    grid = grid_of(pristine("e4b-noshared", "all"), "0.32.0")
-    language, audio = section(grid, "language model"), section(grid, "audio tower")
+    layer_map = layer_map_of(pristine("e4b-noshared", "all"), "0.32.0")
+    language, audio = section(layer_map, "language model"), section(layer_map, "audio tower")
     assert language.columns[-3:] == ("input gate", "input proj", "norms")
     assert [r.kind for r in language.rows][-2:] == ["sliding, shared", "full, shared"]
     assert language.rows[4].cells["k"] == Cell(State.ABSENT, "K and V are layer 2's")
@@ -98,29 +98,34 @@ def test_the_map_has_audio_inputs_and_shared_layers(pristine: Make) -> None:
         "ff2 out",
         "norms",
     )
-    assert [s.title for s in grid.sections] == ["language model", "vision tower", "audio tower", "around the layers"]
+    assert [s.title for s in layer_map.sections] == [
+        "language model",
+        "vision tower",
+        "audio tower",
+        "around the layers",
+    ]
 
 
 def test_what_is_missing_is_a_conflict_of_its_cell(pristine: Make) -> None:
-    language = section(grid_of(pristine("e4b-noshared", "all"), "0.22.1"), "language model")
+    language = section(layer_map_of(pristine("e4b-noshared", "all"), "0.22.1"), "language model")
     assert language.rows[4].cells["k"] == Cell(State.FIXABLE, "not in the file", (Code.SHARED_WITHOUT_KV,))
 
 
 def test_the_map_of_a_mixture_has_router_and_experts(pristine: Make) -> None:
-    language = section(grid_of(pristine("moe26b", "all"), "0.32.0"), "language model")
+    language = section(layer_map_of(pristine("moe26b", "all"), "0.32.0"), "language model")
     assert language.columns == ("q", "k", "v", "o", "gate", "up", "down", "router", "experts", "norms")
     assert set(marks(language)) == {"QQQQQQQ!!.", "QQ=QQQQ!!."}
     assert language.rows[0].cells["experts"] == Cell(State.FIXABLE, "2 BF16", (Code.FUSED_EXPERTS,))
 
 
 def test_a_conflict_that_no_repair_fixes_has_its_own_mark(pristine: Make) -> None:
-    language = section(grid_of(pristine("moe26b", "int8"), "0.22.1"), "language model")
+    language = section(layer_map_of(pristine("moe26b", "int8"), "0.22.1"), "language model")
     assert set(marks(language)[0][:7]) == {"X"}
 
 
 def test_the_map_of_a_repaired_checkpoint_shows_what_was_repaired(pristine: Make, tmp_path: Path) -> None:
     bnbfix.repair(pristine("dense31b", "partial", shards=2), tmp_path / "out", "0.22.1", device="cpu")
-    language = section(grid_of(tmp_path / "out", "0.22.1"), "language model")
+    language = section(layer_map_of(tmp_path / "out", "0.22.1"), "language model")
     assert marks(language) == ["QQQQQQQ.", ".RRQQQQ.", "QQRQQQQ.", "QQQQ.RQ.", "QQQQQQQ.", "QQRQQQQ."]
     assert language.rows[1].cells["k"].note == "BF16"
 
@@ -137,8 +142,10 @@ def test_an_invalid_record_is_ignored(checkpoint: Make, text: str) -> None:
 )
 def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, quant: str) -> None:
     checkpoint = opened(pristine(family, quant))
-    grid = build_layer_map(checkpoint, read_model(checkpoint.config), ())
-    notes = [c.note for s in grid.sections for r in s.rows for c in r.cells.values() if c.state is not State.ABSENT]
+    layer_map = build_layer_map(checkpoint, read_model(checkpoint.config), ())
+    notes = [
+        c.note for s in layer_map.sections for r in s.rows for c in r.cells.values() if c.state is not State.ABSENT
+    ]
     counted = [sum(int(p.split()[0]) for p in n.split(", ")) if " " in n else 1 for n in notes]
     assert sum(counted) == len(checkpoint.weights)
 
@@ -146,8 +153,8 @@ def test_every_weight_is_in_the_map_of_any_family(pristine: Make, family: str, q
 # The map in a terminal
 
 
-def text_map(grid: LayerMap, width: int = 80) -> list[str]:
-    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(grid, TableOptions(width))]
+def text_map(layer_map: LayerMap, width: int = 80) -> list[str]:
+    return ["".join(span.text for span in line).rstrip() for line in layer_map_lines(layer_map, TableOptions(width))]
 
 
 def tall(layers: int) -> LayerMap:
@@ -214,7 +221,7 @@ def page(*found: ScanOutcome) -> Page:
 
 
 def test_the_page_shows_the_matrix_the_map_and_the_findings(pristine: Make) -> None:
-    found = outcomes(pristine("dense31b", "partial", shards=2), grid=True)
+    found = outcomes(pristine("dense31b", "partial", shards=2), with_map=True)
     p = page(*found)
     for words in (
         "0.19.0-0.22.1",
@@ -223,16 +230,16 @@ def test_the_page_shows_the_matrix_the_map_and_the_findings(pristine: Make) -> N
         "K serves as V, but",
     ):
         assert words in p.text
-    assert found[0].grid is not None
+    assert found[0].layer_map is not None
     cells = [a for tag, a in p.tags if tag in ("abbr", "a") and "cell" in (a.get("class") or "")]
-    assert len(cells) == sum(found[0].grid.counts().values()) and all(a["title"] for a in cells)
+    assert len(cells) == sum(found[0].layer_map.counts().values()) and all(a["title"] for a in cells)
     titles = {a["title"] for a in cells}
     assert "layer 2, v: not in the file; K serves as V" in titles
     assert "layer 1, q: in conflict; a repair fixes it (BNB103); BF16" in titles
 
 
 def test_the_page_asks_nothing_from_anywhere(pristine: Make) -> None:
-    p = page(*outcomes(pristine("dense31b", "partial", shards=2), "/nowhere", pristine("e4b", "all"), grid=True))
+    p = page(*outcomes(pristine("dense31b", "partial", shards=2), "/nowhere", pristine("e4b", "all"), with_map=True))
     allowed = {"html", "head", "meta", "title", "style", "body", "main", "footer", "section", "article", "header"}
     allowed |= {"h1", "h2", "h3", "p", "span", "b", "small", "code", "abbr", "a", "ul", "li", "wbr", "div", "details"}
     allowed |= {"summary", "table", "caption", "thead", "tbody", "tr", "th", "td"}
@@ -246,7 +253,7 @@ def test_the_page_asks_nothing_from_anywhere(pristine: Make) -> None:
 
 
 def test_links_inside_the_page_lead_somewhere(pristine: Make) -> None:
-    p = page(*outcomes(pristine("moe26b", "all"), pristine("dense31b", "partial"), target="0.32.0", grid=True))
+    p = page(*outcomes(pristine("moe26b", "all"), pristine("dense31b", "partial"), target="0.32.0", with_map=True))
     ids = [a["id"] for _, a in p.tags if "id" in a]
     assert len(ids) == len(set(ids))
     links = [a["href"] or "" for a in p.all("a")]
@@ -255,15 +262,15 @@ def test_links_inside_the_page_lead_somewhere(pristine: Make) -> None:
 
 
 def test_tables_say_what_their_heads_are(pristine: Make) -> None:
-    p = page(*outcomes(pristine("dense31b", "partial"), grid=True))
+    p = page(*outcomes(pristine("dense31b", "partial"), with_map=True))
     assert all(a.get("scope") in ("row", "col") for a in p.all("th"))
     assert sum(1 for _ in p.all("caption")) == 3
 
 
 def test_hostile_names_are_text_in_the_page(pristine: Make) -> None:
-    found = evil(outcomes(pristine("dense31b", "partial", shards=2), grid=True)[0])
+    found = evil(outcomes(pristine("dense31b", "partial", shards=2), with_map=True)[0])
     around = Row(EVIL, EVIL, {"": Cell(State.UNQUANTIZED, EVIL)})
-    found = replace(found, grid=LayerMap((Section("around the layers", ("",), (around,)),)))
+    found = replace(found, layer_map=LayerMap((Section("around the layers", ("",), (around,)),)))
     p = page(found)
     assert "script" not in {tag for tag, _ in p.tags}
     assert p.text.count("<script>alert(1)</script>") > 5
@@ -283,7 +290,7 @@ def test_a_layer_that_the_config_does_not_know_is_on_the_map_without_a_kind(chec
     source = checkpoint("dense31b", "skip")
     with tensors_of(source) as tensors:
         copy_weight(tensors, f"{L}5.mlp.up_proj.weight", f"{L}17.mlp.up_proj.weight")
-    last = section(grid_of(source, "0.32.0"), "language model").rows[-1]
+    last = section(layer_map_of(source, "0.32.0"), "language model").rows[-1]
     assert (last.label, last.kind, set(last.cells)) == ("17", "", {"up"})
 
 
@@ -298,7 +305,7 @@ def test_a_page_of_what_has_no_findings_says_none(pristine: Make) -> None:
 
 def test_a_page_without_a_map_has_the_rest(pristine: Make) -> None:
     source = pristine("dense31b", "partial", shards=2)
-    with_map, without = ("".join(report_html.render(outcomes(source, grid=grid))) for grid in (True, False))
+    whole, without = ("".join(report_html.render(outcomes(source, with_map=drawn))) for drawn in (True, False))
     drawn = re.compile(r'<section class="map">.*?</section>\s*', re.DOTALL)
-    assert len(drawn.findall(with_map)) == 1 and drawn.findall(without) == []
-    assert drawn.sub("", with_map).split("<article")[1] == without.split("<article")[1]
+    assert len(drawn.findall(whole)) == 1 and drawn.findall(without) == []
+    assert drawn.sub("", whole).split("<article")[1] == without.split("<article")[1]

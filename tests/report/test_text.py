@@ -9,7 +9,7 @@ import pytest
 from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.sarif import fingerprint
-from bnbfix.report.text import collapse, conclude, join_ranges, matrix, natural_order
+from bnbfix.report.text import collapse, conclude, matrix, natural_order
 from bnbfix.rules.rule import Code, Severity
 from bnbfix.rules.scan import Finding, ReleaseVerdict, ScanResult
 
@@ -48,14 +48,6 @@ def test_other_numbers_are_left_unchanged(name: str) -> None:
 def test_numbers_sort_as_numbers() -> None:
     names = ["layers.10.q", "layers.9.q", "layers.2.v", "layers.2.q", "lm_head"]
     assert sorted(names, key=natural_order) == ["layers.2.q", "layers.2.v", "layers.9.q", "layers.10.q", "lm_head"]
-
-
-def test_neighbouring_ranges_are_joined() -> None:
-    table = ranges()
-    assert join_ranges(table) == f"{table[0].first}-{table[-1].last}"
-    assert join_ranges(table[-2:]) == "0.31.0-0.33.0"
-    assert join_ranges([table[0], table[2]]) == "0.19.0-0.22.1, 0.25.0-0.26.0"
-    assert join_ranges(r for r in table if r.name == "0.30.0") == "0.30.0"
 
 
 def test_the_matrix_joins_neighbours_that_agree() -> None:

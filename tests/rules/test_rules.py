@@ -84,7 +84,7 @@ class Found(Case):
     severity: Severity = FAILS
     tensors: str = ""  # a pattern: every tensor of the checkpoint that matches it is named, and no other
     releases: tuple[str, ...] = ()
-    others: int = 0  # findings of the same code beside this one
+    others: int = 0  # findings of the same code next to this one
 
 
 def edit(change: Callable[[Tensors], None]) -> Change:
@@ -114,7 +114,7 @@ def explicit_v(tensors: Tensors) -> None:
         copy_weight(tensors, f"{L}{layer}.self_attn.k_proj.weight", f"{L}{layer}.self_attn.v_proj.weight")
 
 
-def plain_qk(tensors: Tensors) -> None:
+def unquantized_qk(tensors: Tensors) -> None:
     for layer in (2, 5):
         for part in "qk":
             dequantize_weight(tensors, f"{L}{layer}.self_attn.{part}_proj.weight")
@@ -136,7 +136,7 @@ def lm_head(tensors: Tensors) -> None:
     copy_weight(tensors, next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight")), "lm_head.weight")
 
 
-def plain_lm_head(tensors: Tensors) -> None:
+def unquantized_lm_head(tensors: Tensors) -> None:
     tensors["lm_head.weight"] = zeros(512, 128)
 
 
@@ -144,7 +144,7 @@ def no_quant_map(tensors: Tensors) -> None:
     del tensors[f"{L}1.self_attn.k_proj.weight.quant_map"]
 
 
-def lying_shape(tensors: Tensors) -> None:
+def inconsistent_shape(tensors: Tensors) -> None:
     weight = f"{L}1.self_attn.k_proj.weight"
     name = next(weight + suffix for suffix in state_tensors(tensors, weight) if ".quant_state." in suffix)
     tensors[name] = replace(tensors[name], data=tensors[name].data.replace(b"64, 128", b"64, 129"))
@@ -174,8 +174,8 @@ def bound_state(tensors: Tensors) -> None:
     tensors |= {f"{L}0.mlp.up_proj.weight{suffix}": t for suffix, t in old.items()}
 
 
-def one_by_one(prefix: str, *, quantized: bool = True) -> Callable[[Tensors], None]:
-    """Experts of layer 3 stored one by one in place of the two tensors of every layer."""
+def per_expert(prefix: str, *, quantized: bool = True) -> Callable[[Tensors], None]:
+    """Per-expert weights of layer 3 in place of the two tensors of every layer."""
 
     def change(tensors: Tensors) -> None:
         for name in [n for n in tensors if ".experts." in n]:
@@ -193,7 +193,7 @@ def one_by_one(prefix: str, *, quantized: bool = True) -> Callable[[Tensors], No
 
 def uneven(tensors: Tensors) -> None:
     """One matrix of one expert says that it was quantized from another dtype."""
-    one_by_one("experts")(tensors)
+    per_expert("experts")(tensors)
     name = f"{L}3.experts.1.down_proj.weight.quant_state.bitsandbytes__nf4"
     old = tensors[name].data
     tensors[name] = replace(tensors[name], data=old.replace(b'"dtype": "bfloat16"', b'"dtype":  "float16"'))
@@ -251,7 +251,7 @@ def per_layer(**layer: object) -> Change:
 
 
 def default_rope(folder: Path) -> None:
-    """Of the newer form, per_layer_config alone is left."""
+    """Of the newer form, only per_layer_config is left."""
     with json_of(folder) as config:
         config["vision_config"]["rope_parameters"]["rope_type"] = "default"
 
@@ -499,7 +499,7 @@ FOUND = [
         "dense31b",
         "single",
         "0.22.1",
-        edit(lying_shape),
+        edit(inconsistent_shape),
         "other shape",
         releases=ALL,
         tensors=rf"{L}1\.self_attn\.k_proj\.weight",
@@ -521,7 +521,7 @@ FOUND = [
         "single",
         "0.32.0",
         edit(bound_state),
-        "beside plain",
+        "next to unquantized",
         releases=ALL,
         tensors=rf"{L}0\.mlp\.up_proj\.weight\.quant_state\..*",
         others=1,
@@ -632,7 +632,7 @@ FOUND = [
         "moe26b",
         "all",
         "0.27.1",
-        edit(one_by_one("experts")),
+        edit(per_expert("experts")),
         "new prefix",
         tensors=r".*\.experts\.\d\..*_proj\.weight",
         releases=EXPERTS[:4],
@@ -642,7 +642,7 @@ FOUND = [
         "moe26b",
         "all",
         "0.32.0",
-        edit(one_by_one("moe.experts")),
+        edit(per_expert("moe.experts")),
         "old prefix",
         tensors=r".*\.experts\.\d\..*_proj\.weight",
         releases=FROM_032,
@@ -652,8 +652,8 @@ FOUND = [
         "moe26b",
         "fp4",
         "0.32.0",
-        edit(one_by_one("experts")),
-        "one by one",
+        edit(per_expert("experts")),
+        "per expert",
         severity=WRONG,
         tensors=r".*\.experts\.\d\..*_proj\.weight",
         releases=EXPERTS,
@@ -713,7 +713,7 @@ ABSENT = [
     Case(Code.PARTIALLY_QUANTIZED, "e4b", "all", "portable"),
     Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.23.0"),
     Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(explicit_v), "explicit v"),
-    Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(plain_qk), "plain"),
+    Case(Code.K_EQ_V_WITHOUT_V, "dense31b", "all", "0.22.1", edit(unquantized_qk), "unquantized"),
     Case(Code.K_EQ_V_WITHOUT_V, "e4b", "all", "0.22.1"),
     Case(Code.EXPLICIT_V, "dense31b", "all", "portable"),
     Case(Code.EXPLICIT_V, "dense31b", "all", "0.30.0", edit(explicit_v), "explicit v"),
@@ -727,9 +727,11 @@ ABSENT = [
     Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "skip", "portable"),
     Case(Code.QUANTIZED_PIXEL_PROJECTION, "unified12b", "all", "portable"),
     Case(Code.QUANTIZED_LM_HEAD, "text", "all", "portable"),
-    Case(Code.QUANTIZED_LM_HEAD, "dense31b", "all", "portable", edit(plain_lm_head), "plain"),
+    Case(Code.QUANTIZED_LM_HEAD, "dense31b", "all", "portable", edit(unquantized_lm_head), "unquantized"),
     Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "all", "portable", skip("model.vision_tower"), "HF's spelling"),
-    Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "plain"),
+    Case(
+        Code.QUANTIZED_BUT_SKIPPED, "dense31b", "skip", "portable", skip("vision_tower", "embed_vision"), "unquantized"
+    ),
     Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "all", "0.22.1", skip("vision_tower"), "never quantized there"),
     Case(Code.WEIGHT_NOT_A_COLUMN, "dense31b", "all", "portable"),
     Case(Code.WEIGHT_NOT_A_COLUMN, "dense31b", "storage-bf16", "portable"),
@@ -782,19 +784,19 @@ ABSENT = [
     Case(Code.PLUGIN, "dense31b", "all", installed("0.22.1", "0.0.3")),
     Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "skip", "portable"),
     Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "all", "portable"),
-    Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "all", "portable", edit(plain_lm_head), "lm_head"),
+    Case(Code.TRANSFORMERS_REQUANTIZES, "dense31b", "all", "portable", edit(unquantized_lm_head), "lm_head"),
     Case(Code.MOE_REFUSED, "moe26b", "skip", "0.25.0"),
     Case(Code.MOE_REFUSED, "dense31b", "skip", "0.22.1"),
     Case(Code.FUSED_EXPERTS, "moe26b", "skip", "0.24.0"),
-    Case(Code.FUSED_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "one by one"),
+    Case(Code.FUSED_EXPERTS, "moe26b", "all", "0.32.0", edit(per_expert("experts")), "per expert"),
     Case(Code.FUSED_EXPERTS, "dense31b", "skip", "0.32.0"),
-    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "new prefix"),
-    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.30.0", edit(one_by_one("moe.experts")), "old prefix"),
-    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
-    Case(Code.FP4_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "NF4"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.32.0", edit(per_expert("experts")), "new prefix"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.30.0", edit(per_expert("moe.experts")), "old prefix"),
+    Case(Code.EXPERT_PREFIX, "moe26b", "all", "0.24.0", edit(per_expert("experts")), "refused anyway"),
+    Case(Code.FP4_EXPERTS, "moe26b", "all", "0.32.0", edit(per_expert("experts")), "NF4"),
     Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.32.0"),
-    Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.24.0", edit(one_by_one("experts")), "refused anyway"),
-    Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.32.0", edit(one_by_one("experts")), "alike"),
+    Case(Code.FP4_EXPERTS, "moe26b", "fp4", "0.24.0", edit(per_expert("experts")), "refused anyway"),
+    Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.32.0", edit(per_expert("experts")), "alike"),
     Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.24.0", edit(uneven), "refused anyway"),
     Case(Code.INT8, "dense31b", "all", "portable"),
 ]
@@ -837,7 +839,7 @@ def message(source: Path, code: Code, target: str = "portable") -> str:
     return found.message
 
 
-@pytest.mark.parametrize("change", [no_quant_map, lying_shape])
+@pytest.mark.parametrize("change", [no_quant_map, inconsistent_shape])
 def test_of_a_damaged_weight_nothing_else_is_said(change: Callable[[Tensors], None], checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     edit(change)(source)
@@ -880,9 +882,9 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
     assert [r.release for r in whole.releases] == list(ranges())
     assert whole.verdict == max(r.verdict for r in whole.releases)
     for row in whole.releases:
-        alone = scan(source, row.release.first)
-        counting = [f for f in alone.findings if f.counts]
-        assert row.verdict == alone.verdict
+        only = scan(source, row.release.first)
+        counting = [f for f in only.findings if f.counts]
+        assert row.verdict == only.verdict
         assert row.codes == tuple(sorted({f.code for f in counting}, key=lambda code: code.value))
         assert row.tensors == len({name for f in counting for name in f.tensors})
 
@@ -918,7 +920,7 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
             Code.EXPERT_PREFIX,
             "moe26b",
             "all",
-            edit(one_by_one("experts")),
+            edit(per_expert("experts")),
             "0.27.1",
             "the release looks for moe.experts.N",
         ),
@@ -927,7 +929,7 @@ def test_the_verdict_of_a_range_is_that_of_a_scan_for_it(family: str, quant: str
             Code.UNQUANTIZED_IN_QUANTIZED,
             "moe26b",
             "all",
-            edit(one_by_one("experts", quantized=False)),
+            edit(per_expert("experts", quantized=False)),
             "0.27.1",
             "full precision in the file, a quantized parameter in vLLM",
         ),
@@ -941,7 +943,7 @@ def test_a_message_says_what_is_meant(
     assert message(source, code, target) == words
 
 
-def test_the_total_size_of_an_index_is_told(checkpoint: Make) -> None:
+def test_a_wrong_total_size_of_an_index_is_reported(checkpoint: Make) -> None:
     source = checkpoint("dense31b", "all")
     wrong_size(source)
     size = sum(len(t.data) for t in read_tensors(source / SHARD).values())
@@ -1005,7 +1007,7 @@ def test_tensors_of_a_layer_that_the_config_does_not_have_are_not_taken_for_a_sh
 
 def test_experts_are_never_counted_as_skipped(checkpoint: Make) -> None:
     source = checkpoint("moe26b", "skip")
-    edit(one_by_one("experts"))(source)
+    edit(per_expert("experts"))(source)
     set_skip(source, "experts", "moe", "language_model.model.layers.3.experts", "router.proj")
     found = codes(source, "0.32.0")
     assert Code.QUANTIZED_BUT_SKIPPED not in found and Code.QUANTIZED_IN_UNQUANTIZED not in found

@@ -146,7 +146,7 @@ def test_a_mixture_of_experts_has_no_portable_form(pristine: Make) -> None:
 
 
 @pytest.mark.parametrize("target", [*RELEASES, "portable"])
-def test_partially_quantized_quantize_quantizes_the_plain_members(target: str, pristine: Make, tmp_path: Path) -> None:
+def test_partial_groups_quantize_quantizes_the_unquantized_members(target: str, pristine: Make, tmp_path: Path) -> None:
     source, out = pristine("e4b", "partial"), tmp_path / "out"
     result = bnbfix.repair(source, out, target, partial_groups="quantize")
     quantized = {e.name for e in result.plan.edits if e.action == "quantize"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from bnbfix.checkpoint.safetensors import DTYPE_BITS
@@ -25,7 +28,7 @@ SHARD = "model.safetensors"
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it lies in a file."""
+    """A tensor as it is in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -114,7 +117,7 @@ def drop_weight(tensors: Tensors, weight: str) -> None:
 
 
 def dequantize_weight(tensors: Tensors, weight: str) -> None:
-    """Puts a plain weight of the same shape (and zeros) in place of a 4-bit one."""
+    """Puts an unquantized weight of the same shape (and zeros) in place of a 4-bit one."""
     state = next(t for suffix, t in state_tensors(tensors, weight).items() if ".quant_state." in suffix)
     drop_weight(tensors, weight)
     tensors[weight] = zeros(*json.loads(state.data)["shape"])
@@ -138,3 +141,10 @@ def scan(folder: Path, target: str | Target = "portable") -> ScanResult:
 def planned(folder: Path, target: str, options: Options | None = None) -> Plan:
     """The plan for a checkpoint that nobody changes: made once for a run."""
     return plan_checkpoint(LocalSource.open(folder), resolve_target(target), options)
+
+
+def set_chunk_bytes(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets how many bytes are read, compared or copied at a time, in every module that has such a constant."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("bnbfix.")]:
+        for constant in {"CHUNK_BYTES", "COPY_BYTES"} & set(vars(module)):
+            monkeypatch.setattr(module, constant, n)

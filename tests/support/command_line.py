@@ -32,6 +32,15 @@ class Run:
         return " ".join(self.out.split())
 
     @property
+    def error(self) -> str:
+        """The one line that says what is wrong; a hint may follow, in a line of its own."""
+        first, *hint = self.err.splitlines()
+        assert first.startswith("error: ") and len(first) < 1000
+        assert len(hint) <= 1 and all(line.startswith("  ") for line in hint)
+        assert "Traceback" not in self.out + self.err
+        return first
+
+    @property
     def json(self) -> Any:
         return json.loads(self.out)
 
@@ -73,10 +82,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def process(*arguments: object, runner: tuple[str, ...] = ("-m", "bnbfix")) -> Run:
-    """The same in a process of its own, with pipes for stdout and stderr."""
+    """The same in a process of its own, with pipes for stdout and stderr and nothing on stdin."""
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "FORCE_COLOR")}
     command = [sys.executable, *runner, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, stdin=subprocess.DEVNULL)
     return Run(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 

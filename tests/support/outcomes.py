@@ -11,8 +11,8 @@ from bnbfix.report.outcome import ScanOutcome, scan_models
 EVIL = "\x1b[31m\x07\r\n<script>alert(1)</script>|`*_[x](http://e.vil)%0A,:\u202e@user"
 
 
-def outcomes(*models: Path | str, target: str = "portable", grid: bool = False) -> list[ScanOutcome]:
-    return list(scan_models(map(str, models), resolve_target(target), with_grid=grid))
+def outcomes(*models: Path | str, target: str = "portable", with_map: bool = False) -> list[ScanOutcome]:
+    return list(scan_models(map(str, models), resolve_target(target), with_map=with_map))
 
 
 def evil(o: ScanOutcome) -> ScanOutcome:

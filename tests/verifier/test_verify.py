@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import pytest
 
 import bnbfix
-from bnbfix.cli import main as cli
 from bnbfix.errors import HeaderError, InputError, NotApplicable, UsageError
 from bnbfix.planner.plan import Plan
-from bnbfix.verifier import verify as verifier  # noqa: F401 - `set_chunk` needs it imported
-from tests.support.build import Make, Raw, tensors_of
+from bnbfix.verifier import verify as verifier  # noqa: F401 - `set_chunk_bytes` needs it imported
+from tests.support.build import Make, Raw, set_chunk_bytes, tensors_of
+from tests.support.command_line import Cli
 
 # With this target the output has a dequantized tensor, inserted copies, a rewritten shard and a copied one.
 TARGET = "0.22.1"
@@ -53,14 +52,6 @@ def spoilt(repaired: Spoil, tmp_path: Path) -> Spoil:
     """The same with an output of the test's own, which it may spoil."""
     source, out, plan = repaired
     return source, Path(shutil.copytree(out, tmp_path / "out")), plan
-
-
-def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets how many bytes are compared at a time, in every module that has the constant."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
-    assert modules
-    for module in modules:
-        monkeypatch.setattr(module, "CHUNK_BYTES", n)
 
 
 def flip(file: Path, at: int) -> None:
@@ -151,7 +142,7 @@ def test_every_kind_of_repair_passes(pristine: Make, tmp_path: Path, family: str
 @pytest.mark.parametrize("chunk", [4 << 10, 8 << 10])
 def test_the_chunk_size_does_not_matter(repaired: Spoil, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     source, out, plan = repaired
-    set_chunk(chunk, monkeypatch)
+    set_chunk_bytes(chunk, monkeypatch)
     assert problems(out, source) == []
     assert where(out, of_kind(plan, "dequantized"))[2] > chunk
 
@@ -197,7 +188,7 @@ def test_a_flipped_byte_in_a_tensor_is_found(spoilt: Spoil, kind: str, position:
 
 def test_a_flipped_byte_late_in_a_tensor_is_placed_by_its_chunk(spoilt: Spoil, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out, plan = spoilt
-    set_chunk(16 << 10, monkeypatch)
+    set_chunk_bytes(16 << 10, monkeypatch)
     tensor = of_kind(plan, "dequantized")
     shard, start, size = where(out, tensor)
     byte = start + size - 100
@@ -405,7 +396,7 @@ def test_full_precision_passes_for_every_chunk_size(
     dequantized: Spoil, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     source, out, plan = dequantized
-    set_chunk(chunk, monkeypatch)
+    set_chunk_bytes(chunk, monkeypatch)
     assert where(out, of_kind(plan, "dequantized"))[2] > 2 * chunk
     assert problems(out, source) == []
 
@@ -658,43 +649,29 @@ def test_verifying_writes_nothing(repaired: Spoil) -> None:
 # The command line
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["bnbfix", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
-def test_a_difference_ends_with_exit_code_1(
-    spoilt: Spoil, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_difference_ends_with_exit_code_1(run: Cli, spoilt: Spoil) -> None:
     source, out, plan = spoilt
     tensor = of_kind(plan, "dequantized")
     shard, start, _ = where(out, tensor)
-    assert run(monkeypatch, "verify", out, "--source", source) == 0
-    clean = capsys.readouterr()
-    assert "independent decode; scan for vLLM 0.22.1: clean." in clean.out.replace("\n", " ") and clean.err == ""
+    clean = run("verify", out, "--source", source)
+    assert (clean.code, clean.err) == (0, "")
+    assert "independent decode; scan for vLLM 0.22.1: clean." in clean.words
     flip(out / shard, start)
     forge(out, shard)
-    assert run(monkeypatch, "verify", out, "--source", source) == 1
-    found = capsys.readouterr()
-    words = " ".join(found.out.split())
-    assert f"{shard}: {tensor}: is not what its quantized weight decodes to" in words
-    assert "1 difference; do not use this output." in words and found.err == ""
-    assert run(monkeypatch, "verify", out, "--source", source, "--format", "json") == 1
-    doc = json.loads(capsys.readouterr().out)
-    assert doc["ok"] is False
-    (problem,) = doc["problems"]
+    found = run("verify", out, "--source", source)
+    assert (found.code, found.err) == (1, "")
+    assert f"{shard}: {tensor}: is not what its quantized weight decodes to" in found.words
+    assert "1 difference; do not use this output." in found.words
+    found = run("verify", out, "--source", source, "--format", "json")
+    assert found.code == 1 and found.json["ok"] is False
+    (problem,) = found.json["problems"]
     assert (problem["file"], problem["tensor"]) == (shard, tensor)
     assert problem["message"].startswith("is not what its quantized weight decodes to")
 
 
-def test_a_missing_record_ends_with_exit_code_2(
-    spoilt: Spoil, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_record_ends_with_exit_code_2(run: Cli, spoilt: Spoil) -> None:
     _, out, _ = spoilt
     (out / "bnbfix.json").unlink()
-    assert run(monkeypatch, "verify", out) == 2
-    found = capsys.readouterr()
-    assert found.out == "" and "was this folder written by `bnbfix repair`?" in found.err
+    found = run("verify", out)
+    assert (found.code, found.out) == (2, "")
+    assert "was this folder written by `bnbfix repair`?" in found.err

@@ -271,7 +271,7 @@ def test_shards_written_at_the_same_time_give_the_same_bytes(pristine: Make, tmp
 def test_an_error_of_one_worker_stops_all(pristine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pristine("dense31b", "partial", shards=3)
 
-    monkeypatch.setattr(native, "load", broken_library)
+    monkeypatch.setattr(native, "load_library", broken_library)
     with pytest.raises(OutputError, match="Input/output error"):
         bnbfix.repair(source, tmp_path / "out", vllm="portable", device="cpu", workers=3)
     assert list(tmp_path.iterdir()) == []

@@ -28,10 +28,10 @@ from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.planner.plan import Action, Edit
-from bnbfix.writer import output_file, syscalls, write
 from bnbfix.writer import staging as destination
+from bnbfix.writer import syscalls, write
 from bnbfix.writer.record import repaired_tensors
-from tests.support.build import Make
+from tests.support.build import Make, set_chunk_bytes
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
 
@@ -61,15 +61,6 @@ def repaired(
 
 def fix(source: Path, out: Path, **options: Any) -> bnbfix.RepairResult:
     return bnbfix.repair(source, out, **{"vllm": "portable", "device": "cpu"} | options)
-
-
-def set_chunk(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets how many bytes are moved at a time, in every module that has the constant."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("bnbfix.") and hasattr(m, "CHUNK_BYTES")]
-    assert modules
-    for module in modules:
-        monkeypatch.setattr(module, "CHUNK_BYTES", n)
-    monkeypatch.setattr(output_file, "COPY_BYTES", n)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -413,7 +404,7 @@ def test_the_output_is_the_same_each_time_and_for_every_chunk_size(
 ) -> None:
     source = pristine("dense31b", "partial", shards=2)
     plan = fix(source, tmp_path / "one").plan
-    set_chunk(chunk, monkeypatch)
+    set_chunk_bytes(chunk, monkeypatch)
     steps: list[int] = []
     fix(source, tmp_path / "two", progress=steps.append)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -939,7 +930,7 @@ def test_an_error_of_the_kernels_leaves_nothing_and_is_not_swallowed(
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setattr(torch, "frombuffer", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         fix(small, tmp_path / "out")
