@@ -18,9 +18,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bnbfix.engines.vllm import worker as vllm_worker
+from bnbfix.engines.vllm.inside import engine as vllm_engine
 
-os.environ.update({k: os.environ.get(k, v) for k, v in vllm_worker.ENVIRONMENT.items()})
+os.environ.update({k: os.environ.get(k, v) for k, v in vllm_engine.ENVIRONMENT.items()})
 
 EXACT = 1e-3  # relative error of an unquantized parameter
 ROUNDED = 0.2  # of a quantized one: 4-bit rounding gives 0.07 to 0.15, a wrong matrix more than 0.5
@@ -168,13 +168,13 @@ def main() -> None:
     a = parser.parse_args()
     result: dict[str, Any] = {"error": None, "at": [], "loaded": False, "weights": None, "outputs": None, "ok": False}
     try:
-        result["versions"] = vllm_worker.versions()
+        result["versions"] = vllm_engine.versions()
         config = json.loads((a.folder / "config.json").read_text())
 
         def look(model: Any) -> None:
             result.update(loaded=True, weights=judge_weights(model, a.folder, a.weights))
 
-        llm = vllm_worker.start_engine(str(a.folder.resolve()), look, max_logprobs=-1)
+        llm = vllm_engine.start_engine(str(a.folder.resolve()), look, max_logprobs=-1)
         if a.reference:
             result["outputs"] = judge_outputs(llm, config, a.reference)
         w, o = result["weights"], result["outputs"] or {}

@@ -39,7 +39,7 @@ TOKENS = 6
 TIE = 0.25  # how much less likely than transformers' best a token may be, as a natural logarithm
 NAME = "repaired"
 # vLLM calls what a package registers here in each of its processes: this puts `patch_vllm_for_cpu` into all of them.
-PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.engines.vllm.worker:patch_vllm_for_cpu\n"
+PLUGIN = "[vllm.general_plugins]\nbnbfix_cpu = bnbfix.engines.vllm.inside.engine:patch_vllm_for_cpu\n"
 # Its command line asks for the version of a distribution named vllm, which the CPU build is not.
 ENTRY = """
 from importlib import metadata
