@@ -88,8 +88,7 @@ def repair(
     show_logs(verbose)
     if out is None and not dry_run:
         raise UsageError("repair needs --out DIR, or --dry-run to only see the plan")
-    memory = _size(max_memory, "--max-memory") if max_memory is not None else None
-    options = WriteOptions(device, hardlink, workers, memory)
+    options = WriteOptions(device, hardlink, workers, _size(max_memory, "--max-memory"))
     source = open_source(model, revision)
     to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
@@ -100,7 +99,7 @@ def repair(
         source,
         vllm,
         bf16=bf16,
-        max_shard_size=_size(max_shard_size, "--max-shard-size") if max_shard_size is not None else None,
+        max_shard_size=_size(max_shard_size, "--max-shard-size"),
         partial_groups=partial_groups.value,
         out=out,
         overwrite=overwrite,
@@ -138,8 +137,10 @@ def repair(
     return 0
 
 
-def _size(text: str, option: str) -> int:
-    """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else."""
+def _size(text: str | None, option: str) -> int | None:
+    """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else. None stays None."""
+    if text is None:
+        return None
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     size = float(m[1]) * units[m[2].upper()] if m and m[2].upper() in units else 0

@@ -28,7 +28,7 @@ SHARD = "model.safetensors"
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it is in a file."""
+    """A tensor with its bytes, as a file holds it."""
 
     dtype: str
     shape: tuple[int, ...]
