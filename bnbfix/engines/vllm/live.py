@@ -23,7 +23,7 @@ from .process import Status, run_worker
 from .releases import PLUGIN, VLLM_DISTRIBUTIONS, find_range, ranges
 
 SECONDS = 600.0
-MAX_MEMORY = 8_000_000_000  # bytes; a 31B takes 1.4 GB
+MAX_MEMORY = 8_000_000_000  # bytes; a 31B takes 1.7 GB
 MAX_COMPANION = 64_000_000  # bytes of a file next to the weights: tokenizer.json has 33 MB
 COMPANIONS = (".json", ".model", ".txt", ".jinja")  # what config, tokenizer and processor are read from
 TENSORS = "bnbfix-tensors.json"  # as inside/dry_load.py reads it
