@@ -46,7 +46,7 @@ Vllm = Annotated[
         "Default: the vLLM installed with bnbfix, otherwise portable.",
     ),
 ]
-DryLoad = Annotated[
+DryLoadOption = Annotated[
     bool,
     typer.Option("--dry-load", help="Ask the installed vLLM too: its own loader, given names and shapes, no weights."),
 ]
@@ -77,7 +77,7 @@ def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2))
 
 
-def choose_live(dry_load: bool, python: str | None, *, quiet: bool) -> LiveVllm | None:
+def live_from_options(dry_load: bool, python: str | None, *, quiet: bool) -> LiveVllm | None:
     """The vLLM that --dry-load asks; what it is doing is shown on a terminal."""
     if not dry_load:
         if python is not None:

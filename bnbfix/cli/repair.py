@@ -15,7 +15,7 @@ from ..report.terminal import progress_bar, show_logs
 from ..report.text import count
 from .options import (
     AsFormat,
-    DryLoad,
+    DryLoadOption,
     Format,
     Interrupted,
     ModelName,
@@ -24,7 +24,7 @@ from .options import (
     Revision,
     Verbose,
     Vllm,
-    choose_live,
+    live_from_options,
     print_json,
 )
 
@@ -71,7 +71,7 @@ def repair(
         bool, typer.Option("--create-pr", help="Push as a pull request, to the source repo unless --push-to is given.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Create the repo of --push-to as private.")] = False,
-    dry_load: DryLoad = False,
+    dry_load: DryLoadOption = False,
     python: Python = None,
     format: AsFormat = Format.table,
     verbose: Verbose = 0,
@@ -103,7 +103,7 @@ def repair(
         partial_groups=partial_groups.value,
         out=out,
         overwrite=overwrite,
-        dry_load=choose_live(dry_load, python, quiet=quiet) or False,
+        dry_load=live_from_options(dry_load, python, quiet=quiet) or False,
     )
     download = sum(missing_files(plan).values())
     if dry_run:

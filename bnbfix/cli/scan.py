@@ -15,7 +15,7 @@ from ..report.outcome import ScanOutcome, read_names, scan_models
 from ..report.terminal import print_error, show_logs, table_options, write_file, write_lines, write_text
 from ..rules.rule import Code
 from ..rules.selection import LEVELS, Selection, worst
-from .options import DryLoad, Python, Quiet, Revision, Verbose, Vllm, choose_live
+from .options import DryLoadOption, Python, Quiet, Revision, Verbose, Vllm, live_from_options
 
 
 class ScanFormat(str, Enum):
@@ -89,7 +89,7 @@ def scan(
     fail_on: FailOn = Level.degraded,
     exit_zero: ExitZero = False,
     map: Map = False,
-    dry_load: DryLoad = False,
+    dry_load: DryLoadOption = False,
     python: Python = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -104,7 +104,7 @@ def scan(
     if output is not None and format is ScanFormat.table:
         raise UsageError("--output needs a --format; the table goes to stdout", hint="Add --format.")
     render = _renderer(format, several)
-    live = choose_live(dry_load, python, quiet=quiet)
+    live = live_from_options(dry_load, python, quiet=quiet)
     target = choose_target(vllm, live)
     seen: list[ScanOutcome] = []
     outcomes = _kept(

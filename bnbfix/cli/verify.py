@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report.terminal import progress_bar, show_logs
-from .options import AsFormat, DryLoad, Format, Python, Quiet, Revision, Verbose, choose_live, print_json
+from .options import AsFormat, DryLoadOption, Format, Python, Quiet, Revision, Verbose, live_from_options, print_json
 
 
 def verify(
@@ -17,7 +17,7 @@ def verify(
     revision: Revision = None,
     load: Annotated[bool, typer.Option("--load", help="Also load and run DIR in the installed vLLM.")] = False,
     seconds: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time limit for --load.")] = 1800,
-    dry_load: DryLoad = False,
+    dry_load: DryLoadOption = False,
     python: Python = None,
     format: AsFormat = Format.table,
     verbose: Verbose = 0,
@@ -28,7 +28,7 @@ def verify(
     from ..checkpoint.source import LocalSource
 
     show_logs(verbose)
-    live = choose_live(dry_load, python, quiet=quiet)
+    live = live_from_options(dry_load, python, quiet=quiet)
     size = sum(LocalSource.open(folder).files.values())
     with progress_bar(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
         result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
