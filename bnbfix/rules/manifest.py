@@ -50,7 +50,9 @@ def check_unfilled(case: Case) -> Iterator[Hit]:
 def check_partly_filled(case: Case) -> Iterator[Hit]:
     if (load := case.load) and load.partial:
         reason = "they are not in the file; take them from the model that was saved, or save it again"
-        yield Hit(Severity.WRONG, load.partial, "not in the file; the rest of its fused parameter is", reason)
+        quantized = any(w.quantized for w in case.inspection.checkpoint.weights.values())
+        severity = Severity.FAILS if quantized else Severity.WRONG
+        yield Hit(severity, load.partial, "not in the file; the rest of its fused parameter is", reason)
 
 
 @rule(

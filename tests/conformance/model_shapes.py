@@ -25,7 +25,7 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         read = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.get("architectures") or read.architectures)[0]
+    name = config["architectures"][0]
     with torch.device("meta"):
         model = getattr(transformers, name)(read)
     state = dict(model.state_dict())
@@ -33,12 +33,11 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
     linears = {}
     for module, m in model.named_modules():
         if isinstance(m, torch.nn.Linear):
-            name = module + ".weight"
-            linears[name if name in on_disk else next(iter(revert_weight_conversion(model, {name: state[name]})))] = (
-                module
-            )
+            weight = f"{module}.weight"
+            renamed = [weight] if weight in on_disk else revert_weight_conversion(model, {weight: state[weight]})
+            linears[next(iter(renamed))] = module
     return {
-        "config": config if "architectures" in config else read.to_dict() | {"architectures": [name]},
+        "config": config if "dtype" in config else read.to_dict() | {"architectures": [name], "dtype": "bfloat16"},
         "tensors": {n: list(t.shape) for n, t in on_disk.items()},
         "linears": linears,
         "defaults": type(read)().to_dict(),

@@ -158,7 +158,7 @@ def _describe_release(models: Models, answers: list[dict[str, Any]]) -> dict[str
                 wanted = found.get(("quantized", name), {"fills": []})["fills"] or found["tensor", name]["fills"]
                 if wanted:
                     aliases.setdefault(f"{theirs}|{ours}", []).append((name, answer["fills"] == wanted))
-            elif what[0].startswith("wrong") and not ("error" in answer):
+            elif what[0].startswith("wrong") and "error" not in answer:
                 if answer["fills"]:
                     refused.setdefault(find_pattern(what[1]), []).append(what[2])
     for pattern in stacks:

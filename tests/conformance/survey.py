@@ -38,7 +38,10 @@ SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
 SECONDS = 1800
 SHARD = "model.safetensors"
 TOWERS = (  # that a class without them may meet in the files of one that has them
-    *(f"model.{t}" for t in ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "visual", "vision_embedder")),
+    *(
+        f"model.{t}"
+        for t in ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "visual", "vision_embedder")
+    ),
     *("vision_tower", "audio_tower", "embed_vision", "embed_audio", "visual", "vision_model", "vision_embedder"),
     *("multi_modal_projector", "model.multi_modal_projector", "mm_projector", "mtp", "model.mtp"),
 )
@@ -232,7 +235,7 @@ def survey(work: Path, release: str, python: Path, name: str, family: Family, mo
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps([a | b for a, b in zip(asked, answers, strict=True)]))
     for answer in answers:
-        print(f"{release} {name}:", answer["error"] or f"{len(answer['answers'])} answers", flush=True)
+        print(f"{release} {name}:", (answer["error"] or "")[:200] or f"{len(answer['answers'])} answers", flush=True)
 
 
 def main() -> None:
