@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 def rename_weights(checkpoint: Checkpoint, renames: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint as if its weights, with their quant-state tensors, had other names; the bytes stay where they are."""
+    """The checkpoint as if its weights, with their quant-state tensors, had other names; no byte moves."""
     names = dict(renames)
     for old, new in renames.items():
         suffixes = checkpoint.weights[old].state_tensor_names()

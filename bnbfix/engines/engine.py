@@ -100,10 +100,10 @@ class Expectation(Protocol):
         """Where the release puts a tensor; None where that is not known."""
 
     def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
-        """The tensors that fill the rest of a parameter, of which these parts are filled, as transformers names them."""
+        """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
 
     def rename(self, name: str) -> str | None:
-        """The name that the release would know a tensor by whose beginning it does not know; None where there is none."""
+        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from ..checkpoint.checkpoint import Weight
 from .engine import Expectation
 
-FLOATS = frozenset(
-    {"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-)  # dtypes that a copy into bfloat16 keeps in sense
+FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})  # dtypes that can be cast
 
 
 @dataclass(frozen=True)

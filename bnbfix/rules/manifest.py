@@ -1,4 +1,4 @@
-"""What the loader checks of every tensor and parameter: names that it knows, shapes that fit, and nothing left empty."""
+"""What the loader checks of every tensor and parameter: known names, fitting shapes, and nothing left empty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANIFEST = frozenset({Code.UNKNOWN_NAME, Code.UNFILLED, Code.WRONG_SHAPE, Code.W
     why="The model that the release builds from config.json has no parameter of this name. The load stops with `There "
     "is no module or parameter named ...`, or a shape error. Adapters that were not merged, heads of training, layers "
     "beyond num_hidden_layers and a config.json of another model leave such tensors.",
-    fix="Nothing in the file can be right: save the model again without them, or with the config.json it was made with.",
+    fix="Nothing in the file can be fixed: save the model again without them, or with its own config.json.",
 )
 def check_unknown_name(case: Case) -> Iterator[Hit]:
     if (load := case.load) and load.refused:
@@ -28,8 +28,8 @@ def check_unknown_name(case: Case) -> Iterator[Hit]:
 @rule(
     Code.UNFILLED,
     "parameter that no tensor fills",
-    why="The model that the release builds from config.json has a parameter for which the file has no tensor: `Following "
-    "weights were not initialized from checkpoint`. A shard, a tower or a layer was lost when the model was saved.",
+    why="The model that the release builds from config.json has a parameter for which the file has no tensor: "
+    "`Following weights were not initialized from checkpoint`. A shard, a tower or a layer was lost when the model was saved.",
     fix="The tensor has to come from the model that was saved; no other one can take its place.",
 )
 def check_unfilled(case: Case) -> Iterator[Hit]:
@@ -59,8 +59,8 @@ def check_partly_filled(case: Case) -> Iterator[Hit]:
     Code.WRONG_SHAPE,
     "shape or dtype that the parameter does not have",
     why="The shape is not the one that config.json gives the parameter: an AssertionError stops the load. Embeddings "
-    "that grew without config.json, empty tensors that ZeRO-3 left, and a config.json of another size cause it. A tensor "
-    "of whole numbers is converted silently, and means nothing.",
+    "that grew without config.json, empty tensors that ZeRO-3 left, and a config.json of another size cause it. A "
+    "tensor of whole numbers is converted silently, and means nothing.",
     fix="config.json has to be the one of the model that was saved, or the model has to be saved again.",
 )
 def check_wrong_shape(case: Case) -> Iterator[Hit]:
@@ -80,8 +80,8 @@ def check_wrong_shape(case: Case) -> Iterator[Hit]:
 @rule(
     Code.WRONG_PREFIX,
     "names that begin differently",
-    why="The tensors have the names of another class, version or tool (`base_model.model.`, `model.model.`): only their "
-    "beginnings differ from what the release looks for. It stops with `There is no module or parameter named ...`.",
+    why="The tensors have the names of another class, version or tool (`base_model.model.`, `model.model.`): only "
+    "their beginnings differ from what the release looks for. It stops with `There is no module or parameter named ...`.",
     fix="The tensors are renamed to the names that transformers writes.",
 )
 def check_wrong_prefix(case: Case) -> Iterator[Hit]:

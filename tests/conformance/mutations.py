@@ -74,10 +74,9 @@ def main() -> None:
                 too_good.append(line)
             elif here > there:
                 too_strict.append(line)
-        print(
-            f"{release}: {len(cases)} mutations of {len(sources)} checkpoints, {len(too_good)} said to be better than"
-        )
-        print(f"  they are, {len(too_strict)} worse", *(f"  NO {line}" for line in too_good), sep="\n")
+        counts = f"{len(too_good)} said to be better than they are, {len(too_strict)} worse"
+        print(f"{release}: {len(cases)} mutations of {len(sources)} checkpoints, {counts}")
+        print(*(f"  NO {line}" for line in too_good), sep="\n")
         print(*(f"  too strict: {line}" for line in too_strict), sep="\n", flush=True)
         broken += len(too_good)
     sys.exit(1 if broken else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -269,9 +269,10 @@ def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
     """The simplest formula whose values are the wanted ones, by model; None where none is, or only by chance."""
     first = min(wanted)
     constant = str(wanted[first])
-    fits: Callable[[str], bool] = lambda formula: all(
-        evaluate_size(formula, partial(models.read, model)) == n for model, n in wanted.items()
-    )
+
+    def fits(formula: str) -> bool:
+        return all(evaluate_size(formula, partial(models.read, model)) == n for model, n in wanted.items())
+
     for candidates in _list_formulas(models.integers(first), wanted[first]):
         if found := [f for f in candidates if fits(f)]:
             if fits(constant):

@@ -4,7 +4,7 @@
     python tests/conformance/survey.py --releases 0.32.0 --classes LlamaForCausalLM
     python tests/conformance/survey.py --profiles                     only writes the profiles, of what was asked before
 
-For each class (families.py) and release: vLLM builds the model's skeleton, and its loader is given one tensor at a time:
+For each class (families.py) and release vLLM builds the model's skeleton, and its loader is given a tensor at a time:
 each as transformers names it, unquantized and quantized; in a wrong shape; under other names; unknown ones everywhere.
 Answers are kept in WORK/survey/RELEASE/CLASS.json and not asked for again.
 """
@@ -38,12 +38,9 @@ SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
 SECONDS = 1800
 SHARD = "model.safetensors"
 TOWERS = (  # that a class without them may meet in the files of one that has them
-    *(
-        f"model.{t}"
-        for t in ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "visual", "vision_embedder")
-    ),
-    *("vision_tower", "audio_tower", "embed_vision", "embed_audio", "visual", "vision_model", "vision_embedder"),
-    *("multi_modal_projector", "model.multi_modal_projector", "mm_projector", "mtp", "model.mtp"),
+    *("model.vision_tower", "model.audio_tower", "model.embed_vision", "model.embed_audio", "model.vision_embedder"),
+    *("model.visual", "model.multi_modal_projector", "model.mtp", "vision_tower", "audio_tower", "embed_vision"),
+    *("embed_audio", "visual", "vision_model", "vision_embedder", "multi_modal_projector", "mm_projector", "mtp"),
 )
 SAMPLE = 8  # tensors of each top-level module are tried under other names
 UNKNOWN = ("bnbfix_unknown", "bnbfix_unknown.weight", "bnbfix_unknown.bias", "bias", "weight", "rotary_emb.inv_freq")
@@ -74,7 +71,7 @@ def can_be_quantized(name: str, shape: list[int]) -> bool:
 
 
 def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str, list[int]]:
-    """The tensors of a model, and those that a file may have besides: what other layers have, and experts one by one."""
+    """The tensors of a model, and those that a file may have besides: what other layers have, and per-expert weights."""
     out = dict(tensors)
     for name, shape in tensors.items():
         for old, new in family.renames:
@@ -92,16 +89,13 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
                         out.setdefault(f"{stack}.{i}.{rest}", shape)
     for name, shape in list(out.items()):
         if len(shape) == 3 and (m := re.fullmatch(r"(.*\.)experts\.(gate_up_proj|down_proj)", name)):
-            first, second = sorted(shape[1:]) if m[2] == "down_proj" else shape[1:]
-            parts = (
-                {"gate_proj": shape[1] // 2, "up_proj": shape[1] // 2}
-                if m[2] == "gate_up_proj"
-                else {"down_proj": shape[1]}
-            )
+            rows, columns = (shape[2], shape[1]) if family.transposed_experts else (shape[1], shape[2])
+            joined = m[2] == "gate_up_proj"
+            parts = dict.fromkeys(("gate_proj", "up_proj"), rows // 2) if joined else {"down_proj": rows}
             for expert in range(shape[0]):
                 for prefix in ("experts", "moe.experts"):
-                    for part, rows in parts.items():
-                        out[f"{m[1]}{prefix}.{expert}.{part}.weight"] = [rows, shape[2]]
+                    for part, height in parts.items():
+                        out[f"{m[1]}{prefix}.{expert}.{part}.weight"] = [height, columns]
     return out
 
 
@@ -190,7 +184,7 @@ def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dic
 
 
 def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family) -> None:
-    """What vLLM needs to build a skeleton: config.json, a shard of holes, and a processor where the class asks for it."""
+    """What vLLM needs to build a skeleton: config.json, a shard of holes, and a processor where the class needs it."""
     folder.mkdir()
     config = model["config"] | {"quantization_config": tiny_gemma4.ALL}
     (folder / "config.json").write_text(json.dumps(config))

@@ -120,7 +120,7 @@ class RecordedExpectation:
         return None
 
     def rename(self, name: str) -> str | None:
-        """The name that the release would know a tensor by whose beginning it does not know; None where there is none."""
+        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
         for theirs, ours, _ in self._rows["aliases"]:
             if name.startswith(theirs) and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]:
                 return str(ours + name[len(theirs) :])
@@ -153,7 +153,7 @@ class RecordedExpectation:
         return REFUSED if answer else IGNORED
 
     def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
-        """The tensors that fill the rest of a parameter, of which these parts are filled, as transformers names them."""
+        """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
         numbers, out = find_numbers(parameter), dict[str, None]()
         pattern = find_pattern(parameter)
         for tensor in self._rows["fillers"].get(pattern, ()):
