@@ -30,6 +30,8 @@ class ReleaseRange:
     needs_shared_kv: bool
     expert_prefix: str | None
     per_layer_config: Literal["ignored", "refused", "read"]
+    uses_tied_lm_head: bool
+    transformers_below: str | None
     casts_pixels: bool
     plugin: Literal["none", "refused", "required"]
 
@@ -44,10 +46,11 @@ class ReleaseRange:
 
 @dataclass(frozen=True)
 class Installed:
-    """The vLLM installed with bnbfix, by its metadata."""
+    """An installed vLLM and what is installed next to it, by their metadata."""
 
     version: str
     plugin: str | None
+    transformers: str | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Model:
     first_shared: int  # layers from here on take K and V from an earlier layer
     moe: bool
     text_config: Mapping[str, Any]
+    tied: bool  # does lm_head share the embeddings' weight?
 
     def k_serves_as_v(self, layer: int | None) -> bool:
         """Return True if this layer has no v_proj of its own."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..checkpoint.checkpoint import Checkpoint, Weight
+from ..checkpoint.checkpoint import Checkpoint, Weight, compare_bytes
 from ..errors import InputError, QuantStateError
 from . import gemma4
 from .detect import check_applicable
@@ -59,6 +59,26 @@ class Inspection:
             and linear.role.part is not None
             and linear.role.kind in ("attention", "mlp")
         }
+
+    @cached_property
+    def lm_head(self) -> Weight | None:
+        """The weight of lm_head, where the file has one."""
+        return self._find_weight(gemma4.LM_HEAD)
+
+    @cached_property
+    def lm_head_is_copy(self) -> bool | None:
+        """True if lm_head has the bytes of the embeddings, False if it has not; None if that was not compared."""
+        head, embeddings = self.lm_head, self._find_weight(gemma4.EMBEDDINGS)
+        if head is None or embeddings is None or head.quantized or embeddings.quantized:
+            return None
+        if head.shape != embeddings.shape:
+            return False
+        if head.form != embeddings.form:
+            return None
+        return compare_bytes(self.checkpoint.source, head.tensor, embeddings.tensor)
+
+    def _find_weight(self, spellings: tuple[str, ...]) -> Weight | None:
+        return next((w for name in spellings if (w := self.checkpoint.weights.get(name))), None)
 
     @cached_property
     def canonical_names(self) -> frozenset[str]:

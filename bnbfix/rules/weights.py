@@ -96,11 +96,12 @@ def _unskipped(case: Case, hits: list[LinearWeight], message: str) -> Hit:
 @rule(
     Code.QUANTIZED_LM_HEAD,
     "quantized lm_head",
-    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError.",
+    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError. Where config.json says "
+    f"that it is tied to the embeddings, {releases_where(lambda r: not r.uses_tied_lm_head)} ignores it.",
     fix="lm_head is dequantized and skipped.",
 )
 def check_quantized_lm_head(case: Case) -> Iterator[Hit]:
-    hits = [m for m in case.inspection.linears if m.role.kind == "lm_head" and m.quantized]
+    hits = [m for p in case.params if p.kind == "lm_head" for m in p.members if m.quantized]
     if hits:
         yield Hit(Severity.FAILS, names_of(hits), "quantized; no release quantizes lm_head")
 

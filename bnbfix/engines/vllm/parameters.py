@@ -22,6 +22,8 @@ FUSED = {
     "up_proj": "gate_up_proj",
 }
 
+MULTIMODAL = frozenset({"pixel_projection", "vision_tower", "audio_tower", "embedder"})
+
 
 def vllm_skips(entry: str, module: str) -> bool:
     """Return True if the entry is one dotted component of the module's name, or a dotted prefix of it."""
@@ -54,6 +56,10 @@ def parameters(
 
 def vllm_module(role: TensorRole, model: Model, release: ReleaseRange) -> str | None:
     """vLLM's name for the module that a weight goes into, a fused one perhaps; None for what the release drops."""
+    if role.kind == "lm_head" and model.tied and not release.uses_tied_lm_head:
+        return None
+    if role.kind in MULTIMODAL and model.family.text_only:
+        return None
     fused = True
     if role.kind == "attention" and model.kv_shared(role.layer):
         fused = release.needs_shared_kv
