@@ -310,7 +310,7 @@ def _describe_stack(error: QuantStateError) -> QuantStateError:
     return QuantStateError(
         "is a stack of experts in 4 bits, with one absmax for all of them, which no vLLM release reads",
         where=error.where,
-        hint="Save the model in bfloat16 with the tool that made it. A repair then quantizes each expert as vLLM takes it.",
+        hint="Save the model in bfloat16 with the tool that made it; a repair of that quantizes each expert for vLLM.",
     )
 
 

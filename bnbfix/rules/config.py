@@ -51,8 +51,8 @@ _USES = releases_where(lambda r: r.uses_tied_lm_head)
     "lm_head next to tied embeddings",
     why="config.json says tie_word_embeddings (which is also the default), but the file holds an lm_head of its own. "
     f"{_IGNORES} ignores it and computes with the embeddings; {_USES} uses it. Where the two differ, as after training "
-    f"lm_head, the older releases silently answer wrongly. bnbfix compares the bytes: all of a folder's, and of a repo's "
-    f"the first {COMPARED_CHUNK >> 20} MiB.",
+    "lm_head, the older releases silently answer wrongly. bnbfix compares the bytes; of a repo on the Hub, only the "
+    f"first {COMPARED_CHUNK >> 20} MiB.",
     fix="tie_word_embeddings is set to false, which every release obeys.",
     upstream=[51665],
     after_loading=True,
@@ -118,8 +118,8 @@ def check_other_class(case: Case) -> Iterator[Hit]:
 @rule(
     Code.FLOAT16,
     "vision tower in float16",
-    why="config.json says float16, in which the last step of a vision tower with `standardize` overflows: the answer to "
-    "every image is only padding, without an error. 31B and 26B-A4B have such a tower, E2B and E4B do not.",
+    why="config.json says float16, in which the last step of a vision tower with `standardize` overflows: images are "
+    "answered with padding, without an error. 31B and 26B-A4B have such a tower, E2B and E4B do not.",
     fix="Nothing in the files; serve it with `--dtype bfloat16`.",
     upstream=[40290],
     release_independent=True,

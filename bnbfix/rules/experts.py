@@ -112,8 +112,8 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
 @rule(
     Code.EXPERT_LINEARS,
     "experts as a tool keeps them in memory",
-    why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_projs.7.weight`), which is how "
-    "a training tool keeps them in memory. Neither vLLM nor transformers knows these names.",
+    why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_projs.7.weight`), as training "
+    "tools keep them in memory. Neither vLLM nor transformers knows these names.",
     fix="Nothing in the files; save the model as the tool merges it, in 16 bits. A repair then quantizes its experts.",
     release_independent=True,
 )

@@ -43,8 +43,8 @@ def check_quant_state(case: Case) -> Iterator[Hit]:
     Code.ORPHANED_STATE_TENSORS,
     "quant-state tensors without a quantized weight",
     why="They belong to a quantized weight that is not there, or that is there in full precision. Next to an "
-    "unquantized weight they make vLLM bind a quant state to an unquantized parameter, and the load stops. A quant state "
-    "without its weight, where the model has such a weight, shows that the weight is lost, perhaps with a shard.",
+    "unquantized weight they make vLLM bind a quant state to an unquantized parameter, and the load stops. The quant "
+    "state of a weight that the model has and the file lacks shows that the weight is lost, perhaps with a shard.",
     fix="They are dropped, unless their weight is lost. A repair is not made only for this where vLLM ignores them.",
     release_independent=True,
 )

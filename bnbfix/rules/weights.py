@@ -96,8 +96,8 @@ def _unskipped(case: Case, hits: list[LinearWeight], message: str) -> Hit:
 @rule(
     Code.QUANTIZED_LM_HEAD,
     "quantized lm_head",
-    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError. Where config.json says "
-    f"that it is tied to the embeddings, {releases_where(lambda r: not r.uses_tied_lm_head)} ignores it.",
+    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError; but "
+    f"{releases_where(lambda r: not r.uses_tied_lm_head)} ignores one that config.json says is tied to the embeddings.",
     fix="lm_head is dequantized and skipped.",
 )
 def check_quantized_lm_head(case: Case) -> Iterator[Hit]:

@@ -17,7 +17,7 @@ from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING
 from bnbfix.models.gemma4 import canonical
-from bnbfix.rules.gemma4 import legacy_head_config
+from bnbfix.rules.config import legacy_head_config
 from bnbfix.rules.rule import CHECKS, EXPLANATIONS, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import (
@@ -45,8 +45,8 @@ TOWER = r"model\.(vision_tower\..*(linear|input_proj)\.weight|embed_vision\.\w+\
 AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight)"
 NAMES = [r.name for r in ranges()]
 ALL = tuple(NAMES)
-TO_022, TO_024, TO_027, TO_029 = (tuple(NAMES[:n]) for n in (1, 2, 4, 5))
-FROM_023, FROM_028, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 4, 6, 7))
+TO_022, TO_024, TO_027, TO_029 = (tuple(NAMES[:n]) for n in (1, 3, 5, 7))
+FROM_023, FROM_028, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 5, 8, 9))
 NO_EXPERTS = (*TO_024, "0.31.0")  # releases that load no mixture of experts in 4 bits
 EXPERTS = tuple(name for name in NAMES if name not in NO_EXPERTS)
 
@@ -395,7 +395,7 @@ FOUND = [
         "all",
         "0.28.0",
         severity=DEGRADED,
-        releases=FROM_028[:3],
+        releases=FROM_028[:4],
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
@@ -404,7 +404,7 @@ FOUND = [
         "all",
         "portable",
         severity=DEGRADED,
-        releases=FROM_028[:3],
+        releases=FROM_028[:4],
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
@@ -593,10 +593,10 @@ FOUND = [
         releases=TO_022,
         tensors=rf"{L}1\.self_attn|{L}3\.mlp",
     ),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", has_axial_rope, "rope", releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:7]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", has_axial_rope, "rope", releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:9]),
     Found(Code.UNKNOWN_CLASS, "unified12b", "skip", "0.22.1", releases=TO_022),
     Found(Code.PLUGIN, "dense31b", "all", "portable", severity=NOTE, releases=FROM_028),
     Found(Code.PLUGIN, "dense31b", "all", installed("0.32.0", None), releases=FROM_032),
@@ -635,7 +635,7 @@ FOUND = [
         edit(per_expert("experts")),
         "new prefix",
         tensors=r".*\.experts\.\d\..*_proj\.weight",
-        releases=EXPERTS[:4],
+        releases=EXPERTS[:5],
     ),
     Found(
         Code.EXPERT_PREFIX,
