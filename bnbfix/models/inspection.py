@@ -15,6 +15,8 @@ from . import gemma4
 from .detect import check_applicable
 from .family import Model, TensorRole
 
+PEFT_PREFIX = "base_model."
+PEFT_PARTS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
 MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
 
 
@@ -79,6 +81,17 @@ class Inspection:
 
     def _find_weight(self, spellings: tuple[str, ...]) -> Weight | None:
         return next((w for name in spellings if (w := self.checkpoint.weights.get(name))), None)
+
+    @cached_property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Tensors with names that PEFT gives; none where all that a file has of PEFT is a prefix before every name."""
+        tensors = self.checkpoint.tensors
+        text = "\n".join(tensors)  # there may be a hundred thousand names, and almost always none of these
+        if not any(part in text for part in (PEFT_PREFIX, *PEFT_PARTS)):
+            return ()
+        parts = {name for name in tensors if any(part in name for part in PEFT_PARTS)}
+        names = tuple(name for name in tensors if name in parts or name.startswith(PEFT_PREFIX))
+        return names if parts or len(names) < len(tensors) else ()
 
     @cached_property
     def canonical_names(self) -> frozenset[str]:

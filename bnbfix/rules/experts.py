@@ -118,7 +118,7 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     release_independent=True,
 )
 def check_expert_linears(case: Case) -> Iterator[Hit]:
-    names = tuple(n for n in case.inspection.checkpoint.weights if _LINEARS.search(n))
+    names = tuple(n for n in case.inspection.checkpoint.weights if "_projs." in n and _LINEARS.search(n))
     if names:
         reason = (
             "save the model in 16 bits with the tool that made it (unsloth: save_pretrained_merged), and repair that"

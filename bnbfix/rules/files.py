@@ -17,10 +17,6 @@ PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt
 CODE_SUFFIXES = frozenset({".bat", ".dll", ".dylib", ".exe", ".ipynb", ".ps1", ".py", ".pyc", ".sh", ".so"})
 
 PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
-_PEFT = re.compile(
-    r"^base_model\.|\.(?:base_layer|modules_to_save|original_module|lora_(?:A|B|embedding_[AB]|magnitude_vector))\."
-)
-_LORA = re.compile(rf"{re.escape(TEXT)}layers\.(?:(?!base_layer|modules_to_save|original_module).)*\.lora_.*")
 _WHOLE_MODEL = re.compile(r"(?:model|consolidated)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -166,18 +162,18 @@ def check_code(case: Case) -> Iterator[Hit]:
     upstream=[8082, 41754],
 )
 def check_adapter(case: Case) -> Iterator[Hit]:
-    checkpoint = case.inspection.checkpoint
-    tensors = checkpoint.tensors
-    names = tuple(name for name in tensors if _PEFT.search(name))
+    names, checkpoint = case.inspection.adapter_names, case.inspection.checkpoint
     if not names:
         return
+    tensors = checkpoint.tensors
     adapters = {tensors[name].shard for name in names}
     apart = adapters.isdisjoint(t.shard for name, t in tensors.items() if name not in set(names))
     reason = "merge the adapter and save the model itself (PEFT: merge_and_unload, save_pretrained)"
     if apart and len(adapters) < len(checkpoint.shards):
         reason += f", or move {' and '.join(sorted(adapters))} out of the folder"
     # From the release on that refuses an explicit v_proj, unknown names in the language model's layers are errors.
-    ignored = {n for n in names if not case.release.refuses_v and _LORA.fullmatch(canonical(n))}
+    inside = {n for n in names if ".lora_" in n and canonical(n).startswith(f"{TEXT}layers.")}
+    ignored = set() if case.release.refuses_v else inside
     if fatal := tuple(n for n in names if n not in ignored):
         yield Hit(Severity.FAILS, fatal, "a tensor of a PEFT adapter, which the release has no place for", reason)
     if ignored:
