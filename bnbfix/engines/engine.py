@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from ..models.family import Model
 from ..models.inspection import LinearWeight
 
 PORTABLE = "portable"
@@ -38,6 +39,10 @@ class ReleaseRange:
     @property
     def name(self) -> str:
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
+
+    def ignores_lm_head(self, model: Model) -> bool:
+        """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
+        return model.tied and not self.uses_tied_lm_head
 
     def quantizes(self, family: str, kind: str) -> bool:
         """Return True if the parameter of such a tensor is quantized where no skip entry names its module."""

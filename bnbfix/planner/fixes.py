@@ -15,6 +15,7 @@ REPAIR: tuple[Fix, ...] = (
     files.drop_orphans,
     kv_projections.drop_explicit_v,
     weights.dequantize_unquantizable,
+    weights.dequantize_lm_head,
     gemma4.dequantize_pixel_projection,
     kv_projections.dequantize_k_eq_v,
     kv_projections.dequantize_groups_without_donor,

@@ -60,7 +60,7 @@ _USES = releases_where(lambda r: r.uses_tied_lm_head)
 def check_tied_lm_head(case: Case) -> Iterator[Hit]:
     inspection = case.inspection
     head = inspection.lm_head
-    if head is None or not inspection.model.tied or case.release.uses_tied_lm_head:
+    if head is None or not case.release.ignores_lm_head(inspection.model):
         return
     ignored = "config.json says that it is tied to the embeddings, so the release ignores it"
     if inspection.lm_head_is_copy is False:
@@ -224,7 +224,7 @@ def untie_lm_head(request: Request, so_far: Changes) -> Changes:
     head, config = inspection.lm_head, inspection.checkpoint.config
     if head is None or not inspection.model.tied:
         return Changes()
-    ignored = not all(r.uses_tied_lm_head for r in request.releases)
+    ignored = any(r.ignores_lm_head(inspection.model) for r in request.releases)
     used = any(r.uses_tied_lm_head for r in request.releases)
     if (used and head.name in so_far.dequantize) or (ignored and inspection.lm_head_is_copy is False):
         paths = dict.fromkeys(((), _text_path(config)))

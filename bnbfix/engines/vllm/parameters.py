@@ -56,8 +56,6 @@ def parameters(
 
 def vllm_module(role: TensorRole, model: Model, release: ReleaseRange) -> str | None:
     """vLLM's name for the module that a weight goes into, a fused one perhaps; None for what the release drops."""
-    if role.kind == "lm_head" and model.tied and not release.uses_tied_lm_head:
-        return None
     if role.kind in MULTIMODAL and model.family.text_only:
         return None
     fused = True
