@@ -68,9 +68,14 @@ class Inspection:
         return self._find_weight(gemma4.LM_HEAD)
 
     @cached_property
+    def embeddings(self) -> Weight | None:
+        """The weight of the token embeddings."""
+        return self._find_weight(gemma4.EMBEDDINGS)
+
+    @cached_property
     def lm_head_is_copy(self) -> bool | None:
         """True if lm_head has the bytes of the embeddings, False if it has not; None if that was not compared."""
-        head, embeddings = self.lm_head, self._find_weight(gemma4.EMBEDDINGS)
+        head, embeddings = self.lm_head, self.embeddings
         if head is None or embeddings is None or head.quantized or embeddings.quantized:
             return None
         if head.shape != embeddings.shape:

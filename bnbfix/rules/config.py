@@ -221,12 +221,13 @@ def _removals(config: Mapping[str, Any], code: Code | None, *, top: bool = True)
 def untie_lm_head(request: Request, so_far: Changes) -> Changes:
     """Has config.json say that lm_head is not tied, where releases of the target would compute with other values."""
     inspection = request.inspection
-    head, config = inspection.lm_head, inspection.checkpoint.config
-    if head is None or not inspection.model.tied:
+    head, embeddings, config = inspection.lm_head, inspection.embeddings, inspection.checkpoint.config
+    if head is None or embeddings is None or not inspection.model.tied:
         return Changes()
     ignored = any(r.ignores_lm_head(inspection.model) for r in request.releases)
     used = any(r.uses_tied_lm_head for r in request.releases)
-    if (used and head.name in so_far.dequantize) or (ignored and inspection.lm_head_is_copy is False):
+    changed = embeddings.name in so_far.dequantize or (used and head.name in so_far.dequantize)
+    if changed or (ignored and inspection.lm_head_is_copy is False):
         paths = dict.fromkeys(((), _text_path(config)))
         edits = (ConfigEdit((*at, "tie_word_embeddings"), False, Code.TIED_LM_HEAD) for at in paths)
         return Changes(config=tuple(edits))

@@ -102,6 +102,17 @@ def test_a_quantized_lm_head_is_left_alone_where_it_is_ignored(checkpoint: Make)
         assert {(HEAD, Code.QUANTIZED_LM_HEAD), ("tie_word_embeddings", Code.TIED_LM_HEAD)} <= edits
 
 
+@pytest.mark.parametrize("target", ["0.27.1", "0.32.0", "portable"])
+def test_embeddings_that_are_dequantized_are_another_weight_than_lm_head(target: str, checkpoint: Make) -> None:
+    source = checkpoint("text", "all")
+    with tensors_of(source) as tensors:
+        embeddings = tensors.pop("model.embed_tokens.weight")
+        copy_weight(tensors, "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight")
+        tensors[HEAD] = embeddings
+    made = plan(source, target)
+    assert {"model.embed_tokens.weight", "tie_word_embeddings"} <= {e.name for e in made.edits}
+
+
 @dataclass(frozen=True)
 class Remote(LocalSource):
     """A folder that says that it is a repo, and how much is read of it."""
