@@ -980,7 +980,8 @@ def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_preci
 ) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
     config = {k: v for k, v in plan.checkpoint.config.items() if k != "quantization_config"}
-    inconsistent = dataclasses.replace(plan, texts={**plan.texts, "config.json": json.dumps(config)})
+    texts = {**plan.texts, "config.json": json.dumps(config)}
+    inconsistent = dataclasses.replace(plan, texts=texts, copied=tuple(f for f in plan.copied if f not in texts))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):
         write.write_plan(inconsistent, tmp_path / "out")
     assert tree(tmp_path) == {}
