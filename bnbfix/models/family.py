@@ -45,6 +45,7 @@ class Model:
     first_shared: int  # layers from here on take K and V from an earlier layer
     moe: bool
     text_config: Mapping[str, Any]
+    tied: bool  # does lm_head share the embeddings' weight?
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, path: str) -> Any:

@@ -43,8 +43,8 @@ class Finding:
 
     @property
     def blocking(self) -> bool:
-        """Return True if it counts and is in the files: whether the plugin is installed says nothing about them."""
-        return self.counts and self.code is not Code.PLUGIN
+        """Return True if it counts and is in the files: what is installed says nothing about them."""
+        return self.counts and self.code not in (Code.PLUGIN, Code.TRANSFORMERS)
 
 
 @dataclass(frozen=True)
