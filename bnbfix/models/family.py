@@ -52,7 +52,7 @@ class Model:
         """The value at a path of config.json's keys, joined by dots; None where there is none."""
         if path.endswith("layer_types"):
             return list(self.layer_types)
-        at: Any = self.config
+        at: Any = self.text_config if self.family.text_only else self.config
         for key in path.split("."):
             at = at.get(key) if isinstance(at, Mapping) else None
         return at

@@ -205,8 +205,8 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
 def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tuple[Code, Hit]]:
     """The hits, without names that are unknown or missing because of what another hit says."""
     causes = [(code, hit) for code, hit in hits if hit.severity.counts and code not in MANIFEST]
-    whole = any(code is Code.MOE_REFUSED for code, _ in causes)
-    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX) for code, _ in causes)
+    whole = any(code in (Code.MOE_REFUSED, Code.ADAPTER) for code, _ in causes)
+    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX, Code.EXPERT_LINEARS) for code, _ in causes)
     explained = {case.inspection.canonical(name) for _, hit in causes for name in hit.tensors}
     for code, hit in hits:
         if code in MANIFEST:

@@ -123,11 +123,11 @@ class RecordedExpectation:
 
     def _is_beyond(self, name: str) -> bool:
         """Return True if a layer number is past the end of its stack."""
-        parts = name.split(".")
-        for at, part in enumerate(parts):
-            if part.isdigit():
-                length = self._size(self._profile["stacks"].get(find_pattern(".".join(parts[:at]))))
-                if length is not None and int(part) >= length:
+        pattern, numbers = find_pattern(name).split("."), iter(find_numbers(name))
+        for at, part in enumerate(pattern):
+            if part == "*":
+                number, length = next(numbers), self._size(self._profile["stacks"].get(".".join(pattern[:at])))
+                if length is not None and number >= length:
                     return True
         return False
 
