@@ -115,17 +115,20 @@ def repair(
     try:
         with progress_bar(f"writing {out}", plan.bytes_written + download, quiet=quiet_bars) as step:
             result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; run the same command again to resume." if left else None
-        raise Interrupted(hint) from None
+        raise Interrupted(getattr(e, "hint", hint)) from None
     if result.kept and not quiet:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     pushed = None
     if to is not None and result.written:
         quiet_bars = quiet_bars or not sys.stderr.isatty()
-        with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
-            pushed = push(out, to, progress=step, quiet=quiet_bars)
+        try:
+            with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
+                pushed = push(out, to, progress=step, quiet=quiet_bars)
+        except KeyboardInterrupt:
+            raise Interrupted(f"The repair itself is done: hf upload {to.repo} {out}") from None
     if format is Format.json:
         print_json(result.to_dict() | ({"pushed": vars(pushed) if pushed else None} if to else {}))
     elif not quiet:

@@ -14,13 +14,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -41,15 +39,18 @@ from ..errors import HubError, InputError
 from .byte_ranges import MergedRange, check_file_name, content_range_error, merge_ranges, resolve_redirect, url_origin
 from .client import (
     RetryableError,
+    abort_xet,
     counting_bar,
     describe_request,
     error_from_response,
-    guard_cache,
+    guard_session,
     hub_error,
     redact_token,
     retry,
+    stopping_trace,
     wrap_errors,
 )
+from .parallel import current_stop, run_parallel
 
 WORKERS = 16  # requests at a time
 TIMEOUT = 15.0  # seconds without a byte
@@ -58,7 +59,6 @@ CHUNK = 64 << 10
 KEPT = 1 << 20  # bytes; shorter reads are kept in memory, since a plan reads headers and quant states again
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class HubSource:
                 jobs.append((file, MergedRange(merged.offset, merged.length, members)))
         if jobs:
             logger.debug("%s: %d requests for ranges", self.repo, len(jobs))
-        for (file, merged), data in zip(jobs, _in_parallel(self._fetch_range, jobs), strict=True):
+        for (file, merged), data in zip(jobs, self._fetch_ranges(jobs), strict=True):
             for i, part in merged.split(data):
                 out[file][i] = part
                 if len(part) < KEPT:
@@ -195,7 +195,8 @@ class HubSource:
         asked = describe_request(self.repo, self.revision, file)
 
         def download() -> str:
-            with guard_cache():
+            current_stop().on_interrupt.append(abort_xet)
+            with guard_session():
                 return hf_hub_download(
                     self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting_bar(step)
                 )
@@ -217,11 +218,16 @@ class HubSource:
             del self._paths[file]
             path.unlink()
 
-    def _fetch_range(self, job: tuple[str, MergedRange], stop: threading.Event) -> bytes:
+    def _fetch_ranges(self, jobs: Sequence[tuple[str, MergedRange]]) -> list[bytes]:
+        if len(jobs) < 2:
+            return [self._fetch_range(job) for job in jobs]
+        return run_parallel(self._fetch_range, jobs, WORKERS, name="bnbfix-hub")
+
+    def _fetch_range(self, job: tuple[str, MergedRange]) -> bytes:
         file, merged = job
         asked = describe_request(self.repo, self.revision, file)
         with wrap_errors(asked):
-            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked, stop=stop)
+            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked)
 
     def _try_range(self, file: str, offset: int, length: int) -> bytes:
         """Make one try. Redirects are followed by hand, so that the token stays with the Hub's own origin."""
@@ -235,7 +241,14 @@ class HubSource:
             )
             headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
             asked = describe_request(self.repo, self.revision, file)
-            with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
+            with get_session().stream(
+                "GET",
+                url,
+                headers=headers,
+                follow_redirects=False,
+                timeout=TIMEOUT,
+                extensions={"trace": stopping_trace()},
+            ) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
                     self._check_headers(file, answer.headers)
                     url = resolve_redirect(url, answer.headers.get("Location", ""), asked.where)
@@ -282,6 +295,7 @@ class HubSource:
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
         data = bytearray()
         for chunk in answer.iter_raw(CHUNK):
+            current_stop().check()
             data += chunk
             if len(data) > length:
                 raise HubError(f"{host} sends more than the {length:,} requested bytes", where=where)
@@ -299,17 +313,3 @@ def _listed_size(listed: Any, repo: str) -> int:
     if type(size) is not int or size < 0:
         raise HubError("the Hub does not say how large it is", where=f"{repo}: {listed.rfilename}")
     return size
-
-
-def _in_parallel(work: Callable[[Any, threading.Event], T], jobs: Sequence[Any]) -> list[T]:
-    """Return the results in order; the first error, or an interrupt, stops the jobs that have not begun or wait."""
-    stop = threading.Event()
-    if len(jobs) < 2:
-        return [work(job, stop) for job in jobs]
-    pool = ThreadPoolExecutor(min(WORKERS, len(jobs)), thread_name_prefix="bnbfix-hub")
-    try:
-        futures = [pool.submit(work, job, stop) for job in jobs]
-        return [f.result() for f in futures]
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -11,12 +11,12 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint.source import Progress, RemoteSource, as_remote
 from ..errors import OutputError
+from ..hub.parallel import run_parallel
 from ..planner.layout import tensors_read
 from ..planner.plan import Plan
 from .shard_writer import EnsureLocal, write_order
@@ -112,8 +112,20 @@ def reraise_callback_errors(progress: Progress | None) -> Iterator[Progress]:
         raise
 
 
+class DownloadInterrupted(KeyboardInterrupt):
+    """An interrupt of a download; `hint` says what stays in the cache."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__()
+        self.hint = hint
+
+
 def download_files(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
-    """Downloads files into the Hub's cache, the largest first; the first error stops those that have not begun."""
+    """Downloads files into the Hub's cache, the largest first.
+
+    After an error those that have begun are downloaded to their end. An interrupt stops all at once, and is raised as
+    DownloadInterrupted.
+    """
     logger.info("downloading %d files, %s bytes, to %s", len(files), f"{sum(files.values()):,}", source.store)
     lock = threading.Lock()
 
@@ -121,13 +133,23 @@ def download_files(source: RemoteSource, files: Mapping[str, int], step: Progres
         with lock:
             step(n)
 
-    pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
+    names = sorted(files, key=lambda f: -files[f])
     try:
-        names = sorted(files, key=lambda f: -files[f])
-        for done in [pool.submit(source.fetch, name, None, locked_step) for name in names]:
-            done.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        run_parallel(
+            lambda name: source.fetch(name, None, locked_step),
+            names,
+            DOWNLOADS,
+            name="bnbfix-fetch",
+            finish_running=True,
+        )
+    except KeyboardInterrupt:
+        raise DownloadInterrupted(_describe_downloads(source, files)) from None
+
+
+def _describe_downloads(source: RemoteSource, files: Mapping[str, int]) -> str:
+    here = [size for name, size in files.items() if source.local_path(name) is not None]
+    whole = f"{len(here)} of {len(files)} files ({sum(here) / 1e9:,.1f} GB) are downloaded and stay in {source.store}"
+    return f"{whole}; parts of others are deleted."
 
 
 @contextmanager

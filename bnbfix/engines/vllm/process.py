@@ -59,7 +59,7 @@ def run_worker(
             with log.open("wb") as out:
                 process = subprocess.Popen(  # noqa: S603  # our own module, under the interpreter that the user names
                     command,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # nothing is written to it: its end tells the worker that this process ended
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=scratch,
@@ -110,6 +110,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, with everything it started
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _read_answer(answer: Path, log: Path, returncode: int, folder: Path) -> dict[str, Any]:
