@@ -74,6 +74,11 @@ class RemoteSource(Source, Protocol):
     """A source on another machine, whose files can be fetched whole."""
 
     @property
+    def sha256(self) -> Mapping[str, str]:
+        """The SHA-256 of each file for which it lists one."""
+        ...
+
+    @property
     def store(self) -> Path:
         """The folder that fetched files go to."""
         ...

@@ -69,7 +69,7 @@ class HubSource:
     revision: str  # sha of the commit that every read is pinned to
     name: str
     files: Mapping[str, int] = field(repr=False)
-    _hashes: Mapping[str, str] = field(repr=False, default_factory=dict)  # SHA-256 of files stored with LFS or Xet
+    sha256: Mapping[str, str] = field(repr=False, default_factory=dict)  # of files stored with LFS or Xet
     _all_files: Mapping[str, int] = field(repr=False, default_factory=dict)  # with those in subfolders
     _paths: dict[str, Path] = field(repr=False, default_factory=dict)  # of files on this machine
     _urls: dict[str, str] = field(repr=False, default_factory=dict)  # where redirects led; signed, so never shown
@@ -119,7 +119,10 @@ class HubSource:
         logger.info("%s: offline, commit %s from the local cache", name, folder.path.name)
         # The cache itself makes no links that lead elsewhere.
         files = {f: size for f, size in folder.files.items() if f not in folder.external_links}
-        return cls(repo, folder.path.name, name, _top_level(files), {}, files, {f: folder.path / f for f in files})
+        paths = {f: folder.path / f for f in files}
+        # The cache names a file by its SHA-256 where the Hub listed one, else by git's SHA-1.
+        hashes = {f: blob for f, path in paths.items() if re.fullmatch("[0-9a-f]{64}", blob := path.resolve().name)}
+        return cls(repo, folder.path.name, name, _top_level(files), hashes, files, paths)
 
     def with_subfolders(self) -> HubSource:
         return replace(self, files=self._all_files or self.files)
@@ -273,7 +276,7 @@ class HubSource:
         etag = (headers.get("X-Linked-ETag") or "").removeprefix("W/").strip('"')
         if commit and commit != self.revision:
             raise HubError(f"the Hub answers with commit {commit[:12]}, not {self.revision[:12]}", where=where)
-        if (size and size != str(self.files[file])) or (etag and etag != self._hashes.get(file, etag)):
+        if (size and size != str(self.files[file])) or (etag and etag != self.sha256.get(file, etag)):
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
 
     def _read_body(self, file: str, offset: int, length: int, answer: Any, host: str) -> bytes:

@@ -17,22 +17,12 @@ from pathlib import Path
 from ..checkpoint.source import Progress, RemoteSource, as_remote
 from ..errors import OutputError
 from ..hub.parallel import run_parallel
-from ..planner.layout import tensors_read
 from ..planner.plan import Plan
-from .shard_writer import EnsureLocal, write_order
+from .shard_writer import EnsureLocal, source_files_by_output
 from .staging import SLACK_BYTES, clear, disk_space, existing_parent, fetched_folder, lock_directory
 
 logger = logging.getLogger(__name__)
 DOWNLOADS = 4  # files at a time; each is downloaded in parallel pieces where huggingface_hub does so
-
-
-def source_files_by_output(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """The files of the source that each file of the output is made from, in the order in which they are written."""
-    out: dict[str, tuple[str, ...]] = {}
-    for shard in write_order(plan.shards):
-        read = {t.shard for run in shard.runs() for t in tensors_read(run[0].op)}
-        out[shard.name] = (shard.name,) if shard.copied else tuple(sorted(read))
-    return out | {name: (name,) for name in plan.copied}
 
 
 def missing_files(plan: Plan) -> dict[str, int]:

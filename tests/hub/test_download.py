@@ -17,7 +17,8 @@ import pytest
 
 import bnbfix
 from bnbfix.planner.plan import RECORD
-from bnbfix.writer.download import peak_streaming_bytes, source_files_by_output
+from bnbfix.writer.download import peak_streaming_bytes
+from bnbfix.writer.shard_writer import source_files_by_output
 from bnbfix.writer.staging import fetched_folder, lock_directory
 from tests.support.build import Make
 from tests.support.hub import Hub
