@@ -41,8 +41,12 @@ class OutputFile:
         self._ways: set[str] = set()  # how its bytes came here
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd, stop)
         self._flushing = False
+        try:
+            self._hasher = Hasher(self._fd, stop)
+        except BaseException:  # no thread can be started; raised again
+            os.close(self._fd)
+            raise
 
     def __enter__(self) -> OutputFile:
         return self

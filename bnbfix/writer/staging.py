@@ -250,9 +250,14 @@ class Staging:
 
 @contextlib.contextmanager
 def wrap_write_errors(out: Path) -> Iterator[None]:
-    """Raises OutputError for an OSError of the block."""
+    """Raises OutputError for an OSError of the block, and where the system starts no thread."""
     try:
         yield
+    except RuntimeError as e:
+        if "new thread" not in str(e):  # threading has no type for it
+            raise
+        hint = "Is the number of processes, or memory, limited (ulimit -u, ulimit -v, a container)?"
+        raise OutputError("cannot be written (no thread can be started)", where=str(out), hint=hint) from e
     except OSError as e:
         raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename2 or e.filename or out)) from e
 

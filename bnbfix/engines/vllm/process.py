@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def run_worker(
         UsageError: There is no such interpreter, or it has no vLLM.
         EngineError: No answer, or none that makes sense.
     """
-    with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
+    with scratch_folder() as scratch:
         package, log, status_file = (Path(scratch) / name for name in ("bnbfix_worker", "log", "status"))
         answers = [Path(scratch) / f"answer-{i}.json" for i in range(len(folders))]
         shutil.copytree(INSIDE, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -74,6 +74,17 @@ def run_worker(
             _end(process)
         found = zip(folders, answers, strict=True)
         return [_read_answer(answer, log, process.returncode, folder) for folder, answer in found]
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A temporary folder. Raises EngineError when there is none, or it cannot be written to."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="bnbfix-", ignore_cleanup_errors=True) as folder:
+            yield folder
+    except OSError as e:
+        hint = "vLLM is asked through a temporary folder: set TMPDIR to one that can be written to."
+        raise EngineError(f"cannot be asked ({e.strerror or e})", where="vLLM", hint=hint) from e
 
 
 def _wait(
