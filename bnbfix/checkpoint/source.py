@@ -103,12 +103,18 @@ def read_file(source: Source, name: str) -> bytes:
 
 
 class FileStat(NamedTuple):
-    """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode."""
+    """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode.
+
+    `mtime` can be set to any time, as unpacking tools do; `ctime`, of the last change of the file or of what is known
+    about it, cannot. A new hard link is such a change and does no harm: so `links` are counted.
+    """
 
     size: int
     mtime: int
     device: int
     inode: int
+    ctime: int
+    links: int
 
     @classmethod
     def at(cls, path: str | Path) -> FileStat:
@@ -119,7 +125,11 @@ class FileStat(NamedTuple):
                 s = os.lstat(path)
         except OSError:
             s = os.lstat(path)
-        return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino)
+        return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino, s.st_ctime_ns, s.st_nlink)
+
+    def same(self, other: FileStat) -> bool:
+        """Say whether a file is still the one that it was, with the same bytes."""
+        return self[:4] == other[:4] and (self.ctime == other.ctime or self.links != other.links)
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ class LocalSource:
 
     @property
     def fingerprint(self) -> str:
-        return repr([(name, *found) for name, found in self.stats.items()])
+        return repr([(name, *found[:5]) for name, found in self.stats.items()])
 
     @property
     def origin(self) -> None:
@@ -212,7 +222,7 @@ class LocalSource:
                 now = FileStat.at(self.path / name)
             except OSError as e:
                 raise InputError(f"went away while it was being read ({e.strerror})", where=name) from e
-            if now != before:
+            if not now.same(before):
                 raise InputError("changed while it was being read", where=name, hint="Run it again.")
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

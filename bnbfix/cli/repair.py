@@ -25,6 +25,7 @@ from .options import (
     Verbose,
     Vllm,
     live_from_options,
+    parse_folder,
     print_json,
 )
 
@@ -42,7 +43,8 @@ class PartialGroups(str, Enum):
 def repair(
     model: ModelName,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", parser=parse_folder, help="Folder for the repaired copy."),
     ] = None,
     vllm: Vllm = None,
     revision: Revision = None,
@@ -82,7 +84,8 @@ def repair(
     from ..hub.push import resolve_destination
     from ..hub.resolve import open_source
     from ..writer.download import missing_files
-    from ..writer.staging import unfinished
+    from ..writer.record import plan_digest
+    from ..writer.staging import stale_bytes, unfinished
     from ..writer.write import WriteOptions, write_plan
 
     show_logs(verbose)
@@ -111,6 +114,9 @@ def repair(
         _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), download, format)
         return 0
     assert out is not None
+    if (stale := stale_bytes(out, plan_digest(plan))) and not quiet:
+        what = "files that an interrupted repair finished for another target, source or option"
+        print(f"deleting {stale / 1e9:,.1f} GB of {what}: {unfinished(out)}", file=sys.stderr, flush=True)
     quiet_bars = quiet or format is Format.json
     try:
         with progress_bar(f"writing {out}", plan.bytes_written + download, quiet=quiet_bars) as step:

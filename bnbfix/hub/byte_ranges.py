@@ -74,4 +74,8 @@ def check_file_name(name: str, where: str) -> str:
     parts = name.split("/")
     if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name or len(parts) > MAX_DEPTH:
         raise HubError(f"lists {name[:300]!r}, which is not a valid file name", where=where)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise HubError(f"lists {name[:300]!r}, a file name with half a surrogate pair in it", where=where) from None
     return name

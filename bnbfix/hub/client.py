@@ -105,6 +105,8 @@ def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES) -> T:
         except NoAnswer as e:
             error = no_answer_error(e, asked)
         except UnicodeEncodeError:
+            if (get_token() or "").isascii():
+                raise HubError("has a name that no address can hold", where=asked.where) from None
             raise HubError("HF_TOKEN has characters that no token has", where=asked.where, hint=LOG_IN) from None
         except LocalEntryNotFoundError as e:
             raise no_answer_error(e.__cause__ or e, asked) from None

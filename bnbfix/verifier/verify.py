@@ -25,7 +25,7 @@ from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import SCHEMA, scan_checkpoint
 from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
-from ..writer.record import read_record
+from ..writer.record import read_record, was_edited
 from ..writer.shard_writer import copied_files, source_files_by_output
 from ..writer.source_hashes import SourceHashes
 from ..writer.tensor_data import CHUNK_BYTES, copy_range
@@ -88,7 +88,8 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
     doc = read_record(output)
     output = output.with_subfolders()
     target, options = resolve_target(doc["target"]), Options(**doc["options"])
-    problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
+    problems = [Problem(RECORD, None, "was edited")] if was_edited(doc) else []
+    problems += _hashes(output, doc["sha256"], set(doc.get("linked", ())), step)
     kept = decoded = 0
     if source is not None:
         plan = plan_checkpoint(source, target, options)
@@ -98,6 +99,7 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
             if (remote := as_remote(source)) is not None:
                 with reraise_callback_errors(progress) as download_step:
                     download_files(remote, missing_files(plan), download_step)
+            problems += _record_against_plan(doc, plan)
             copies = copied_files(plan)
             rewritten = {f for name, read in source_files_by_output(plan).items() if name not in copies for f in read}
             with SourceHashes(source, threading.Event()) as hashes:
@@ -127,6 +129,12 @@ def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Pr
             step(len(chunk))
         if digest.hexdigest() != want:
             yield Problem(name, None, "differs from the hash in the record")
+
+
+def _record_against_plan(doc: Mapping[str, Any], plan: Plan) -> Iterator[Problem]:
+    keys = ("action", "name", "code")  # words may change from version to version
+    if [[e.get(k) for k in keys] for e in doc["edits"]] != [[e.to_dict()[k] for k in keys] for e in plan.edits]:
+        yield Problem(RECORD, None, "its edits are not those of the plan")
 
 
 def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from ..checkpoint.source import LocalSource, Source
@@ -168,17 +168,8 @@ class Staging:
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
         """Finished files of an earlier run of the same plan that match the journal; only those of the top level."""
-        try:
-            if not stat.S_ISREG(os.lstat(self.path / JOURNAL).st_mode):
-                return
-            first, *lines = (self.path / JOURNAL).read_text("utf-8").splitlines()
-            if json.loads(first) != {"plan": self._digest}:
-                return
-            rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut
-            files = {str(row["file"]): str(row["sha256"]) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return
-        for name, want in files.items():
+        plan, files = _read_journal(self.path)
+        for name, want in files.items() if plan == self._digest else ():
             path = self.path / name
             if name == os.path.basename(name) and name != JOURNAL and _sha256(path) == want:
                 yield name, want
@@ -197,11 +188,16 @@ class Staging:
         finally:
             os.close(fd)
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self, files: Collection[str], *, overwrite: bool) -> None:
         """Makes the folder the output. An old output is removed only once the new one is in its place and synced.
 
         Without `overwrite` the rename itself refuses a folder that is not empty, which another process may have filled.
+
+        Raises OutputError when other files than `files` are in it: somebody else put them there.
         """
+        there = {os.path.relpath(os.path.join(at, n), self.path) for at, _, names in os.walk(self.path) for n in names}
+        if strangers := sorted(there - {*files, JOURNAL}):
+            raise OutputError("was put into the output by another program", where=str(self.path / strangers[0]))
         (self.path / JOURNAL).unlink()
         fsync_tree(self.path)
         leftover: Path | None = None
@@ -246,6 +242,27 @@ class Staging:
     def close(self) -> None:
         """Releases the lock."""
         os.close(self._lock)
+
+
+def _read_journal(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The plan whose finished files are in a folder, and their hashes; None and nothing for what is not a journal."""
+    try:
+        if not stat.S_ISREG(os.lstat(folder / JOURNAL).st_mode):
+            return None, {}
+        first, *lines = (folder / JOURNAL).read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut
+        return str(json.loads(first)["plan"]), {str(row["file"]): str(row["sha256"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, {}
+
+
+def stale_bytes(out: Path, plan_digest: str) -> int:
+    """Bytes of finished files next to `out`, of an interrupted repair by another plan: the next one deletes them."""
+    folder = unfinished(out)
+    plan, files = _read_journal(folder) if folder is not None else (plan_digest, {})
+    if folder is None or plan == plan_digest:
+        return 0
+    return sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import UsageError, VerifyError
 from ..kernels.bnb import resolve_device
 from ..planner.layout import Dequantize, Quantize
-from ..planner.plan import Plan
+from ..planner.plan import RECORD, Plan
 from ..rules.scan import scan_checkpoint
 from .download import check_space, download_files, missing_files, reraise_callback_errors, stream_files
 from .record import plan_digest
@@ -174,7 +174,7 @@ def _write_staged(
         files = job.run(workers)
         plan.checkpoint.source.check_unchanged()
         _check_written(plan, staging.path)
-        staging.publish(overwrite=overwrite)
+        staging.publish({*files, *job.linked, RECORD}, overwrite=overwrite)
     except (KeyboardInterrupt, SystemExit, UsageError):  # finished files are still good for another run
         if staging.has_resumable_files:
             logger.info("finished files are kept in %s", staging.path)

@@ -30,7 +30,7 @@ from bnbfix.kernels import reference as decode
 from bnbfix.planner.plan import Action, Edit
 from bnbfix.writer import staging as destination
 from bnbfix.writer import syscalls, write
-from bnbfix.writer.record import repaired_tensors
+from bnbfix.writer.record import record_checksum, repaired_tensors
 from tests.support.build import Make, set_chunk_bytes
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
@@ -348,6 +348,7 @@ def test_the_record_has_the_target_every_edit_and_true_hashes(repaired: Repaired
     assert result.out is not None
     files = {n: hashlib.sha256(data).hexdigest() for n, data in tree(result.out).items() if n != "bnbfix.json"}
     doc = json.loads((result.out / "bnbfix.json").read_text())
+    assert doc.pop("record_sha256") == record_checksum(doc)
     assert doc == {
         "schema": 1,
         "bnbfix": bnbfix.__version__,
