@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quant_state import WIDTH, QuantState
@@ -290,6 +291,8 @@ def quantize(
     """
     import torch
 
+    from .reference import dynamic_map
+
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     quantized, scales = bytearray(), []
@@ -304,8 +307,9 @@ def quantize(
         quant_map = _raw(bnb.get_4bit_type("nf4", device="cpu"))
         if nested_blocksize is None:
             return Quantized(bytes(quantized), _raw(absmax), quant_map, None, None, None)
-        offset = absmax.mean()
-        table = bnb.create_dynamic_map().to(device)
+        # Both are bitsandbytes', but for the last bits, which depend on the processor where torch computes them.
+        offset = torch.tensor(fsum(absmax.tolist()) / absmax.numel(), dtype=torch.float32, device=device)
+        table = torch.frombuffer(bytearray(dynamic_map().tobytes()), dtype=torch.float32).to(device)
         inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
         return Quantized(
             bytes(quantized),
