@@ -139,7 +139,7 @@ def _read_answer(vllm: str, answer: Mapping[str, Any], checkpoint: Checkpoint) -
             quantized=int(answer.get("quantized", 0)),
             unbound=tuple(map(str, answer.get("unbound", ()))),
         )
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise EngineError(f"vLLM's answer makes no sense ({e})", where=checkpoint.source.name) from e
 
 
