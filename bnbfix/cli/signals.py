@@ -38,24 +38,36 @@ class Signals:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Handle signals as long as the context lasts. A signal that is ignored, as by nohup, stays so."""
-        read, write = socket.socketpair()
-        write.setblocking(False)
         old = {n: signal.getsignal(n) for n in CODES if signal.getsignal(n) is not signal.SIG_IGN}
         for number in old:
             signal.signal(number, self.interrupt)
-        wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-        watcher = threading.Thread(target=_watch, args=(read,), name="bnbfix-signals", daemon=True)
-        with contextlib.suppress(RuntimeError):  # the system starts no thread
-            watcher.start()
+        try:
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(OSError, RuntimeError):  # the system gives no socket, or starts no thread
+                    stack.enter_context(_watched())
+                yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Watch signals on a thread of its own as long as the context lasts."""
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    watcher = threading.Thread(target=_watch, args=(read,), name="bnbfix-signals", daemon=True)
+    try:
+        watcher.start()
+        before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            signal.set_wakeup_fd(before)
             write.close()
-            if watcher.ident is not None:
-                watcher.join()
+            watcher.join()
+    finally:
+        write.close()
 
 
 def _watch(read: socket.socket) -> None:
