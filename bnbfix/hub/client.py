@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,12 +33,15 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, t
 
 from ..checkpoint.source import Progress
 from ..errors import BnbfixError, HubError, UsageError
+from .limits import answer_limit
 from .parallel import connections, current_stop, run_parallel
 
 TRIES = 5
 FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
 PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
 RETRIED = (408, 429, 500, 502, 503, 504)
+MAX_REDIRECTS = 10  # of one download
+MAX_ANSWER = 200_000_000  # bytes of a listing; that of a repo with 10,000 files has 3 MB
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 
 logger = logging.getLogger(__name__)
@@ -213,13 +217,60 @@ def guard_session() -> Iterator[None]:
     `run_parallel` can stop it, each request of this thread asks whether it should. Both are hooks of huggingface_hub's
     session, which the caller's process may use too, and are removed again. Several threads each have their own.
     """
-    client, trace, thread = get_session(), stopping_trace(), threading.get_ident()
+    trace, thread, redirects = stopping_trace(), threading.get_ident(), 0
 
     def trace_request(request: Any) -> None:
         if threading.get_ident() == thread:
             request.extensions = {**request.extensions, "trace": trace}
 
-    ours = {"request": trace_request, "response": _check_etag}
+    def check_response(answer: Any) -> None:
+        nonlocal redirects
+        _check_etag(answer)
+        redirects += threading.get_ident() == thread and answer.is_redirect
+        if redirects > MAX_REDIRECTS:  # huggingface_hub follows those on the same host for ever
+            raise HubError(f"the Hub redirects more than {MAX_REDIRECTS} times", hint="Is HF_ENDPOINT a Hub?")
+
+    with hook_session(trace_request, check_response):
+        yield
+
+
+@contextmanager
+def bound_answers() -> Iterator[None]:
+    """Raise HubError for an answer of this thread that has too many bytes, or takes too long, as long as it lasts."""
+    thread = threading.get_ident()
+
+    def bound(answer: Any) -> None:
+        if threading.get_ident() == thread:
+            answer.iter_bytes = _bound_body(answer.iter_bytes, time.monotonic() + answer_limit())
+
+    with hook_session(lambda request: None, bound):
+        yield
+
+
+def _bound_body(read: Callable[..., Iterator[bytes]], deadline: float) -> Callable[..., Iterator[bytes]]:
+    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
+        count = 0
+        for chunk in read(chunk_size):
+            count += len(chunk)
+            if count > MAX_ANSWER:
+                raise HubError(f"the Hub's answer has more than {MAX_ANSWER:,} bytes")
+            check_deadline(deadline)
+            yield chunk
+
+    return iter_bytes
+
+
+def check_deadline(deadline: float, where: str | None = None) -> None:
+    """Raise HubError when the time for an answer is over."""
+    if time.monotonic() > deadline:
+        words = f"the Hub's answer takes longer than {answer_limit():g} s"
+        raise HubError(words, where=where, hint="BNBFIX_HUB_ANSWER_TIMEOUT sets this limit, in seconds.")
+
+
+@contextmanager
+def hook_session(on_request: Callable[[Any], None], on_response: Callable[[Any], None]) -> Iterator[None]:
+    """Add hooks to huggingface_hub's session, as long as the context lasts."""
+    client, ours = get_session(), {"request": on_request, "response": on_response}
     with _hooks_lock:
         client.event_hooks = {kind: [*hooks, ours[kind]] for kind, hooks in client.event_hooks.items()}
     try:

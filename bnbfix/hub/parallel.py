@@ -53,12 +53,19 @@ def current_stop() -> Stop:
 
 
 def run_parallel(
-    work: Callable[[J], T], jobs: Sequence[J], workers: int, *, name: str, finish_running: bool = False
+    work: Callable[[J], T],
+    jobs: Sequence[J],
+    workers: int,
+    *,
+    name: str,
+    finish_running: bool = False,
+    tick: Callable[[], None] | None = None,
 ) -> list[T]:
     """Return the results in order. An interrupt stops every job, and is raised at most `GRACE` seconds later.
 
     The first error ends it too: jobs that have not begun are left out, the others stop or, with `finish_running`, go
-    on to their end. Where the system starts no thread the jobs run on this one.
+    on to their end. Where the system starts no thread the jobs run on this one. `tick` is called every second; what it
+    raises is an interrupt, too.
     """
     stop, closed = Stop(), threading.Event()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -82,22 +89,33 @@ def run_parallel(
     count = min(workers, len(jobs))
     threads = [threading.Thread(target=draw_jobs, name=f"{name}-{i}", daemon=True) for i in range(count)]
     started: list[threading.Thread] = []
+    late: Exception | None = None  # what `tick` raised
     results: dict[int, T] = {}
     try:
         _start_threads(threads, started)
         if not started:
             draw_jobs()
         while len(results) < len(jobs):
-            found = done.get()
+            try:
+                found = done.get(timeout=None if tick is None else 1)
+            except queue.Empty:
+                assert tick is not None
+                try:
+                    tick()
+                except Exception as e:
+                    late = e
+                    raise
+                continue
             if isinstance(found, BaseException):
                 raise found
             results[found[0]] = found[1]
     except BaseException as e:  # an interrupt too, raised again
         closed.set()
-        patient = finish_running and isinstance(e, Exception)
+        interrupted = e is late or not isinstance(e, Exception)
+        patient = finish_running and not interrupted
         if not patient:
             stop.set()
-        if not isinstance(e, Exception):
+        if interrupted:
             _shut_down_connections()
             for call in stop.on_interrupt:
                 call()

@@ -1,6 +1,7 @@
 """A checkpoint on the Hugging Face Hub, read by byte ranges.
 
 Settings are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
+How long an answer may take is in limits.py.
 
 What a scan reads: the listing, config.json and the index whole, the first 128 KiB of each shard, the rest of a header
 that is longer, and the JSON of each quant state. Quant states are stored between quantized weights of many MB, so each
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,8 @@ from .byte_ranges import MergedRange, check_file_name, content_range_error, merg
 from .client import (
     RetryableError,
     abort_xet,
+    bound_answers,
+    check_deadline,
     counting_bar,
     describe_request,
     error_from_response,
@@ -50,12 +54,11 @@ from .client import (
     stopping_trace,
     wrap_errors,
 )
+from .limits import answer_limit, byte_limit
 from .parallel import current_stop, run_parallel
 
 WORKERS = 16  # requests at a time
-TIMEOUT = 15.0  # seconds without a byte
 REDIRECTS = 10
-CHUNK = 64 << 10
 KEPT = 1 << 20  # bytes; shorter reads are kept in memory, since a plan reads headers and quant states again
 
 logger = logging.getLogger(__name__)
@@ -83,7 +86,8 @@ class HubSource:
 
         def get_info() -> ModelInfo | None:
             try:
-                return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+                with bound_answers():
+                    return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=byte_limit())
             except OfflineModeIsEnabled:
                 return None
 
@@ -249,7 +253,7 @@ class HubSource:
                 url,
                 headers=headers,
                 follow_redirects=False,
-                timeout=TIMEOUT,
+                timeout=byte_limit(),
                 extensions={"trace": stopping_trace()},
             ) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
@@ -296,9 +300,10 @@ class HubSource:
         etag = answer.headers.get("ETag")
         if etag and self._etags.setdefault((file, host), etag) != etag:
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
-        data = bytearray()
-        for chunk in answer.iter_raw(CHUNK):
+        data, deadline = bytearray(), time.monotonic() + answer_limit()
+        for chunk in answer.iter_raw():
             current_stop().check()
+            check_deadline(deadline, where)
             data += chunk
             if len(data) > length:
                 raise HubError(f"{host} sends more than the {length:,} requested bytes", where=where)

@@ -9,13 +9,15 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint.source import Progress, RemoteSource, as_remote
-from ..errors import OutputError
+from ..errors import HubError, OutputError
+from ..hub.limits import download_limit
 from ..hub.parallel import run_parallel
 from ..planner.plan import Plan
 from .shard_writer import EnsureLocal, source_files_by_output
@@ -123,17 +125,30 @@ def download_files(source: RemoteSource, files: Mapping[str, int], step: Progres
         with lock:
             step(n)
 
-    names = sorted(files, key=lambda f: -files[f])
     try:
-        run_parallel(
-            lambda name: source.fetch(name, None, locked_step),
-            names,
-            DOWNLOADS,
-            name="bnbfix-fetch",
-            finish_running=True,
-        )
+        _fetch_files(source, sorted(files, key=lambda f: -files[f]), None, locked_step)
     except KeyboardInterrupt:
         raise DownloadInterrupted(_describe_downloads(source, files)) from None
+
+
+def _fetch_files(source: RemoteSource, names: Sequence[str], folder: Path | None, step: Progress) -> None:
+    """Fetches files, the first first. Raises HubError when there is no progress for too long."""
+    limit, last = download_limit(), time.monotonic()
+
+    def note_step(n: int) -> None:
+        nonlocal last
+        last = time.monotonic()
+        step(n)
+
+    def check_progress() -> None:
+        if time.monotonic() - last > limit:
+            hint = "Run it again. BNBFIX_HUB_DOWNLOAD_TIMEOUT sets this limit, in seconds."
+            raise HubError(f"the download makes no progress for {limit:g} s", where=source.name, hint=hint)
+
+    def fetch(name: str) -> None:
+        source.fetch(name, folder, note_step)
+
+    run_parallel(fetch, names, DOWNLOADS, name="bnbfix-fetch", finish_running=True, tick=check_progress)
 
 
 def _describe_downloads(source: RemoteSource, files: Mapping[str, int]) -> str:
@@ -152,7 +167,7 @@ def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Progress) ->
     @contextmanager
     def ensure_local(name: str) -> Iterator[None]:
         for file in needed[name]:
-            source.fetch(file, folder, step)
+            _fetch_files(source, [file], folder, step)
         yield
         uses.subtract(needed[name])
         for file in needed[name]:

@@ -202,7 +202,9 @@ def kill(place: Place, what: str, number: int, count: int, rng: random.Random) -
             stops.append(time.perf_counter() - begin)
         expect("Traceback" not in err, f"{what}: a traceback\n{err}")
         # -2: the signal came while Python itself ended, after the command.
-        expect(process.returncode in ((0,) if let_through else (0, -9, 130, -2)), f"{what}: {process.returncode}, {err}")
+        expect(
+            process.returncode in ((0,) if let_through else (0, -9, 130, -2)), f"{what}: {process.returncode}, {err}"
+        )
         wait_for(lambda run=run: not left_over(run), f"{what}: a process is left")  # type: ignore[misc]
         left = check(place, run, before, clean, OLD if overwrite else {})
         ended = "ended before" if process.returncode == 0 else "killed" if number == signal.SIGKILL else "interrupted"

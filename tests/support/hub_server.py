@@ -256,6 +256,8 @@ class FakeHub:
             return refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
         blob, name = files[file], "{org}/{name}".format(**request.path_params)
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if fault and (fault.kind == "loops" or (fault.kind == "loops whole" and not request.headers.get("range"))):
+            return Response(status_code=307, headers=headers | {"Location": str(request.url.path)})
         if fault and fault.kind == "commit":
             headers["X-Repo-Commit"] = "f" * 40
         if fault and fault.kind == "elsewhere":
@@ -291,6 +293,7 @@ class FakeHub:
         kind = fault.kind if fault else ""
         if kind == "trickles" and request.headers.get("range"):
             kind = ""
+        kind = "trickles" if kind == "trickles ranges" and request.headers.get("range") else kind
         if kind == "holds ranges" or (kind == "holds" and not request.headers.get("range")):
             await self._hold()
         if kind in ("slow", "stalls"):  # stalls, but for scans, whose ranges begin a file
@@ -352,10 +355,18 @@ class FakeHub:
         while not self.released.is_set():
             await asyncio.sleep(0.05)
 
+    async def _blanks(self, slowly: bool) -> AsyncIterator[bytes]:
+        """A JSON document without end."""
+        while True:
+            yield b" " if slowly else b" " * CHUNK
+            await asyncio.sleep(0.02 if slowly else 0)
+
     async def _spoiled(self, fault: Fault) -> Response:
         if fault.kind == "holds":
             await self._hold()
             return refuse(503, "", "held until now")
+        if fault.kind in ("never ends", "trickles"):
+            return StreamingResponse(self._blanks(fault.kind == "trickles"), media_type="application/json")
         if fault.kind == "says":
             return Response(fault.headers["body"], media_type="application/json")
         return refuse(int(fault.kind), "", "as the test asked", dict(fault.headers))
