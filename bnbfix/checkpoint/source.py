@@ -16,6 +16,9 @@ from ..errors import InputError, UsageError
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
 IGNORED_DIRS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
+# Those that this system has; Windows would read text without O_BINARY.
+OPEN_FLAGS = sum({getattr(os, f"O_{name}", 0) for name in ("RDONLY", "CLOEXEC", "NONBLOCK", "NOCTTY", "BINARY")})
+
 Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
 
 
@@ -235,7 +238,7 @@ class LocalSource:
 def open_regular(path: Path, where: str) -> int:
     """Open a regular file and return its descriptor; raises InputError for anything else, without waiting for it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, OPEN_FLAGS)
     except OSError as e:
         doubt = "; a broken link?" if os.path.islink(path) else ""
         raise InputError(f"cannot be opened ({e.strerror}){doubt}", where=where) from e
@@ -259,7 +262,7 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     parts = []
     while length > 0:
         try:
-            part = os.pread(fd, length, offset)
+            part = _read_at(fd, length, offset)
         except OSError as e:
             raise InputError(f"cannot be read at byte {offset:,} ({e.strerror})", where=where) from e
         if not part:
@@ -268,6 +271,14 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
         offset += len(part)
         length -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_at(fd: int, length: int, offset: int) -> bytes:
+    call: Callable[[int, int, int], bytes] | None = getattr(os, "pread", None)
+    if call is not None:
+        return call(fd, length, offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # Windows; no other thread has this descriptor
+    return os.read(fd, length)
 
 
 def _list_files(root: Path, prefix: str = "", *, subfolders: bool) -> Iterator[tuple[str, FileStat]]:

@@ -21,7 +21,7 @@ from ..hub.limits import download_limit
 from ..hub.parallel import run_parallel
 from ..planner.plan import Plan
 from .shard_writer import EnsureLocal, source_files_by_output
-from .staging import SLACK_BYTES, clear, disk_space, existing_parent, fetched_folder, lock_directory
+from .staging import SLACK_BYTES, clear, disk_space, existing_parent, fetched_folder, lock_directory, unlock_directory
 
 logger = logging.getLogger(__name__)
 DOWNLOADS = 4  # files at a time; each is downloaded in parallel pieces where huggingface_hub does so
@@ -184,4 +184,4 @@ def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Progress) ->
         yield ensure_local
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        unlock_directory(lock)

@@ -62,12 +62,12 @@ class SourceHashes:
         raise HubError(what, where=file, hint=hint)
 
     def _hash(self, fd: int, file: str) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
+        digest = hashlib.sha256()
         try:
-            while got := os.readv(fd, [buffer]):
+            while data := os.read(fd, HASH_BYTES):
                 if self._stop.is_set():
                     raise OutputError(STOPPED)
-                digest.update(buffer[:got])
+                digest.update(data)
         except OSError as e:
             raise InputError(f"cannot be read ({e.strerror})", where=file) from e
         finally:

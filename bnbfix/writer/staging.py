@@ -7,7 +7,6 @@ right. Otherwise the folder is cleared.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 from ..checkpoint.source import LocalSource, Source
 from ..errors import OutputError, UsageError
 from ..planner.plan import JOURNAL, Plan
-from .syscalls import exchange
+from . import syscalls
 from .tensor_data import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -99,34 +98,39 @@ def unfinished(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def lock_directory(path: Path, out: Path) -> int:
+def lock_directory(path: Path, out: Path) -> int | None:
     """Makes a folder next to `out`, if there is none, and locks it until the file descriptor returned is closed.
 
-    Raises UsageError while another repair holds it.
+    None where folders cannot be locked. Raises UsageError while another repair holds it.
     """
-    import fcntl
-
     while True:
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise UsageError(
-                "another repair is writing there", where=str(out), hint="Wait for it, or choose another output folder."
-            ) from None
+            fd = syscalls.open_folder(path, follow=False)
         except FileNotFoundError:
-            pass  # published or deleted by another repair between the two calls
-        except OSError as e:
-            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return fd  # a file system without locks
+            continue  # published or deleted by another repair between the two calls
+        if fd is None:
+            return None
+        try:
+            locked = syscalls.lock(fd)
+            if locked and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            locked = True  # published or deleted by another repair between the two calls
+        except OSError:
             os.close(fd)
             raise
         os.close(fd)
+        if not locked:
+            hint = "Wait for it, or choose another output folder."
+            raise UsageError("another repair is writing there", where=str(out), hint=hint)
+
+
+def unlock_directory(lock: int | None) -> None:
+    """Releases what `lock_directory` returned."""
+    if lock is not None:
+        os.close(lock)
 
 
 class Staging:
@@ -181,8 +185,8 @@ class Staging:
 
     def _note(self, *rows: Mapping[str, str], append: bool = False) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        flags = os.O_APPEND if append else os.O_TRUNC
-        fd = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+        flags = syscalls.open_flags("WRONLY", "CREAT", "CLOEXEC", "NOFOLLOW", "APPEND" if append else "TRUNC")
+        fd = os.open(self.path / JOURNAL, flags, 0o666)
         try:
             os.write(fd, text.encode("utf-8", "surrogateescape"))
         finally:
@@ -202,8 +206,8 @@ class Staging:
         fsync_tree(self.path)
         leftover: Path | None = None
         if not overwrite or not os.path.lexists(self.out):
-            self.path.rename(self.out)
-        elif exchange(self.path, self.out):
+            syscalls.rename_folder(self.path, self.out)
+        elif syscalls.exchange(self.path, self.out):
             leftover = self.path
         else:
             leftover = self._old
@@ -215,7 +219,7 @@ class Staging:
                 leftover.rename(self.out)
                 raise
         try:
-            fsync_folder(self.out.parent)
+            syscalls.fsync_folder(self.out.parent)
             logger.info("published %s", self.out)
         except BaseException:  # an interrupt too: an output that may not survive a power cut is not published
             self._unpublish(leftover)
@@ -226,7 +230,7 @@ class Staging:
 
     def _unpublish(self, leftover: Path | None) -> None:
         if leftover == self.path:
-            exchange(self.path, self.out)
+            syscalls.exchange(self.path, self.out)
             return
         self.out.rename(self.path)
         if leftover is not None:
@@ -235,13 +239,13 @@ class Staging:
     def discard(self) -> None:
         """Removes the folder and what is in it, unless another repair has replaced it."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+            if self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 clear(self.path)
                 logger.info("discarded %s", self.path)
 
     def close(self) -> None:
         """Releases the lock."""
-        os.close(self._lock)
+        unlock_directory(self._lock)
 
 
 def _read_journal(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -282,16 +286,7 @@ def wrap_write_errors(out: Path) -> Iterator[None]:
 def fsync_tree(root: Path) -> None:
     """Flushes a folder and those inside it, innermost first."""
     for folder, _, _ in os.walk(root, topdown=False):
-        fsync_folder(folder)
-
-
-def fsync_folder(path: str | Path) -> None:
-    """Flushes the entries of a folder."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        syscalls.fsync_folder(folder)
 
 
 def clear(path: Path) -> None:
@@ -305,7 +300,7 @@ def clear(path: Path) -> None:
 def _sha256(path: Path) -> str | None:
     """Of a regular file; None of anything else."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, syscalls.open_flags("RDONLY", "CLOEXEC", "NOFOLLOW", "NONBLOCK"))
     except OSError:
         return None
     try:

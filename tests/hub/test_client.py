@@ -82,7 +82,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((first, last - first + 1))
         data = bytes(i % 251 for i in range(first, last + 1))
         answer = {"Content-Range": f"bytes {first}-{last}/*"}
-        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda size: [data]))
+        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda: [data]))
 
     monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(stream=stream))
     return seen

@@ -33,6 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     out = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     record = json.loads(out[RECORD])
     record.pop("source", None)
+    record.pop("record_sha256")
     return out | {RECORD: json.dumps(record).encode()}
 
 
