@@ -9,7 +9,7 @@ import json
 import ntpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,7 @@ class Checkpoint:
     orphans: Mapping[str, Tensor]  # quant-state tensors that no quantized weight claims
     duplicates: Mapping[str, tuple[str, ...]]  # tensors that several shards have
     damaged: tuple[QuantStateError, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)  # new names of weights, by those in the file
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -122,6 +123,29 @@ class Checkpoint:
             out[w.name] = w.tensor
             out |= {name: w.state_tensors[suffix] for suffix, name in w.state_tensor_names().items()}
         return out
+
+
+def rename_weights(checkpoint: Checkpoint, renames: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint as if its weights, with their quant-state tensors, had other names; no byte moves."""
+    names = dict(renames)
+    for old, new in renames.items():
+        suffixes = checkpoint.weights[old].state_tensor_names()
+        names |= {name: qs.state_tensor_name(new, suffix) for suffix, name in suffixes.items()}
+
+    def rename(tensor: Tensor) -> Tensor:
+        return replace(tensor, info=replace(tensor.info, name=names.get(tensor.info.name, tensor.info.name)))
+
+    shards = {}
+    for shard, header in checkpoint.shards.items():
+        tensors = (replace(info, name=names.get(name, name)) for name, info in header.tensors.items())
+        shards[shard] = replace(header, tensors={info.name: info for info in tensors})
+    weights = {}
+    for old, w in checkpoint.weights.items():
+        states = {suffix: rename(t) for suffix, t in w.state_tensors.items()}
+        new = names.get(old, old)
+        weights[new] = Weight(new, rename(w.tensor), states, w.state)
+    duplicates = {names.get(name, name): shards for name, shards in checkpoint.duplicates.items()}
+    return replace(checkpoint, shards=shards, weights=weights, duplicates=duplicates, renamed=renames)
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..models.inspection import LinearWeight
 
@@ -68,6 +68,42 @@ class Target:
         if len(self.ranges) == 1:
             return self.ranges
         return tuple(r for r in self.ranges if family in r.families)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of the engine, as its class makes it where no skip entry names its module."""
+
+    name: str
+    module: str  # the name that skip entries are compared with
+    quantized: bool
+    experts: bool  # of a mixture: no skip entry reaches them
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an engine does with a tensor of the file: it fills parts of parameters, or is ignored, or stops the load."""
+
+    fills: tuple[tuple[str, str], ...] = ()  # (parameter, part): q of a qkv_proj, or "" for the whole
+    shape: tuple[int | None, ...] | None = None  # that it has to have; None where that is not known
+    refused: bool = False
+
+
+class Expectation(Protocol):
+    """What a release expects of a model's checkpoint. Names of tensors are the file's, of parameters the engine's."""
+
+    @property
+    def parameters(self) -> Mapping[str, Slot]:
+        """Every parameter that has to be filled, by name."""
+
+    def place(self, name: str) -> Place | None:
+        """Where the release puts a tensor; None where that is not known."""
+
+    def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
+        """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
+
+    def rename(self, name: str) -> str | None:
+        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
 
 
 @dataclass(frozen=True)

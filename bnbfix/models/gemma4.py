@@ -46,6 +46,7 @@ def read_config(family: Family, config: Mapping[str, Any]) -> Model:
         first_shared=layers - shared,
         moe=bool(text.get("enable_moe_block")),
         text_config=text,
+        config=config,
     )
 
 

@@ -24,11 +24,12 @@ class LinearWeight:
 
     weight: Weight
     role: TensorRole
+    new_name: str | None = None  # of one that is added: a copy of `weight`
 
     @property
     def name(self) -> str:
         """Its tensor name in the file."""
-        return self.weight.name
+        return self.new_name or self.weight.name
 
     @property
     def quantized(self) -> bool:
@@ -59,6 +60,10 @@ class Inspection:
             and linear.role.part is not None
             and linear.role.kind in ("attention", "mlp")
         }
+
+    def canonical(self, name: str) -> str:
+        """A tensor name as transformers spells it."""
+        return gemma4.canonical(name)
 
     @cached_property
     def canonical_names(self) -> frozenset[str]:

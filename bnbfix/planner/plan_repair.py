@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer, open_checkpoint
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer, open_checkpoint, rename_weights
 from ..checkpoint.source import Source, read_file
 from ..engines.engine import Target
 from ..errors import Unrepairable
 from ..models.inspection import Inspection, inspect_checkpoint
 from ..rules.changes import Changes, Request
 from ..rules.files import is_pickle
+from ..rules.manifest import find_renames
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, scan_checkpoint, scan_inspection
 from ..rules.support import describe_dry_load
@@ -50,6 +51,10 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     request = Request(inspection, releases, options.partial_groups)
     if blocking:
         raise _refusal(target, blocking)
+    if renames := find_renames(request):
+        checkpoint = rename_weights(checkpoint, renames)
+        inspection = inspect_checkpoint(checkpoint)
+        request = replace(request, inspection=inspection)
     changes = collect_changes(request, DEQUANTIZE_ALL if options.bf16 else REPAIR)
     if options.bf16:
         shards = tuple(recut_shards(checkpoint, changes, options.max_shard_size))
@@ -174,6 +179,8 @@ def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: 
 
 
 def _list_edits(checkpoint: Checkpoint, changes: Changes) -> Iterator[Edit]:
+    for old, new in checkpoint.renamed.items():
+        yield Edit(Action.RENAME, old, Code.WRONG_PREFIX, f"to {new}")
     for name, code in changes.dequantize.items():
         yield Edit(Action.DEQUANTIZE, name, code, "same values in full precision; its quant-state tensors are dropped")
     for name, code in changes.drop.items():

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..engines.engine import Installed, Parameter, ReleaseRange
+from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange
+from ..engines.manifest import Load, load_names
 from ..engines.vllm.parameters import parameters
+from ..engines.vllm.recorded import expect
 from ..engines.vllm.releases import format_ranges, ranges
 from ..models.family import Model
 from ..models.inspection import Inspection, LinearWeight
@@ -70,6 +73,11 @@ class Code(str, Enum):
     WEIGHT_NOT_A_COLUMN = "BNB110"
     QUANT_STORAGE = "BNB111"
     NOTHING_QUANTIZED = "BNB112"
+    UNKNOWN_NAME = "BNB113"
+    UNFILLED = "BNB114"
+    WRONG_SHAPE = "BNB115"
+    WRONG_PREFIX = "BNB117"
+    PARTLY_FILLED = "BNB118"
     QUANT_STATE = "BNB201"
     ORPHANED_STATE_TENSORS = "BNB202"
     INDEX = "BNB203"
@@ -122,10 +130,17 @@ class Case:
 
     inspection: Inspection
     release: ReleaseRange
+    expectation: Expectation | None  # None where the release does not know the class
     params: tuple[Parameter, ...]
     installed: Installed | None = None
-
     dry_load: DryLoad | None = None  # what the installed release itself says
+
+    @cached_property
+    def load(self) -> Load | None:
+        """What becomes of the tensors by their names and shapes; None where the release does not know the class."""
+        damaged = self.inspection.damaged
+        weights = {n: w for n, w in self.inspection.checkpoint.weights.items() if n not in damaged}
+        return load_names(weights, self.expectation) if self.expectation else None
 
     @classmethod
     def of(
@@ -136,8 +151,9 @@ class Case:
         dry_load: DryLoad | None = None,
     ) -> Case:
         skip = inspection.checkpoint.skip_modules
-        params = parameters(inspection.linears, inspection.model, release, skip)
-        return cls(inspection, release, tuple(params), installed, dry_load)
+        expectation = expect(inspection.model, release)
+        params = parameters(inspection.linears, expectation, skip) if expectation else ()
+        return cls(inspection, release, expectation, tuple(params), installed, dry_load)
 
 
 @dataclass(frozen=True)

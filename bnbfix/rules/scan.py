@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -13,6 +13,7 @@ from ..engines.transformers import check_skip_entries
 from ..engines.vllm.releases import ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
+from .manifest import MANIFEST
 from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
 from .support import describe_dry_load
 
@@ -195,9 +196,26 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
             if code in RELEASE_INDEPENDENT:
                 known[code] = hits
         out += [(code, hit) for hit in hits]
+    out = list(_drop_consequences(case, out))
     if case.dry_load is not None and case.dry_load.ok:  # whatever would stop a load or change a weight in it, does not
         out = [(code, hit) for code, hit in out if code in AFTER_LOADING or not hit.severity.counts]
     return out
+
+
+def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tuple[Code, Hit]]:
+    """The hits, without names that are unknown or missing because of what another hit says."""
+    causes = [(code, hit) for code, hit in hits if hit.severity.counts and code not in MANIFEST]
+    whole = any(code is Code.MOE_REFUSED for code, _ in causes)
+    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX) for code, _ in causes)
+    explained = {case.inspection.canonical(name) for _, hit in causes for name in hit.tensors}
+    for code, hit in hits:
+        if code in MANIFEST:
+            left = [n for n in hit.tensors if case.inspection.canonical(n) not in explained]
+            left = [n for n in left if not (whole or (experts and ".experts." in n))]
+            if not left:
+                continue
+            hit = replace(hit, tensors=tuple(left))
+        yield code, hit
 
 
 def _judge_release(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:
