@@ -712,7 +712,7 @@ class Fault:
         return self if instance is None else lambda *args: self(instance, *args)
 
 
-TARGETS = {"write": (os, "pwrite"), "fsync": (os, "fsync"), "rename": (Path, "rename"), "read": (os, "pread")}
+TARGETS = {"write": (os, "pwrite"), "fsync": (os, "fsync"), "rename": (os, "rename"), "read": (os, "pread")}
 STAGING = ".out.bnbfix-partial"
 
 
