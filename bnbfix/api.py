@@ -175,6 +175,9 @@ def plan_repair(
     if out is not None:
         from .writer.staging import check_destination
 
+        if not os.fspath(out):
+            raise UsageError("the output is an empty path; it must name a folder")
+
         check_destination(source, Path(out), overwrite=overwrite)
     options = Options(bf16, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size, partial_groups)
     live = choose_live(dry_load)

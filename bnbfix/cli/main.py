@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import io
-import signal
+import os
 import sys
 from typing import Annotated, Any
 
@@ -17,10 +17,9 @@ from .options import Interrupted
 from .releases import explain, releases
 from .repair import repair
 from .scan import scan
+from .signals import INTERRUPTED, Signals, exit_interrupted
+from .streams import drop_output, open_streams
 from .verify import verify
-
-INTERRUPTED, TERMINATED = 130, 143
-_terminated = False  # by SIGTERM
 
 app = typer.Typer(
     name="bnbfix",
@@ -50,31 +49,50 @@ def _options(
 def main() -> None:
     """Runs the command line and exits with its code. What an input causes never ends in a traceback."""
     gc.freeze()  # what was imported stays: a tenth of a scan went into searching it for garbage
-    signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_streams()
+    # OpenBLAS, which numpy loads and nothing here calls, starts a thread for each core. Where the system refuses one it
+    # interrupts or ends the process, and where there is little address space too.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    signals = Signals()
+    try:
+        with signals.handled():
+            code = _run(signals)
+    except KeyboardInterrupt:  # in the last moment, or while an error is being printed
+        code = signals.code
+    if signals.seen:
+        exit_interrupted(code)
+    sys.exit(code)
+
+
+def _run(signals: Signals) -> int:
+    """Runs a command and returns its exit code, after a line on stderr about what stopped it."""
     try:
         code: Any = app(standalone_mode=False)
+        sys.stdout.flush()
         if code == INTERRUPTED:  # typer catches the interrupt itself
             raise Interrupted
+        return code if isinstance(code, int) else 0
     except BnbfixError as e:
-        print_error(str(e), e.hint)
-        code = e.exit_code
+        _report(str(e), e.hint)
+        return e.exit_code
     except (KeyboardInterrupt, Interrupted) as e:
-        print_error("interrupted; nothing was published", getattr(e, "hint", None))
-        code = TERMINATED if _terminated else INTERRUPTED
+        _report("interrupted; nothing was published", getattr(e, "hint", None))
+        return signals.code
     except OSError as e:
-        print_error(f"{e.filename or 'input/output'}: {e.strerror or e}")
-        code = 2
+        drop_output()
+        _report(f"{e.filename or 'input/output'}: {e.strerror or e}")
+    except MemoryError:
+        _report("there is not enough memory", "Is it limited (ulimit -v, a container)? See also --max-memory.")
+    except ImportError as e:
+        _report(f"a module cannot be imported: {e}", "Is memory, or the number of open files, limited (ulimit -a)?")
     except Exception as e:
-        code = _usage_code(e)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _usage_code(e)
+    return 2
 
 
-def _terminate(number: int, frame: object) -> None:
-    global _terminated
-    _terminated = True
-    raise KeyboardInterrupt
+def _report(message: str, hint: str | None = None) -> None:
+    with contextlib.suppress(OSError):  # of stderr itself
+        print_error(message, hint)
 
 
 def _usage_code(error: Exception) -> int:

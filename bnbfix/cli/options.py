@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,13 @@ class Interrupted(Exception):
     def __init__(self, hint: str | None = None) -> None:
         super().__init__()
         self.hint = hint
+
+
+def parse_folder(text: str) -> Path:
+    """The path of a folder; raises UsageError for an empty one, which would be the current folder."""
+    if not text:
+        raise UsageError("--out is empty; it must name a folder")
+    return Path(text)
 
 
 ModelName = Annotated[

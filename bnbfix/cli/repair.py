@@ -25,6 +25,7 @@ from .options import (
     Verbose,
     Vllm,
     live_from_options,
+    parse_folder,
     print_json,
 )
 
@@ -42,7 +43,8 @@ class PartialGroups(str, Enum):
 def repair(
     model: ModelName,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", parser=parse_folder, help="Folder for the repaired copy."),
     ] = None,
     vllm: Vllm = None,
     revision: Revision = None,
@@ -82,7 +84,8 @@ def repair(
     from ..hub.push import resolve_destination
     from ..hub.resolve import open_source
     from ..writer.download import missing_files
-    from ..writer.staging import unfinished
+    from ..writer.record import plan_digest
+    from ..writer.staging import stale_bytes, unfinished
     from ..writer.write import WriteOptions, write_plan
 
     show_logs(verbose)
@@ -111,21 +114,27 @@ def repair(
         _show_plan(plan, out or folder.parent / (folder.name + "-repaired"), download, format)
         return 0
     assert out is not None
+    if (stale := stale_bytes(out, plan_digest(plan))) and not quiet:
+        what = "files that an interrupted repair finished for another target, source or option"
+        print(f"deleting {stale / 1e9:,.1f} GB of {what}: {unfinished(out)}", file=sys.stderr, flush=True)
     quiet_bars = quiet or format is Format.json
     try:
         with progress_bar(f"writing {out}", plan.bytes_written + download, quiet=quiet_bars) as step:
             result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; run the same command again to resume." if left else None
-        raise Interrupted(hint) from None
+        raise Interrupted(getattr(e, "hint", hint)) from None
     if result.kept and not quiet:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     pushed = None
     if to is not None and result.written:
         quiet_bars = quiet_bars or not sys.stderr.isatty()
-        with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
-            pushed = push(out, to, progress=step, quiet=quiet_bars)
+        try:
+            with progress_bar(f"checking {out}", plan.bytes_written, quiet=quiet_bars) as step:
+                pushed = push(out, to, progress=step, quiet=quiet_bars)
+        except KeyboardInterrupt:
+            raise Interrupted(f"The repair itself is done: hf upload {to.repo} {out}") from None
     if format is Format.json:
         print_json(result.to_dict() | ({"pushed": vars(pushed) if pushed else None} if to else {}))
     elif not quiet:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ..report.terminal import progress_bar, show_logs
-from .options import AsFormat, DryLoadOption, Format, Python, Quiet, Revision, Verbose, live_from_options, print_json
+from .options import (
+    AsFormat,
+    DryLoadOption,
+    Format,
+    Interrupted,
+    Python,
+    Quiet,
+    Revision,
+    Verbose,
+    live_from_options,
+    print_json,
+)
 
 
 def verify(
@@ -31,7 +42,10 @@ def verify(
     live = live_from_options(dry_load, python, quiet=quiet)
     size = sum(LocalSource.open(folder).files.values())
     with progress_bar(f"comparing {folder}", size * (2 if source else 1), quiet=quiet or format is Format.json) as step:
-        result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
+        try:
+            result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
+        except KeyboardInterrupt as e:
+            raise Interrupted(getattr(e, "hint", None)) from None
     loaded = None
     if load:
         from ..engines.vllm.probe import load_model
