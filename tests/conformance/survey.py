@@ -71,7 +71,7 @@ def can_be_quantized(name: str, shape: list[int]) -> bool:
 
 
 def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str, list[int]]:
-    """The tensors of a model, and those that a file may have besides: what other layers have, and per-expert weights."""
+    """The tensors of a model, and others that a file may have: what other layers have, and per-expert weights."""
     out = dict(tensors)
     for name, shape in tensors.items():
         for old, new in family.renames:
