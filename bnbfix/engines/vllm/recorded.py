@@ -116,6 +116,8 @@ class RecordedExpectation:
 
     def rename(self, name: str) -> str | None:
         """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+        if self.canonical(name) is not None:
+            return None
         for theirs, ours, _ in self._rows["aliases"]:
             if name.startswith(theirs) and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]:
                 return str(ours + name[len(theirs) :])
