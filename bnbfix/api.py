@@ -96,7 +96,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
 
     Raises:
         FindingsRemain: The checkpoint would not load; `findings` says why.
-        NotApplicable: The folder has quantized Gemma4 weights, but config.json does not say so.
+        NotApplicable: The folder has quantized Gemma4 weights, but config.json names another quantization.
         UsageError, InputError: As in `scan`.
     """
     source = LocalSource.open(Path(folder))

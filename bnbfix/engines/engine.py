@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
+from ..models.family import Model
 from ..models.inspection import LinearWeight
 
 PORTABLE = "portable"
@@ -30,12 +31,18 @@ class ReleaseRange:
     needs_shared_kv: bool
     expert_prefix: str | None
     per_layer_config: Literal["ignored", "refused", "read"]
+    uses_tied_lm_head: bool
+    transformers_below: str | None
     casts_pixels: bool
     plugin: Literal["none", "refused", "required"]
 
     @property
     def name(self) -> str:
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
+
+    def ignores_lm_head(self, model: Model) -> bool:
+        """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
+        return model.tied and not self.uses_tied_lm_head
 
     def quantizes(self, family: str, kind: str) -> bool:
         """Return True if the parameter of such a tensor is quantized where no skip entry names its module."""
@@ -44,10 +51,11 @@ class ReleaseRange:
 
 @dataclass(frozen=True)
 class Installed:
-    """The vLLM installed with bnbfix, by its metadata."""
+    """An installed vLLM and what is installed next to it, by their metadata."""
 
     version: str
     plugin: str | None
+    transformers: str | None = None
 
 
 @dataclass(frozen=True)

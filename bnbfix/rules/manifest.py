@@ -29,7 +29,7 @@ def check_unknown_name(case: Case) -> Iterator[Hit]:
     Code.UNFILLED,
     "parameter that no tensor fills",
     why="The model that the release builds from config.json has a parameter for which the file has no tensor: "
-    "`Following weights were not initialized from checkpoint`. A shard, a tower or a layer was lost when the model was saved.",
+    "`Following weights were not initialized from checkpoint`. A shard, a tower or a layer was lost in saving.",
     fix="The tensor has to come from the model that was saved; no other one can take its place.",
 )
 def check_unfilled(case: Case) -> Iterator[Hit]:
@@ -81,7 +81,7 @@ def check_wrong_shape(case: Case) -> Iterator[Hit]:
     Code.WRONG_PREFIX,
     "names that begin differently",
     why="The tensors have the names of another class, version or tool (`base_model.model.`, `model.model.`): only "
-    "their beginnings differ from what the release looks for. It stops with `There is no module or parameter named ...`.",
+    "their beginnings differ from what the release looks for: `There is no module or parameter named ...`.",
     fix="The tensors are renamed to the names that transformers writes.",
 )
 def check_wrong_prefix(case: Case) -> Iterator[Hit]:

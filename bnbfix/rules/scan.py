@@ -43,8 +43,8 @@ class Finding:
 
     @property
     def blocking(self) -> bool:
-        """Return True if it counts and is in the files: whether the plugin is installed says nothing about them."""
-        return self.counts and self.code is not Code.PLUGIN
+        """Return True if it counts and is in the files: what is installed says nothing about them."""
+        return self.counts and self.code not in (Code.PLUGIN, Code.TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
 def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tuple[Code, Hit]]:
     """The hits, without names that are unknown or missing because of what another hit says."""
     causes = [(code, hit) for code, hit in hits if hit.severity.counts and code not in MANIFEST]
-    whole = any(code is Code.MOE_REFUSED for code, _ in causes)
-    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX) for code, _ in causes)
+    whole = any(code in (Code.MOE_REFUSED, Code.ADAPTER) for code, _ in causes)
+    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX, Code.EXPERT_LINEARS) for code, _ in causes)
     explained = {case.inspection.canonical(name) for _, hit in causes for name in hit.tensors}
     for code, hit in hits:
         if code in MANIFEST:

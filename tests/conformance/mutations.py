@@ -2,8 +2,8 @@
 
     python tests/conformance/mutations.py --count 10 --releases 0.22.1,0.27.1,0.32.0 --work WORK
 
-In each of four shapes of Gemma4: a tensor lost, one renamed, one added, one reshaped, --count times each, by --seed. The
-checkpoints load before; exits with 1 where the scan promises more than vLLM keeps, and lists what it is too strict about.
+In each of four shapes of Gemma4: a tensor lost, one renamed, one added, one reshaped, --count times each, by --seed.
+The checkpoints load before. Exits with 1 where the scan promises more than vLLM keeps; lists where it is too strict.
 """
 
 from __future__ import annotations

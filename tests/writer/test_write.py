@@ -27,7 +27,6 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
-from bnbfix.planner.plan import Action, Edit
 from bnbfix.writer import staging as destination
 from bnbfix.writer import syscalls, write
 from bnbfix.writer.record import record_checksum, repaired_tensors
@@ -981,8 +980,9 @@ def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_preci
     small: Path, tmp_path: Path
 ) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
-    edit = Edit(Action.CONFIG, "quantization_config", None, "removed")
-    inconsistent = dataclasses.replace(plan, edits=(*plan.edits, edit))
+    config = {k: v for k, v in plan.checkpoint.config.items() if k != "quantization_config"}
+    texts = {**plan.texts, "config.json": json.dumps(config)}
+    inconsistent = dataclasses.replace(plan, texts=texts, copied=tuple(f for f in plan.copied if f not in texts))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):
         write.write_plan(inconsistent, tmp_path / "out")
     assert tree(tmp_path) == {}

@@ -71,7 +71,7 @@ class LiveVllm:
         if version is None:
             hint = "Name the Python of an environment that has vLLM, or install vLLM next to bnbfix."
             raise UsageError("has no vLLM", where=self.python or sys.executable, hint=hint)
-        return Installed(version, answer["versions"].get(PLUGIN))
+        return Installed(version, answer["versions"].get(PLUGIN), answer["versions"].get("transformers"))
 
     @property
     def target(self) -> Target:

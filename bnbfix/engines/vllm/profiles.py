@@ -17,7 +17,7 @@ from typing import Any
 from .releases import version_key
 
 FOLDER = Path(__file__).with_name("profiles")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
 
 Feature = Sequence[str]  # [kind, path, ...]
 

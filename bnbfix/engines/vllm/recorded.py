@@ -65,18 +65,13 @@ class RecordedExpectation:
         for pattern in self._rows["parameters"]:
             for numbers in self._expand(pattern):
                 answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
-                if pattern.endswith("lm_head.weight") and self._tied:
+                if pattern.endswith("lm_head.weight") and self._model.tied:
                     continue  # the embeddings take its place
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
                     out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
         return out
-
-    @cached_property
-    def _tied(self) -> bool:
-        said = (self._read(path) for path in ("tie_word_embeddings", "text_config.tie_word_embeddings"))
-        return bool(next((value for value in said if value is not None), True))
 
     def _expand(self, pattern: str) -> list[tuple[int, ...]]:
         """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""
@@ -128,11 +123,11 @@ class RecordedExpectation:
 
     def _is_beyond(self, name: str) -> bool:
         """Return True if a layer number is past the end of its stack."""
-        parts = name.split(".")
-        for at, part in enumerate(parts):
-            if part.isdigit():
-                length = self._size(self._profile["stacks"].get(find_pattern(".".join(parts[:at]))))
-                if length is not None and int(part) >= length:
+        pattern, numbers = find_pattern(name).split("."), iter(find_numbers(name))
+        for at, part in enumerate(pattern):
+            if part == "*":
+                number, length = next(numbers), self._size(self._profile["stacks"].get(".".join(pattern[:at])))
+                if length is not None and number >= length:
                     return True
         return False
 

@@ -105,7 +105,7 @@ def find_installed(version_of: Callable[[str], str] | None = None) -> Installed 
             return None
 
     version = next((v for v in map(look, VLLM_DISTRIBUTIONS) if v), None)
-    return Installed(version, look(PLUGIN)) if version else None
+    return Installed(version, look(PLUGIN), look("transformers")) if version else None
 
 
 def resolve_target(request: str | None, installed: Installed | None = None) -> Target:
