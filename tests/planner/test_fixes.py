@@ -22,7 +22,6 @@ from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.errors import QuantStateError, Unrepairable
 from bnbfix.models.detect import read_model
-from bnbfix.models.gemma4 import classify_tensor
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
 from bnbfix.planner.plan import Options, Plan
