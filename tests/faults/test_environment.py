@@ -15,7 +15,7 @@ import pytest
 
 import bnbfix
 from bnbfix.errors import EngineError, InputError, OutputError
-from bnbfix.kernels.bnb import count_threads
+from bnbfix.kernels.threads import count_threads
 from tests.faults.test_faults import run_with, tree
 from tests.support.build import Make
 from tests.support.command_line import Cli
