@@ -59,13 +59,13 @@ def run_parallel(
     *,
     name: str,
     finish_running: bool = False,
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], Exception | None] | None = None,
 ) -> list[T]:
     """Return the results in order. An interrupt stops every job, and is raised at most `GRACE` seconds later.
 
     The first error ends it too: jobs that have not begun are left out, the others stop or, with `finish_running`, go
-    on to their end. Where the system starts no thread the jobs run on this one. `tick` is called every second; what it
-    raises is an interrupt, too.
+    on to their end. Where the system starts no thread the jobs run on this one. `tick` is called every second; an
+    error that it returns stops everything, too.
     """
     stop, closed = Stop(), threading.Event()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -89,39 +89,38 @@ def run_parallel(
     count = min(workers, len(jobs))
     threads = [threading.Thread(target=draw_jobs, name=f"{name}-{i}", daemon=True) for i in range(count)]
     started: list[threading.Thread] = []
-    late: Exception | None = None  # what `tick` raised
+    late: Exception | None = None  # what `tick` returned
     results: dict[int, T] = {}
     try:
-        _start_threads(threads, started)
-        if not started:
-            draw_jobs()
-        while len(results) < len(jobs):
-            try:
-                found = done.get(timeout=None if tick is None else 1)
-            except queue.Empty:
-                assert tick is not None
+        try:
+            _start_threads(threads, started)
+            if not started:
+                draw_jobs()
+            while len(results) < len(jobs):
                 try:
-                    tick()
-                except Exception as e:
-                    late = e
-                    raise
-                continue
-            if isinstance(found, BaseException):
-                raise found
-            results[found[0]] = found[1]
+                    found = done.get(timeout=1)  # a signal may have come to another thread
+                except queue.Empty:
+                    if tick is not None and (late := tick()) is not None:
+                        raise late from None
+                    continue
+                if isinstance(found, BaseException):
+                    raise found
+                results[found[0]] = found[1]
+        except Exception as e:
+            closed.set()
+            for thread in started if finish_running and e is not late else ():
+                thread.join()
+            raise
     except BaseException as e:  # an interrupt too, raised again
         closed.set()
-        interrupted = e is late or not isinstance(e, Exception)
-        patient = finish_running and not interrupted
-        if not patient:
-            stop.set()
-        if interrupted:
+        stop.set()
+        if e is late or not isinstance(e, Exception):
             _shut_down_connections()
             for call in stop.on_interrupt:
                 call()
         deadline = time.monotonic() + GRACE
         for thread in started:
-            thread.join(None if patient else max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
         raise
     return [results[index] for index in range(len(jobs))]
 

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quant_state import WIDTH, QuantState
 from ..errors import QuantStateError, UsageError
+from .threads import count_threads
 
 if TYPE_CHECKING:
     import torch
@@ -91,26 +91,6 @@ def use_threads(count: int) -> None:
         import torch
 
         torch.set_num_threads(count)
-
-
-def count_threads(wanted: int) -> int:
-    """How many threads can run at the same time, this one included, up to `wanted`: OpenMP ends the process when the
-    system refuses one.
-    """
-    done = threading.Event()
-    others = [threading.Thread(target=done.wait, daemon=True) for _ in range(wanted - 1)]
-    started = 0
-    try:
-        for thread in others:
-            thread.start()
-            started += 1
-    except RuntimeError:
-        logger.info("the system starts no more than %d threads of %d", started + 1, wanted)
-    finally:
-        done.set()
-        for thread in others[:started]:
-            thread.join()
-    return started + 1
 
 
 def dequantize(quantized: QuantizedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:

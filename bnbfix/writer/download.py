@@ -140,10 +140,11 @@ def _fetch_files(source: RemoteSource, names: Sequence[str], folder: Path | None
         last = time.monotonic()
         step(n)
 
-    def check_progress() -> None:
-        if time.monotonic() - last > limit:
-            hint = "Run it again. BNBFIX_HUB_DOWNLOAD_TIMEOUT sets this limit, in seconds."
-            raise HubError(f"the download makes no progress for {limit:g} s", where=source.name, hint=hint)
+    def check_progress() -> HubError | None:
+        if time.monotonic() - last <= limit:
+            return None
+        hint = "Run it again. BNBFIX_HUB_DOWNLOAD_TIMEOUT sets this limit, in seconds."
+        return HubError(f"the download makes no progress for {limit:g} s", where=source.name, hint=hint)
 
     def fetch(name: str) -> None:
         source.fetch(name, folder, note_step)

@@ -15,7 +15,7 @@ import pytest
 
 import bnbfix
 from bnbfix.errors import EngineError, InputError, OutputError
-from bnbfix.kernels.bnb import count_threads
+from bnbfix.kernels.threads import count_threads
 from tests.faults.test_faults import run_with, tree
 from tests.support.build import Make
 from tests.support.command_line import Cli
@@ -138,8 +138,12 @@ def test_errors_of_file_systems_are_said_in_words(source: Path, tmp_path: Path, 
 
 
 def test_a_file_that_may_not_grow_is_an_error(source: Path, tmp_path: Path) -> None:
-    done = shell("repair", source, "--out", tmp_path / "out", "--device", "cpu", streams="").returncode
-    limited = f"ulimit -f 8; {sys.executable} -m bnbfix repair {source} --out {tmp_path / 'two'} --device cpu"
+    done = shell(
+        "repair", source, "--out", tmp_path / "out", "--device", "cpu", "--vllm", "0.22.1", streams=""
+    ).returncode
+    limited = (
+        f"ulimit -f 8; {sys.executable} -m bnbfix repair {source} --out {tmp_path / 'two'} --device cpu --vllm 0.22.1"
+    )
     small = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120)
     assert (done, small.returncode) == (0, 2) and "File too large" in small.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -149,6 +153,18 @@ def test_a_file_that_may_not_grow_is_an_error(source: Path, tmp_path: Path) -> N
 def test_a_repair_needs_no_home(source: Path, tmp_path: Path, home: str | None) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"HOME": home} if home else {}
-    command = [sys.executable, "-m", "bnbfix", "repair", source, "--out", tmp_path / "out", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "bnbfix",
+        "repair",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--vllm",
+        "0.22.1",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
