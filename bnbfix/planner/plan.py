@@ -16,7 +16,7 @@ from ..engines.engine import Target
 from ..errors import UsageError
 from ..rules.rule import Code
 from ..rules.scan import SCHEMA, Finding, ScanResult
-from .layout import Quantize, ShardPlan, Slice, TensorPlan, tensors_read
+from .layout import Dequantize, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
 
 RECORD = "bnbfix.json"
 JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
@@ -118,6 +118,14 @@ class Plan:
     def drops_quantization(self) -> bool:
         """Return True if the output is not a bitsandbytes checkpoint any more: nothing in it is quantized."""
         return any(e.action is Action.CONFIG and e.name == "quantization_config" for e in self.edits)
+
+    @property
+    def computes(self) -> str | None:
+        """The work that needs kernels, "dequantizes" or "quantizes"; None where every tensor is copied."""
+        ops = [t.op for s in self.shards if not s.copied for t in s.tensors]
+        if any(isinstance(op, Dequantize) for op in ops):
+            return "dequantizes"
+        return "quantizes" if any(isinstance(op, Quantize) for op in ops) else None
 
     @property
     def bytes_written(self) -> int:

@@ -18,6 +18,7 @@ from ..checkpoint.source import LocalSource, Progress, Source, as_remote, read_f
 from ..engines.engine import Target
 from ..engines.vllm.releases import resolve_target
 from ..errors import BnbfixError
+from ..kernels.packages import require_packages
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
@@ -92,6 +93,8 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
+            if plan.computes:
+                require_packages(f"the repair {plan.computes}, and checking that takes numpy", ["numpy"])
             if (remote := as_remote(source)) is not None:
                 with reraise_callback_errors(progress) as download_step:
                     download_files(remote, missing_files(plan), download_step)
@@ -148,8 +151,6 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
 
 
 def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
-    from .compare_weights import compare_dequantized, compare_quantized  # here, since it imports numpy
-
     source = plan.checkpoint.source
     if shard.copied:
         if (at := _difference(source, shard.name, 0, output, shard.name, 0, shard.data_start)) is not None:
@@ -165,8 +166,12 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
             where = _difference(source, origin.shard, origin.offset, output, shard.name, at, first.nbytes)
             problem = f"differs from {origin.info.name} of the source at byte {where:,}" if where is not None else None
         elif isinstance(op, Dequantize):
+            from .compare_weights import compare_dequantized  # here, since it imports numpy
+
             problem = compare_dequantized(source, op, output, shard.name, at)
         else:
+            from .compare_weights import compare_quantized
+
             problem = compare_quantized(source, op, output, shard.name, at)
         if problem is not None:
             yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)

@@ -14,6 +14,7 @@ from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import UsageError, VerifyError
 from ..kernels.bnb import resolve_device
+from ..kernels.packages import require_packages
 from ..planner.layout import Dequantize, Quantize
 from ..planner.plan import Plan
 from ..rules.scan import scan_checkpoint
@@ -141,6 +142,8 @@ def write_plan(
         )
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
+    if plan.computes:
+        require_packages(f"this repair {plan.computes}")
     if options.device != "auto":
         resolve_device(options.device)  # raises before the work begins; "auto" always works, and torch is not asked
     cores, each = os.cpu_count() or 1, worker_memory(plan)
