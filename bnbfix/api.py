@@ -11,14 +11,13 @@ from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
 from .engines.engine import Target
 from .engines.vllm.releases import find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable, UsageError, VerifyError
+from .errors import FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
 from .models.detect import read_model
 from .rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 
 if TYPE_CHECKING:
     from .engines.vllm.live import LiveVllm
-    from .hub.push import Destination, Pushed
     from .planner.plan import Plan
     from .verifier.verify import VerifyResult
     from .writer.write import RepairResult
@@ -289,24 +288,27 @@ def verify(
     return ask_vllm(result, live)
 
 
-def push(out: StrPath, to: Destination, *, progress: Progress | None = None, quiet: bool = True) -> Pushed:
-    """Verifies a repaired folder, then uploads it to the Hub in one commit.
+def repair_in_place(
+    path: StrPath, vllm: str | None = None, *, partial_groups: str = "dequantize", dry_load: LiveVllm | bool = False
+) -> RepairResult:
+    """Repairs a folder in place, where no shard changes: config.json is replaced, and the index.
+
+    The old files stay next to the new ones, as `config.json.before-bnbfix`.
 
     Args:
-        out: The folder that `repair` wrote.
-        to: The repo to push to.
-        progress: Called with the number of bytes just hashed.
-        quiet: Keep huggingface_hub from showing its progress on stderr.
+        path: The folder.
+        vllm: As in `scan`.
+        partial_groups: As in `plan_repair`.
+        dry_load: As in `plan_repair`.
+
+    Returns:
+        What was written. `result.written` is False when there was nothing to do.
 
     Raises:
-        VerifyError: The folder does not verify; nothing is pushed.
-        HubError: The Hub refuses the upload.
+        UsageError, InputError, NotApplicable, QuantStateError, Unrepairable: As in `plan_repair`.
+        UsageError: A shard would have to change; write a copy with `repair`.
+        OutputError: A file cannot be written.
     """
-    from .hub.push import push_folder
-    from .verifier.verify import verify_output
+    from .writer.in_place import repair_in_place
 
-    result = verify_output(Path(out), None, progress=progress)
-    if not result.ok:
-        raise VerifyError(f"{result.problems[0]}; nothing was pushed", where=str(out))
-    message = f"Repair for vLLM {result.target} with bnbfix"
-    return push_folder(Path(out), to, message=message, quiet=quiet)
+    return repair_in_place(plan_repair(path, vllm, partial_groups=partial_groups, dry_load=dry_load))

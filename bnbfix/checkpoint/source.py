@@ -78,6 +78,10 @@ class RemoteSource(Source, Protocol):
         """The folder that fetched files go to."""
         ...
 
+    def sha256(self, file: str) -> str:
+        """Return the SHA-256 of a file, without fetching a large one."""
+        ...
+
     def fetch(self, file: str, folder: Path | None, step: Progress) -> None:
         """Fetch a whole file to the store or to `folder`, unless it is here already; `step` counts bytes."""
         ...

@@ -1,4 +1,4 @@
-"""The command line: its commands, its signals and its exit codes."""
+"""The command line: its signals, its errors and its exit codes. `app` has its commands."""
 
 from __future__ import annotations
 
@@ -6,45 +6,16 @@ import gc
 import io
 import signal
 import sys
-from typing import Annotated, Any
 
-import typer
-
-from ..__version__ import __version__
 from ..errors import BnbfixError
+from ..report.next_step import command_line, next_command
 from ..report.terminal import print_error
-from .options import Interrupted
-from .releases import explain, releases
-from .repair import repair
-from .scan import scan
-from .verify import verify
+from .interrupted import Interrupted
+from .plain_scan import parse_plain_scan
+from .run_scan import run_scan
 
 INTERRUPTED, TERMINATED = 130, 143
 _terminated = False  # by SIGTERM
-
-app = typer.Typer(
-    name="bnbfix",
-    help="Scan and repair bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers correctly.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-for command in (scan, repair, verify, releases, explain):
-    app.command()(command)
-
-
-def _version(value: bool) -> None:
-    if value:
-        print(f"bnbfix {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
 
 
 def main() -> None:
@@ -53,34 +24,33 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:]
     try:
-        code: Any = app(standalone_mode=False)
-        if code == INTERRUPTED:  # typer catches the interrupt itself
-            raise Interrupted
+        code = _run(arguments)
     except BnbfixError as e:
-        print_error(str(e), e.hint)
+        print_error(str(e), e.hint, next_command(e, arguments))
         code = e.exit_code
     except (KeyboardInterrupt, Interrupted) as e:
-        print_error("interrupted; nothing was published", getattr(e, "hint", None))
+        print_error(str(e) or "interrupted", getattr(e, "hint", None), command_line(*arguments))
         code = TERMINATED if _terminated else INTERRUPTED
     except OSError as e:
-        print_error(f"{e.filename or 'input/output'}: {e.strerror or e}")
+        print_error(f"{e.filename or 'input/output'}: {e.strerror or e}", command=command_line(*arguments))
         code = 2
-    except Exception as e:
-        code = _usage_code(e)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    if (plain := parse_plain_scan(arguments)) is not None:
+        return run_scan(plain)
+    from .app import run_app
+
+    code = run_app()
+    if code == INTERRUPTED:  # typer catches the interrupt itself
+        raise Interrupted
+    return code
 
 
 def _terminate(number: int, frame: object) -> None:
     global _terminated
     _terminated = True
     raise KeyboardInterrupt
-
-
-def _usage_code(error: Exception) -> int:
-    """The exit code of an error that the option parser can show; any other error is a bug and is raised."""
-    show = getattr(error, "show", None)
-    if show is None:
-        raise error
-    show()
-    return int(getattr(error, "exit_code", 2))

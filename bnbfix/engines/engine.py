@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..models.inspection import LinearWeight
 
-PORTABLE = "portable"
+PORTABLE, LATEST = "portable", "latest"
 
 Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
@@ -57,6 +57,7 @@ class Target:
     name: str  # a release, or "portable"
     ranges: tuple[ReleaseRange, ...]
     installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
+    warning: str | None = None  # set when the release is newer than what is known
 
     @property
     def label(self) -> str:

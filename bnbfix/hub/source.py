@@ -11,6 +11,7 @@ fewer, but the storage behind the Hub does not serve those.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -113,7 +114,8 @@ class HubSource:
             raise HubError(
                 "offline mode is on (HF_HUB_OFFLINE), and the local cache does not have it",
                 where=name,
-                hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
+                hint="Unset HF_HUB_OFFLINE, or fetch it while online.",
+                command=f"HF_HUB_OFFLINE=0 hf download {repo}",
             )
         folder = LocalSource.open(Path(found).parent).with_subfolders()
         logger.info("%s: offline, commit %s from the local cache", name, folder.path.name)
@@ -183,6 +185,10 @@ class HubSource:
                 return None
             self._paths[file] = Path(found)
         return self._paths[file]
+
+    def sha256(self, file: str) -> str:
+        """Return the SHA-256 of a file: the Hub lists those of large ones, small ones are read. Raises HubError."""
+        return self._hashes.get(file) or hashlib.sha256(self.read(file, [(0, self.files[file])])[0]).hexdigest()
 
     def fetch(self, file: str, folder: Path | None = None, step: Progress = lambda n: None) -> None:
         """Download a whole file of this commit to the Hub cache, or to `folder`. Raises HubError.

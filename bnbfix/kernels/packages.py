@@ -18,4 +18,4 @@ def require_packages(what: str, packages: Sequence[str] = KERNELS) -> None:
         what: What needs them, such as "this repair dequantizes".
     """
     if any(find_spec(name) is None for name in packages):
-        raise UsageError(f"{what}: {INSTALL}")
+        raise UsageError(f"{what}: {INSTALL}", command=INSTALL)

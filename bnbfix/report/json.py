@@ -1,14 +1,16 @@
 """Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
 
-README.md shows their shapes, under "JSON".
+`bnbfix schema` prints what is in `schemas/`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from ..rules.rule import Code
 from ..rules.scan import SCHEMA
 from .outcome import ScanOutcome
 
@@ -38,6 +40,18 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
     assert error is not None
     described = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
     return {"schema": SCHEMA, "model": outcome.model, "error": described}
+
+
+def schema_text(document: str) -> str:
+    """The JSON Schema of a document: scan, repair or verify."""
+    return resources.files(__package__).joinpath("schemas", f"{document}.json").read_text("utf-8")
+
+
+def explanation_document(code: Code) -> dict[str, Any]:
+    """{code, severity, title, why, fix, upstream}"""
+    e = code.explanation
+    told = {"title": e.title, "why": e.why, "fix": e.fix, "upstream": list(e.upstream)}
+    return {"code": code.value, "severity": str(e.severity)} | told
 
 
 def load_document(result: LoadResult) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
+from .next_step import after_scan
 from .outcome import ScanOutcome
 from .terminal import StyledLine, StyledText, TableOptions, fold
 from .text import (
@@ -113,10 +114,10 @@ def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) 
         yield from layer_map_lines(outcome.layer_map, options)
         yield ()
     last = conclude(outcome)
-    words = last.words + (f" Repair it: {last.command}" if last.command else "")
-    for i, text in enumerate(fold(words, options.width)):
-        end = len(last.words) if i == 0 else 0  # only the verdict is bold
-        yield StyledText(text[:end], f"bold {STYLES[last.verdict]}"), StyledText(text[end:])
+    yield from _wrapped(last.words, options, f"bold {STYLES[last.verdict]}")
+    for step in after_scan(outcome):
+        yield from _wrapped(step.words, options)
+        yield from ((StyledText(f"  {command}"),) for command in step.commands)  # whole, to be pasted
 
 
 def _matrix(verdicts: Sequence[ReleaseVerdict], options: TableOptions) -> Iterator[StyledLine]:

@@ -29,6 +29,14 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' if n != 1 else ''}"
 
 
+def format_size(n: int) -> str:
+    """`19.1 GB`, `640.0 MB`, `1.4 kB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:,.1f} {unit}"
+    return f"{n} bytes"
+
+
 def contents(result: ScanResult) -> str:
     """Class, shards and forms of weights, in a line."""
     forms = ", ".join(f"{n} {form}" for form, n in result.counts)
@@ -108,11 +116,11 @@ def fix_text(finding: Finding) -> str:
 
 
 class Conclusion(NamedTuple):
-    """The last words on a model, and the command that fixes it if there is one."""
+    """The last words on a model, and whether a repair for the target fixes what counts."""
 
     verdict: Severity
     words: str
-    command: str | None = None
+    fixable: bool
 
 
 _VERDICTS = {Severity.FAILS: "Fails", Severity.WRONG: "Loads with wrong weights", Severity.DEGRADED: "Degraded"}
@@ -134,9 +142,7 @@ def conclude(outcome: ScanOutcome) -> Conclusion:
         text += f" {count(outcome.left_out, 'finding')} left out by --select or --ignore."
     remaining = [f for f in result.findings if f.counts]
     unfixable = any(f.blocking and f.reason is not None for f in remaining)
-    if unfixable or all(f.reason is not None for f in remaining):
-        return Conclusion(result.verdict, text)
-    return Conclusion(result.verdict, text, f"bnbfix repair MODEL --out DIR --vllm {result.target.name}")
+    return Conclusion(result.verdict, text, not unfixable and any(f.reason is None for f in remaining))
 
 
 def _verdict_sentences(result: ScanResult) -> list[str]:

@@ -110,6 +110,7 @@ class Explanation:
     why: str
     fix: str
     upstream: tuple[str, ...] = ()
+    severity: Severity = Severity.FAILS  # of its worst finding, in any release
     fix_for: FixText | None = None  # the fix in words for one model and target, where it depends on them
 
     def describe_fix(self, model: Model, releases: Sequence[ReleaseRange]) -> str:
@@ -164,6 +165,7 @@ def rule(
     why: str,
     fix: str,
     upstream: Iterable[int] = (),
+    severity: Severity = Severity.FAILS,
     fix_for: FixText | None = None,
     release_independent: bool = False,
     after_loading: bool = False,
@@ -172,11 +174,12 @@ def rule(
 
     Args:
         upstream: numbers of vLLM issues.
+        severity: that of its worst finding.
         release_independent: it looks at the checkpoint only, so its answer is the same for every release.
         after_loading: a load does not show it, so a load that succeeds does not contradict it.
     """
     urls = tuple(f"https://github.com/vllm-project/vllm/issues/{n}" for n in upstream)
-    EXPLANATIONS[code] = Explanation(title, why, fix, urls, fix_for)
+    EXPLANATIONS[code] = Explanation(title, why, fix, urls, severity, fix_for)
     if release_independent:
         RELEASE_INDEPENDENT.add(code)
     if after_loading:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..__version__ import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import ReleaseRange, Target
 from ..engines.transformers import check_skip_entries
-from ..engines.vllm.releases import ranges
+from ..engines.vllm.releases import find_installed, ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
@@ -69,6 +70,7 @@ class ScanResult:
     counts: tuple[tuple[str, int], ...]  # weights by form: nf4, fp4, int8, BF16, ...
     shards: int
     dry_load: DryLoad | None = None  # what an installed vLLM said, where one was asked
+    commit: str | None = None  # of a repo
 
     @property
     def ok(self) -> bool:
@@ -76,9 +78,8 @@ class ScanResult:
         return not any(f.counts for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: {schema, model, family, target, verdict, weights, shards, releases, findings, ...}."""
-        return {
-            "schema": SCHEMA,
+        """The JSON document, as `bnbfix schema scan` describes it."""
+        return describe_run(self.commit, self.target) | {
             "model": self.model,
             "family": self.family,
             "target": self.target.name,
@@ -105,6 +106,18 @@ class ScanResult:
             ],
             "dry_load": self.dry_load.to_dict() if self.dry_load else None,
         }
+
+
+def describe_run(commit: str | None, target: Target | None = None) -> dict[str, Any]:
+    """How every document begins: {schema, bnbfix, installed, commit, warning}."""
+    here = find_installed()
+    return {
+        "schema": SCHEMA,
+        "bnbfix": __version__,
+        "installed": {"vllm": here.version, "plugin": here.plugin} if here else None,
+        "commit": commit,
+        "warning": target.warning if target else None,
+    }
 
 
 def _range_dict(release: ReleaseRange) -> dict[str, str]:
@@ -152,6 +165,7 @@ def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | 
         counts=_count_forms(checkpoint),
         shards=len(checkpoint.shards),
         dry_load=dry_load,
+        commit=_commit_of(checkpoint),
     )
 
 
@@ -173,7 +187,13 @@ def scan_by_dry_load(checkpoint: Checkpoint, target: Target, dry_load: DryLoad) 
             counts=_count_forms(checkpoint),
             shards=len(checkpoint.shards),
             dry_load=dry_load,
+            commit=_commit_of(checkpoint),
         )
+
+
+def _commit_of(checkpoint: Checkpoint) -> str | None:
+    origin = checkpoint.source.origin
+    return origin["revision"] if origin else None
 
 
 def _count_forms(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..kernels.packages import require_packages
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
-from ..rules.scan import SCHEMA, scan_checkpoint
+from ..rules.scan import describe_run, scan_checkpoint
 from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
 from ..writer.record import read_record
@@ -56,6 +56,8 @@ class VerifyResult:
     files: int  # hashed
     kept: int  # tensors compared byte for byte with the source
     decoded: int  # weights compared with an independent decode
+    source: str | None = None  # the repo that its record names, with the commit
+    bf16: bool = False  # everything was dequantized
 
     def __repr__(self) -> str:
         compared = f"files={self.files}, kept={self.kept}, decoded={self.decoded}"
@@ -66,9 +68,8 @@ class VerifyResult:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `bnbfix verify --format json`: {schema, out, target, ok, problems, files, kept, decoded}"""
-        return {
-            "schema": SCHEMA,
+        """The JSON document, as `bnbfix schema verify` describes it."""
+        return describe_run((self.source or "").partition("@")[2] or None) | {
             "out": str(self.out),
             "target": self.target,
             "ok": self.ok,
@@ -103,7 +104,16 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target, options)
     logger.info("%s: %d files hashed, %d differences", out, len(doc["sha256"]), len(problems))
-    return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
+    return VerifyResult(
+        out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded, _recorded_source(doc), options.bf16
+    )
+
+
+def _recorded_source(doc: Mapping[str, Any]) -> str | None:
+    match doc.get("source"):
+        case {"repo": str(repo), "revision": str(revision)}:
+            return f"{repo}@{revision}"
+    return None
 
 
 def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Progress) -> Iterator[Problem]:

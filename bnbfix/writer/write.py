@@ -52,6 +52,7 @@ class RepairResult:
     files: Mapping[str, str]
     linked: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    in_place: bool = False  # `out` is the source's own folder
 
     def __repr__(self) -> str:
         out = str(self.out) if self.out else None
@@ -62,12 +63,10 @@ class RepairResult:
         return self.out is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `bnbfix repair --format json`: the plan's with {out, sha256, linked, resumed}.
-
-        `out` is None when there was nothing to do.
-        """
+        """The JSON document, as `bnbfix schema repair` describes it."""
         return self.plan.to_dict() | {
             "out": str(self.out) if self.out else None,
+            "in_place": self.in_place,
             "sha256": dict(self.files),
             "linked": list(self.linked),
             "resumed": list(self.kept),
