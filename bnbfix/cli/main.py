@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import signal
 import sys
 
@@ -33,6 +34,9 @@ def main() -> None:
     except (KeyboardInterrupt, Interrupted) as e:
         print_error(str(e) or "interrupted", getattr(e, "hint", None), command_line(*arguments))
         code = TERMINATED if _terminated else INTERRUPTED
+    except BrokenPipeError:  # whoever read stdout has gone, and so must what is still to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as e:
         print_error(f"{e.filename or 'input/output'}: {e.strerror or e}", command=command_line(*arguments))
         code = 2

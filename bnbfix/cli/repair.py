@@ -138,9 +138,7 @@ def repair(
         return 0
     silent = quiet or as_json
     if in_place:
-        from ..writer.in_place import repair_in_place
-
-        result, pushed = repair_in_place(plan), None
+        result, pushed = _replace(plan, model), None
     elif to is not None and plan.config_only and source.origin is not None:
         result, pushed = _push_config(plan, to, quiet=silent)
     else:
@@ -192,6 +190,18 @@ def _write(
     if result.kept and say:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     return result
+
+
+def _replace(plan: Plan, model: str) -> RepairResult:
+    from ..report.next_step import suggest_output
+    from ..writer.in_place import repair_in_place
+
+    try:
+        return repair_in_place(plan)
+    except UsageError as e:
+        copy = [a for a in sys.argv[1:] if a != "--in-place"]
+        e.command = e.command or command_line(*copy, "--out", suggest_output(model))
+        raise
 
 
 def _push(result: RepairResult, to: Destination, *, quiet: bool) -> Pushed:

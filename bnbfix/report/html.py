@@ -54,7 +54,7 @@ def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
 
 def style() -> str:
     """The page's style sheet."""
-    return resources.files(__package__).joinpath("html.css").read_text("utf-8").strip()
+    return resources.files(__package__).joinpath("assets", "html.css").read_text("utf-8").strip()
 
 
 def _page(found: Sequence[ScanOutcome]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
 
-`bnbfix schema` prints what is in `schemas/`.
+`bnbfix schema` prints their schemas.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
 
 def schema_text(document: str) -> str:
     """The JSON Schema of a document: scan, repair or verify."""
-    return resources.files(__package__).joinpath("schemas", f"{document}.json").read_text("utf-8")
+    return resources.files(__package__).joinpath("assets", f"{document}.schema.json").read_text("utf-8")
 
 
 def explanation_document(code: Code) -> dict[str, Any]:

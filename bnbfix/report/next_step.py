@@ -25,7 +25,7 @@ from ..errors import (
 from ..hub.resolve import parse_repo
 from ..rules.rule import Code
 from .outcome import ScanOutcome
-from .text import conclude, escape_control_chars, format_size
+from .text import conclude, escape_control_chars, format_growth
 
 if TYPE_CHECKING:  # a scan needs none of these
     from ..hub.push import Pushed
@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # a scan needs none of these
     from ..planner.plan import Plan
     from ..verifier.verify import VerifyResult
     from ..writer.write import RepairResult
+
+
+COMMANDS = ("scan", "repair", "verify", "releases", "explain", "schema")
 
 
 class Step(NamedTuple):
@@ -43,12 +46,12 @@ class Step(NamedTuple):
 
 
 def describe_cost(choice: Choice) -> str:
-    """`19.1 GB become 20.6 GB`, or what changes where no shard does."""
+    """`19.1 > 20.6 GB`, or what changes where no shard does."""
     if choice.nothing_to_do:
         return "as it is"
     if choice.config_only:
         return "only config.json changes"
-    return f"{format_size(choice.before)} become {format_size(choice.after)}"
+    return format_growth(choice.before, choice.after)
 
 
 def repair_commands(model: str, choice: Choice) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ def next_command(error: BnbfixError, arguments: Sequence[str]) -> str:
         return error.command
     if error.command is not None:
         return command_line(*arguments, *shlex.split(error.command))
-    command = next((a for a in arguments if not a.startswith("-")), "")
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     match error:
         case QuantStateError():
             return command_line("explain", Code.QUANT_STATE.value)

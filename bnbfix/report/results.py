@@ -23,7 +23,7 @@ from ..verifier.verify import VerifyResult
 from ..writer.write import RepairResult
 from .next_step import Step
 from .scan_table import STYLES
-from .text import SHOWN, collapse, count, escape_control_chars, format_size, target_label
+from .text import SHOWN, collapse, count, escape_control_chars, format_growth, format_size, target_label
 
 
 def show(parts: Iterable[RenderableType]) -> None:
@@ -49,7 +49,7 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
         added = sum(t.info.name not in have for t in s.tensors)
         dequantized = sum(isinstance(t.op, Dequantize) for t in s.tensors)
         size = plan.checkpoint.source.files.get(s.name)  # none for a shard that the plan adds
-        sizes = format_size(s.size) if s.copied or size is None else f"{format_size(size)} > {format_size(s.size)}"
+        sizes = format_size(s.size) if s.copied or size is None else format_growth(size, s.size)
         becomes = "copied" if s.copied else "new" if size is None else "rewritten"
         cells = (becomes, str(len(s.tensors)), str(dequantized or ""), str(added or ""), sizes)
         table.add_row(Text(escape_control_chars(s.name)), *cells)

@@ -56,8 +56,11 @@ def render_table(
 ) -> Iterator[StyledLine]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
     rows: list[Summary] = []
+    repairs: list[str] = []
     for outcome in outcomes:
         rows.append(summarize(outcome))
+        if outcome.result is not None and conclude(outcome).fixable:
+            repairs += [command for step in after_scan(outcome) for command in step.commands]
         if options.quiet:
             if several or outcome.result is not None:  # the command line itself reports a single model's error
                 yield from _quiet(rows[-1])
@@ -68,6 +71,16 @@ def render_table(
             yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], options)
             yield ()
         yield (StyledText(totals(rows), "bold"),)
+        if repairs and not options.quiet:
+            yield from _commands(repairs[:SHOWN])
+            if len(repairs) > SHOWN:
+                yield (StyledText(f"  # and {len(repairs) - SHOWN} more"),)
+
+
+def _commands(commands: Iterable[str]) -> Iterator[StyledLine]:
+    """Commands in whole lines, to be pasted."""
+    for command in commands:
+        yield (StyledText(f"  {command}"),)
 
 
 def _quiet(row: Summary) -> Iterator[StyledLine]:
@@ -117,7 +130,7 @@ def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) 
     yield from _wrapped(last.words, options, f"bold {STYLES[last.verdict]}")
     for step in after_scan(outcome):
         yield from _wrapped(step.words, options)
-        yield from ((StyledText(f"  {command}"),) for command in step.commands)  # whole, to be pasted
+        yield from _commands(step.commands)
 
 
 def _matrix(verdicts: Sequence[ReleaseVerdict], options: TableOptions) -> Iterator[StyledLine]:

@@ -30,11 +30,15 @@ def count(n: int, noun: str) -> str:
 
 
 def format_size(n: int) -> str:
-    """`19.1 GB`, `640.0 MB`, `1.4 kB`."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:,.1f} {unit}"
-    return f"{n} bytes"
+    """`19.1 GB`, `0.6 MB`, `1.4 kB`."""
+    unit, size = ("GB", 10**9) if n >= 10**9 else ("MB", 10**6) if n >= 10**5 else ("kB", 10**3)
+    return f"{n / size:,.1f} {unit}"
+
+
+def format_growth(before: int, after: int) -> str:
+    """`4.9 > 5.3 GB`, or `900.0 MB > 1.1 GB`."""
+    a, b = format_size(before), format_size(after)
+    return f"{a.removesuffix(b[-3:])} > {b}"
 
 
 def contents(result: ScanResult) -> str:
