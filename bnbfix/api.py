@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
-from .engines.engine import Target
-from .engines.vllm.releases import find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable, UsageError
+from .engines.engine import ReleaseRange, Target
+from .engines.vllm.releases import find_installed, ranges, resolve_target
+from .errors import BnbfixError, FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
 from .models.detect import read_model
-from .rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
+from .rules.rule import Code, Explanation
+from .rules.scan import RENDERERS, Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 
 if TYPE_CHECKING:
     from .engines.vllm.live import LiveVllm
@@ -37,6 +39,22 @@ def choose_target(vllm: str | None, live: LiveVllm | None = None) -> Target:
         raise UsageError(f"the target is {vllm!r}, but the vLLM that is asked is {target.name}")
     logger.info("target: %s, release ranges: %s", target.label, ", ".join(r.name for r in target.ranges))
     return target
+
+
+def _render_html(result: ScanResult) -> str:
+    from .report.html import render_frame
+
+    return render_frame(result)
+
+
+def _render_markdown(result: ScanResult) -> str:
+    from .report.markdown import render
+    from .report.outcome import ScanOutcome
+
+    return "".join(render([ScanOutcome(result.model, result)]))
+
+
+RENDERERS.update(html=_render_html, markdown=_render_markdown)
 
 
 def choose_live(dry_load: LiveVllm | bool) -> LiveVllm | None:
@@ -80,6 +98,45 @@ def scan(
     if live is None:
         return scan_checkpoint(checkpoint, target)
     return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
+
+
+def scan_many(
+    models: Iterable[StrPath], vllm: str | None = None, *, dry_load: LiveVllm | bool = False
+) -> Iterator[tuple[StrPath, ScanResult | BnbfixError]]:
+    """Scans one model after another, and yields each with its result. An error takes the place of a result.
+
+    Args:
+        models: Folders and repos, as in `scan`.
+        vllm: As in `scan`.
+        dry_load: As in `scan`.
+
+    Raises:
+        UsageError: The release does not make sense.
+    """
+    live = choose_live(dry_load)
+    choose_target(vllm, live)
+    for model in models:
+        try:
+            yield model, scan(model, vllm, dry_load=live or False)
+        except BnbfixError as e:
+            yield model, e
+
+
+def explain(code: Code | str) -> Explanation:
+    """What a finding's code means: `title`, `severity` at worst, `why`, `fix`, and `upstream` issues.
+
+    Raises:
+        UsageError: There is no such code.
+    """
+    try:
+        return Code(code).explanation
+    except ValueError:
+        raise UsageError(f"{code!r} is not a finding's code") from None
+
+
+def releases() -> tuple[ReleaseRange, ...]:
+    """What each range of vLLM releases expects of a checkpoint, oldest first."""
+    return ranges()
 
 
 def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,6 @@ app = typer.Typer(
     name="bnbfix",
     help="Scan and repair bitsandbytes checkpoints so that vLLM loads them and answers correctly.",
     epilog=EPILOG,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,11 +53,9 @@ def _options(
 def run_app() -> int:
     """Runs the command that sys.argv names; raises UsageError for what the option parser refuses."""
     try:
-        code: Any = app(standalone_mode=False)
+        code: Any = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except Exception as e:
         if not hasattr(e, "format_message"):  # any other error is a bug
             raise
-        if not (message := e.format_message()):  # no arguments: the help was the answer
-            return int(getattr(e, "exit_code", 2))
-        raise UsageError(message.rstrip(".")) from None
+        raise UsageError(e.format_message().rstrip(".")) from None
     return code if isinstance(code, int) else 0

@@ -58,7 +58,7 @@ def _probe(model: Path, as_json: bool) -> int:
 
 def complete_code(incomplete: str) -> list[str]:
     """Codes of findings."""
-    return [c.value for c in Code if c.value.startswith(incomplete.upper())]
+    return [c.value for c in Code if c.value.startswith(incomplete)]
 
 
 def explain(
@@ -72,14 +72,14 @@ def explain(
     json: AsJson = False,
 ) -> int:
     """Explain a finding, with its upstream issue; without a code, list all findings."""
-    from ..report.json import explanation_document
     from ..report.results import codes_report, explain_report, show
 
     codes = [c for c in Code if code is None or c.value == code.upper()]
     if not codes:
         raise UsageError(f"{code!r} is not a finding's code", command="bnbfix explain")
     if json or format == "json":
-        print_json(explanation_document(codes[0]) if code else {"codes": list(map(explanation_document, codes))})
+        documents = [{"code": c.value} | c.explanation.to_dict() for c in codes]
+        print_json(documents[0] if code else {"codes": documents})
     else:
         show(explain_report(codes[0]) if code else codes_report(codes))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import Unrepairable, UsageError
-from ..report.next_step import after_plan, after_repair, command_line, repair_commands
+from ..report.next_step import after_plan, after_repair, command_line, repair_commands, shell_words, suggest_output
 from ..report.terminal import print_warning, progress_bar, show_logs
 from ..report.text import count
 from .interrupted import Interrupted
@@ -175,7 +175,8 @@ def _write(
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
     if out is None:
-        raise UsageError("shards change, so a push needs --out DIR for the repaired copy", command="--out DIR")
+        place = shell_words("--out", suggest_output(plan.checkpoint.source.name))
+        raise UsageError("shards change, so a push needs --out DIR for the repaired copy", command=place)
     download = sum(missing_files(plan).values())
     phases = {"downloading": 0 if stream else download, f"writing {out}": plan.bytes_written}
     if stream:
@@ -193,7 +194,6 @@ def _write(
 
 
 def _replace(plan: Plan, model: str) -> RepairResult:
-    from ..report.next_step import suggest_output
     from ..writer.in_place import repair_in_place
 
     try:
@@ -241,7 +241,6 @@ def _read_size(text: str | None, option: str) -> int | None:
 
 
 def _show_plan(plan: Plan, model: str, out: Path | None, *, as_json: bool) -> None:
-    from ..report.next_step import suggest_output
     from ..writer.download import missing_files
     from ..writer.staging import disk_space
 

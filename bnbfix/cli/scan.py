@@ -16,7 +16,7 @@ COUNTS = "What counts"  # a panel of the help
 def complete_codes(incomplete: str) -> list[str]:
     """Codes of findings, after those that are there already."""
     *done, last = incomplete.split(",")
-    return [",".join([*done, c.value]) for c in Code if c.value.startswith(last.upper())]
+    return [",".join([*done, c.value]) for c in Code if c.value.startswith(last)]
 
 
 Models = Annotated[

@@ -81,7 +81,7 @@ def push_folder(folder: Path, to: Destination, *, message: str, quiet: bool = Tr
         return _commit_files(to, {name: folder / name for name in files}, {}, message, quiet=quiet)
     except HubError as e:
         e.hint = f"{e.hint or ''} The repair itself is done.".strip()
-        e.command = e.command or shlex.join(["hf", "upload", to.repo, str(folder)])
+        e.command = shlex.join(["hf", "upload", to.repo, str(folder)])
         raise
 
 

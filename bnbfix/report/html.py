@@ -52,6 +52,12 @@ def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
 
 
+def render_frame(result: ScanResult) -> str:
+    """The page in a frame of its own, for a notebook: its style stays inside."""
+    page = "".join(render([ScanOutcome(result.model, result)]))
+    return f'<iframe srcdoc="{escape(page)}" width="100%" height="600" style="border: 0"></iframe>'
+
+
 def style() -> str:
     """The page's style sheet."""
     return resources.files(__package__).joinpath("assets", "html.css").read_text("utf-8").strip()

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from ..rules.rule import Code
 from ..rules.scan import SCHEMA
 from .outcome import ScanOutcome
 
@@ -45,13 +44,6 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
 def schema_text(document: str) -> str:
     """The JSON Schema of a document: scan, repair or verify."""
     return resources.files(__package__).joinpath("assets", f"{document}.schema.json").read_text("utf-8")
-
-
-def explanation_document(code: Code) -> dict[str, Any]:
-    """{code, severity, title, why, fix, upstream}"""
-    e = code.explanation
-    told = {"title": e.title, "why": e.why, "fix": e.fix, "upstream": list(e.upstream)}
-    return {"code": code.value, "severity": str(e.severity)} | told
 
 
 def load_document(result: LoadResult) -> dict[str, Any]:

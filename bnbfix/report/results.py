@@ -42,16 +42,17 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     """What becomes of each shard, the change of config.json, and what the repair costs."""
     table = _table()
     table.add_column("shard", overflow="fold")
-    for column in ("becomes", "tensors", "decoded", "added", "size"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     have = plan.checkpoint.tensors
+    added = {s.name: sum(t.info.name not in have for t in s.tensors) for s in plan.shards}
+    for column in ("becomes", "tensors", "decoded", *(["added"] if any(added.values()) else []), "size"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     for s in plan.shards:
-        added = sum(t.info.name not in have for t in s.tensors)
         dequantized = sum(isinstance(t.op, Dequantize) for t in s.tensors)
         size = plan.checkpoint.source.files.get(s.name)  # none for a shard that the plan adds
         sizes = format_size(s.size) if s.copied or size is None else format_growth(size, s.size)
         becomes = "copied" if s.copied else "new" if size is None else "rewritten"
-        cells = (becomes, str(len(s.tensors)), str(dequantized or ""), str(added or ""), sizes)
+        more = [str(added[s.name] or "")] if any(added.values()) else []
+        cells = (becomes, str(len(s.tensors)), str(dequantized or ""), *more, sizes)
         table.add_row(Text(escape_control_chars(s.name)), *cells)
     yield table
     yield from _edit_lines(plan)

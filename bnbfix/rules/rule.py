@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engines.engine import Installed, Parameter, ReleaseRange
 from ..engines.vllm.parameters import parameters
@@ -112,6 +112,11 @@ class Explanation:
     upstream: tuple[str, ...] = ()
     severity: Severity = Severity.FAILS  # of its worst finding, in any release
     fix_for: FixText | None = None  # the fix in words for one model and target, where it depends on them
+
+    def to_dict(self) -> dict[str, Any]:
+        """{title, severity, why, fix, upstream}"""
+        told = {"title": self.title, "severity": str(self.severity), "why": self.why, "fix": self.fix}
+        return told | {"upstream": list(self.upstream)}
 
     def describe_fix(self, model: Model, releases: Sequence[ReleaseRange]) -> str:
         return self.fix_for(model, releases) if self.fix_for else self.fix

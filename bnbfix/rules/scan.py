@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,13 @@ class ScanResult:
     dry_load: DryLoad | None = None  # what an installed vLLM said, where one was asked
     commit: str | None = None  # of a repo
 
+    def _repr_html_(self) -> str | None:
+        """How a notebook shows it."""
+        return RENDERERS["html"](self) if "html" in RENDERERS else None
+
+    def _repr_markdown_(self) -> str | None:
+        return RENDERERS["markdown"](self) if "markdown" in RENDERERS else None
+
     @property
     def ok(self) -> bool:
         """Return True if nothing counts against the checkpoint for the target."""
@@ -106,6 +113,9 @@ class ScanResult:
             ],
             "dry_load": self.dry_load.to_dict() if self.dry_load else None,
         }
+
+
+RENDERERS: dict[str, Callable[[ScanResult], str]] = {}  # "html" and "markdown", which reports bring
 
 
 def describe_run(commit: str | None, target: Target | None = None) -> dict[str, Any]:

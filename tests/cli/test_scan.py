@@ -77,7 +77,8 @@ def test_the_exit_code_of_several(
         "broken": broken,
         "other": pristine("dense31b", "bf16"),
     }
-    (tmp_path / "list").write_text("# models\n" + "".join(f"{models[n]}\n\n" for n in names))
+    lines = (f"{models[n]}  # {n} # is its name\n\n" for n in names)
+    (tmp_path / "list").write_text("# models\n" + "".join(lines))
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
 
@@ -169,6 +170,31 @@ def test_an_output_replaces_a_file_and_nothing_else(run: Cli, pristine: Make, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
     done = run("scan", ".", "--output", tmp_path / "x")
     assert done.code == 2 and "--output needs a --format" in done.err
+    assert done.commands == [f"bnbfix scan . --output {tmp_path / 'x'} --format json"]
+
+
+def test_several_formats_each_go_to_a_file_of_their_own(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    source, json_file, sarif_file = pristine("dense31b", "partial", shards=2), tmp_path / "a", tmp_path / "b"
+    arguments = ("scan", source, "--vllm", "portable")
+    pairs = ("--format", "json", "--output", json_file, "--format", "sarif", "--output", sarif_file)
+    done = run(*arguments, *pairs)
+    assert done == run(*arguments)
+    assert json_file.read_text("utf-8") == run(*arguments, "--json").out
+    assert sarif_file.read_text("utf-8") == run(*arguments, "--format", "sarif").out
+    done = run(*arguments, *pairs, "--format", "markdown")
+    assert done == run(*arguments, "--format", "markdown")
+    for dash in ("--json --output -", "--format json --output -"):
+        assert run(*arguments, *dash.split()) == run(*arguments, "--json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--json --format sarif", "--json --output - --format sarif", "--json --output x --format sarif --output x"],
+)
+def test_two_formats_for_one_place_are_a_usage_error(run: Cli, options: str) -> None:
+    done = run("scan", ".", *options.split())
+    assert done.code == 2 and "each --format needs an --output of its own" in done.error
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "sarif", "github", "markdown", "html"])
@@ -274,6 +300,10 @@ def test_long_names_are_broken_in_the_summary() -> None:
     [
         ("bash", {"COMP_WORDS": "bnbfix sc", "COMP_CWORD": "1"}, "scan"),
         ("bash", {"COMP_WORDS": "bnbfix scan --fail", "COMP_CWORD": "2"}, "--fail-on"),
+        ("bash", {"COMP_WORDS": "bnbfix scan --vllm 0.32", "COMP_CWORD": "3"}, "0.32.0"),
+        ("bash", {"COMP_WORDS": "bnbfix repair --vllm l", "COMP_CWORD": "3"}, "latest"),
+        ("bash", {"COMP_WORDS": "bnbfix scan --select BNB101,BNB10", "COMP_CWORD": "3"}, "BNB101,BNB102"),
+        ("bash", {"COMP_WORDS": "bnbfix explain BNB2", "COMP_CWORD": "2"}, "BNB205"),
         ("fish", {"_TYPER_COMPLETE_ARGS": "bnbfix scan --format sa", FISH: "get-args"}, "sarif"),
     ],
 )
