@@ -178,15 +178,19 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
 
 def _findings_error(folder: str, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
     """The error in a few words: each code once, and what to do."""
+    from .report.next_step import command_line, suggest_output
+
     codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
     words = ", ".join(
         f"{code.value} {code.explanation.title}" + (f" ({n} tensor{'s' if n != 1 else ''})" if n else "")
         for code, n in codes.items()
     )
-    hint = f"See `bnbfix scan {folder} --vllm {target.name}`"
+    options = ["--vllm", target.name]
+    hint, command = "See what is wrong, and the nearest repair:", command_line("scan", folder, *options)
     if all(f.reason is None for f in findings):
-        hint = f"Upload what `bnbfix repair {folder} --out DIR --vllm {target.name}` writes. {hint}"
-    return FindingsRemain(f"is not fit for {target.label}: {words}", findings, where=folder, hint=hint + ".")
+        hint = "Upload the repaired copy instead:"
+        command = command_line("repair", folder, "--out", suggest_output(folder), *options)
+    return FindingsRemain(f"is not fit for {target.label}: {words}", findings, where=folder, hint=hint, command=command)
 
 
 def plan_repair(

@@ -40,7 +40,7 @@ def test_explain_knows_the_error_messages(row: list[str]) -> None:
         assert words in whole, words
     for issue in re.findall(r"\((https://[^)]+)\)", symptom):
         assert issue in whole, issue
-    assert fix.startswith("`bnbfix ") or fix.startswith("`pip install ")
+    assert fix.startswith(("`bnbfix ", "`pip install "))
 
 
 def test_there_is_a_row_for_what_people_search_for() -> None:
