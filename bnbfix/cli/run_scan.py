@@ -82,6 +82,7 @@ def run_scan(options: ScanOptions) -> int:
     target = choose_target(options.vllm, live)
     if target.warning and live is None:
         print_warning(target.warning)
+    written = {shown, *files.values()} - ({ScanFormat.table} if options.quiet else set())
     seen: list[ScanOutcome] = []
     outcomes = _keep(
         scan_models(
@@ -89,8 +90,8 @@ def run_scan(options: ScanOptions) -> int:
             target,
             selection,
             revision=options.revision,
-            with_map=options.map or ScanFormat.html in (shown, *files.values()),
-            with_choices=not several and not options.quiet and shown in PLANNED,
+            with_map=options.map or ScanFormat.html in written,
+            with_choices=not several and not written.isdisjoint(PLANNED),
             live=live,
         ),
         seen,

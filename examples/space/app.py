@@ -61,8 +61,8 @@ def repair_commands(repo: str, target: str, document: dict[str, object]) -> str:
 with gr.Blocks(title="Does it load in vLLM?") as page:
     gr.Markdown("# Does it load in vLLM?\nFor 4-bit bitsandbytes checkpoints on the Hub. Reads headers only.")
     with gr.Row():
-        repo = gr.Textbox(label="Model", placeholder="org/name", scale=3, autofocus=True)
-        target = gr.Dropdown(TARGETS, value="portable", label="vLLM", scale=1)
+        repo = gr.Textbox(label="Model", placeholder="org/name", scale=3, min_width=300, autofocus=True)
+        target = gr.Dropdown(TARGETS, value="portable", label="vLLM", scale=1, min_width=200)
     button = gr.Button("Scan", variant="primary")
     report = gr.HTML()
     commands = gr.Code(label="Next", language="shell", interactive=False)

@@ -250,7 +250,7 @@ from bnbfix.cli.main import main
 try:
     main()
 finally:
-    heavy = {"torch", "bitsandbytes", "numpy", "pydantic", "safetensors", "transformers"} & set(sys.modules)
+    heavy = {"torch", "bitsandbytes", "numpy", "safetensors", "transformers"} & set(sys.modules)
     print(*sorted(heavy), file=sys.stderr)
 """
 

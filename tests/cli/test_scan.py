@@ -188,6 +188,15 @@ def test_several_formats_each_go_to_a_file_of_their_own(run: Cli, pristine: Make
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("format", ["html", "markdown"])
+def test_documents_for_people_state_what_a_repair_costs(run: Cli, pristine: Make, tmp_path: Path, format: str) -> None:
+    arguments = ("scan", pristine("dense31b", "skip"), "--vllm", "0.32.0", "--format", format)
+    for more in ([], ["--output", tmp_path / "x", "--quiet"]):
+        done = run(*arguments, *more)
+        text = (tmp_path / "x").read_text("utf-8") if more else done.out
+        assert "Repair it (only config.json changes):" in text and "--in-place --vllm 0.32.0" in text
+
+
 @pytest.mark.parametrize(
     "options",
     ["--json --format sarif", "--json --output - --format sarif", "--json --output x --format sarif --output x"],
