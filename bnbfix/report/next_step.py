@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 def describe_cost(choice: Choice) -> str:
-    """`19.1 > 20.6 GB`, or what changes where no shard does."""
+    """`19.1 -> 20.6 GB`, or what changes where no shard does."""
     if choice.nothing_to_do:
         return "as it is"
     if choice.config_only:

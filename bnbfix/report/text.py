@@ -36,9 +36,9 @@ def format_size(n: int) -> str:
 
 
 def format_growth(before: int, after: int) -> str:
-    """`4.9 > 5.3 GB`, or `900.0 MB > 1.1 GB`."""
+    """`4.9 -> 5.3 GB`, or `900.0 MB -> 1.1 GB`."""
     a, b = format_size(before), format_size(after)
-    return f"{a.removesuffix(b[-3:])} > {b}"
+    return f"{a.removesuffix(b[-3:])} -> {b}"
 
 
 def contents(result: ScanResult) -> str:

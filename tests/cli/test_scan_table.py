@@ -52,7 +52,7 @@ def test_a_scan_names_tensors_the_fix_and_the_command_that_fixes(run: Cli, prist
     assert "model.language_model.layers.{2,5}.self_attn.k_proj.weight x2" in done.words
     assert "Fix: " in done.words
     assert "Fails in vLLM 0.22.1." in done.words
-    assert "Repair it (" in done.words and " > 1.1 MB):" in done.words
+    assert "Repair it (" in done.words and " -> 1.1 MB):" in done.words
     assert done.commands[0].startswith("bnbfix repair ") and done.commands[0].endswith("-repaired --vllm 0.22.1")
 
 
