@@ -10,6 +10,8 @@ from ..errors import NotApplicable
 from . import gemma4
 from .family import Family, Model
 
+DRY_LOAD = "--dry-load"  # what can be asked about a model that no rule knows
+
 
 def read_model(config: Mapping[str, Any]) -> Model:
     """The model that a config.json describes.
@@ -28,7 +30,7 @@ def _detect_family(config: Mapping[str, Any]) -> Family:
             return family
     what = named or model_type
     words = f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture"
-    raise NotApplicable(words, where=CONFIG)
+    raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
@@ -38,7 +40,9 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
     quantized = sum(w.quantized for w in checkpoint.weights.values())
     unquantized = not checkpoint.quantization and not quantized and not checkpoint.damaged
     if method is None and unquantized and not _describe_mlx(checkpoint):
-        raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name)
+        raise NotApplicable(
+            f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name, command=DRY_LOAD
+        )
     if method not in ("bitsandbytes", None):
         raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=checkpoint.source.name)
     if method is None and (mlx := _describe_mlx(checkpoint)):

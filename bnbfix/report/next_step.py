@@ -158,14 +158,14 @@ def next_command(error: BnbfixError, arguments: Sequence[str]) -> str:
     """
     if error.command is not None and not error.command.startswith("--"):
         return error.command
+    if isinstance(error, NotApplicable) and error.command is not None:  # only a scan can ask about other models
+        return command_line("scan", *arguments[1:2], error.command)
     if error.command is not None:
         return command_line(*arguments, *shlex.split(error.command))
     command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     match error:
         case QuantStateError():
             return command_line("explain", Code.QUANT_STATE.value)
-        case NotApplicable() if command == "scan" and "--dry-load" not in arguments:
-            return command_line(*arguments, "--dry-load")
         case HubError() | EngineError() | OutputError() | VerifyError():
             return command_line(*arguments)
         case UsageError() | NotApplicable() | Unrepairable():
