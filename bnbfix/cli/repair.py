@@ -199,8 +199,8 @@ def _replace(plan: Plan, model: str) -> RepairResult:
     try:
         return repair_in_place(plan)
     except UsageError as e:
-        copy = [a for a in sys.argv[1:] if a != "--in-place"]
-        e.command = e.command or command_line(*copy, "--out", suggest_output(model))
+        place = ["--create-pr"] if plan.checkpoint.source.origin else ["--out", suggest_output(model)]
+        e.command = command_line(*(a for a in sys.argv[1:] if a != "--in-place"), *place)
         raise
 
 

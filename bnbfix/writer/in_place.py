@@ -32,7 +32,7 @@ def repair_in_place(plan: Plan) -> RepairResult:
     """
     source = plan.checkpoint.source
     if not isinstance(source, LocalSource):
-        raise UsageError("is a repo; only a folder can be repaired in place", where=source.name, command="--create-pr")
+        raise UsageError("is a repo; only a folder can be repaired in place", where=source.name)
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
     if not plan.config_only:

@@ -227,6 +227,13 @@ def test_a_push_needs_a_folder_where_shards_change(hub: Hub, source: str, to: st
     assert to not in hub.server.repos
 
 
+def test_a_repo_is_not_repaired_in_place(hub: Hub, checkpoint: Make) -> None:
+    repo, _ = light(hub, checkpoint)
+    done = hub.run("repair", repo, "--vllm", "0.32.0", "--in-place")
+    assert done.code == 2 and "is a repo; only a folder can be repaired in place" in done.err
+    assert done.err.endswith(f"  bnbfix repair {repo} --vllm 0.32.0 --create-pr\n")
+
+
 def test_a_refused_pull_request_says_so(hub: Hub, checkpoint: Make) -> None:
     repo, _ = light(hub, checkpoint)
     hub.server.fault(403, "/commit/", origin="hub")
