@@ -128,17 +128,17 @@ def repair(
         from ..planner.choices import find_choices
 
         choices = find_choices(source, choose_target(vllm, live))
-        e.command = e.command or (repair_commands(model, choices[0])[-1] if choices else None)
+        e.command = e.command or (repair_commands(source.name, choices[0])[-1] if choices else None)
         raise
     if plan.target.warning and live is None:
         print_warning(plan.target.warning)
     as_json = json or format == "json"
     if dry_run:
-        _show_plan(plan, model, out, as_json=as_json)
+        _show_plan(plan, out, as_json=as_json)
         return 0
     silent = quiet or as_json
     if in_place:
-        result, pushed = _replace(plan, model), None
+        result, pushed = _replace(plan), None
     elif to is not None and plan.config_only and source.origin is not None:
         result, pushed = _push_config(plan, to, quiet=silent)
     else:
@@ -152,7 +152,7 @@ def repair(
         show(repair_report(result))
         if to:
             print(pushed_line(pushed))
-        show(step_lines(after_repair(result, model, pushed)))
+        show(step_lines(after_repair(result, pushed)))
     return 0
 
 
@@ -193,13 +193,15 @@ def _write(
     return result
 
 
-def _replace(plan: Plan, model: str) -> RepairResult:
+def _replace(plan: Plan) -> RepairResult:
     from ..writer.in_place import repair_in_place
 
     try:
         return repair_in_place(plan)
     except UsageError as e:
-        place = ["--create-pr"] if plan.checkpoint.source.origin else ["--out", suggest_output(model)]
+        place = (
+            ["--create-pr"] if plan.checkpoint.source.origin else ["--out", suggest_output(plan.checkpoint.source.name)]
+        )
         e.command = command_line(*(a for a in sys.argv[1:] if a != "--in-place"), *place)
         raise
 
@@ -240,11 +242,12 @@ def _read_size(text: str | None, option: str) -> int | None:
     return int(size)
 
 
-def _show_plan(plan: Plan, model: str, out: Path | None, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, out: Path | None, *, as_json: bool) -> None:
     from ..writer.download import missing_files
     from ..writer.staging import disk_space
 
-    needed, free = disk_space(plan, out or Path(suggest_output(model)))
+    folder = str(out or suggest_output(plan.checkpoint.source.name))
+    needed, free = disk_space(plan, Path(folder))
     needed += sum(missing_files(plan).values())
     if as_json:
         print_json(plan.to_dict(needed=needed, free=free))
@@ -253,5 +256,5 @@ def _show_plan(plan: Plan, model: str, out: Path | None, *, as_json: bool) -> No
 
     show(nothing_report(plan) if plan.nothing_to_do else plan_report(plan, needed=needed, free=free))
     arguments = [a for a in sys.argv[1:] if a != "--dry-run"]
-    place = [] if out or "--in-place" in arguments else ["--out", suggest_output(model)]
-    show(step_lines(after_plan(plan, model, command_line(*arguments, *place))))
+    place = [] if out or {"--in-place", "--create-pr"} & {*arguments} else ["--out", folder]
+    show(step_lines(after_plan(plan, command_line(*arguments, *place))))

@@ -95,8 +95,9 @@ def shell_words(*words: str) -> str:
 
 def after_scan(outcome: ScanOutcome) -> Iterator[Step]:
     """Serve it, repair it, or what else can be done about a model that was scanned."""
-    result, model, choices = outcome.result, outcome.model, outcome.choices
+    result, choices = outcome.result, outcome.choices
     assert result is not None
+    model = result.model  # with the revision of a repo
     if not any(f.blocking for f in result.findings):
         yield Step("Serve it:", serve_commands(model, result.target))
         return
@@ -115,22 +116,22 @@ def after_scan(outcome: ScanOutcome) -> Iterator[Step]:
         yield Step("No repair is known:", (command_line("explain", worst.code.value),))
 
 
-def after_plan(plan: Plan, model: str, command: str) -> Iterator[Step]:
+def after_plan(plan: Plan, command: str) -> Iterator[Step]:
     """The command that carries a plan out."""
     if plan.nothing_to_do:
-        yield Step("Serve it:", serve_commands(model, plan.target))
+        yield Step("Serve it:", serve_commands(plan.checkpoint.source.name, plan.target))
     else:
         yield Step("Repair it:", (command,))
 
 
-def after_repair(result: RepairResult, model: str, pushed: Pushed | None) -> Iterator[Step]:
+def after_repair(result: RepairResult, pushed: Pushed | None) -> Iterator[Step]:
     """Verify it, and serve it."""
-    plan, out = result.plan, str(result.out)
+    plan, model, out = result.plan, result.plan.checkpoint.source.name, str(result.out)
     target = None if plan.drops_quantization else plan.target
     if plan.nothing_to_do:
         yield Step("Serve it:", serve_commands(model, plan.target))
     elif result.out is not None:
-        source = [] if result.in_place else ["--source", plan.checkpoint.source.name]
+        source = [] if result.in_place else ["--source", model]
         yield Step("Verify it:", (command_line("verify", out, *source),))
         yield Step("Serve it:", serve_commands(out, target))
     elif pushed is not None:

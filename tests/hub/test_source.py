@@ -328,3 +328,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs in this process must not reach for the real Hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
+
+
+def test_the_next_command_keeps_the_revision(hub: Hub, pristine: Make, tmp_path: Path) -> None:
+    sha = hub.server.add("org/revised", pristine("dense31b", "partial", shards=2))
+    for given in (["org/revised", "--revision", sha], [f"org/revised@{sha}"], [f"hf://org/revised@{sha}"]):
+        done = hub.run("scan", *given, "--vllm", "0.22.1")
+        assert done.out.endswith(f"  bnbfix repair org/revised@{sha} --out revised-repaired --vllm 0.22.1\n")
+    done = hub.run("repair", "org/revised", "--revision", sha, "--vllm", "0.22.1", "--out", tmp_path / "out")
+    assert f"  bnbfix verify {tmp_path / 'out'} --source org/revised@{sha}\n" in done.out
