@@ -125,9 +125,10 @@ def repair(
             dry_load=live or False,
         )
     except Unrepairable as e:
+        from ..checkpoint.checkpoint import open_checkpoint
         from ..planner.choices import find_choices
 
-        choices = find_choices(source, choose_target(vllm, live))
+        choices = find_choices(open_checkpoint(source), choose_target(vllm, live))
         e.command = e.command or (repair_commands(source.name, choices[0])[-1] if choices else None)
         raise
     if plan.target.warning and live is None:

@@ -74,7 +74,7 @@ def scan_models(
             if with_choices and outcome.result and any(f.blocking for f in outcome.result.findings):
                 from ..planner.choices import find_choices
 
-                outcome = replace(outcome, choices=find_choices(checkpoint.source, target))
+                outcome = replace(outcome, choices=find_choices(checkpoint, target))
             yield outcome
         except BnbfixError as e:
             yield ScanOutcome(model, error=e)
