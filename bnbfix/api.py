@@ -152,7 +152,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
 
     Raises:
         FindingsRemain: The checkpoint would not load; `findings` says why.
-        NotApplicable: The folder has quantized Gemma4 weights, but config.json does not say so.
+        NotApplicable: The folder has quantized Gemma4 weights, but config.json names another quantization.
         UsageError, InputError: As in `scan`.
     """
     source = LocalSource.open(Path(folder))
@@ -234,6 +234,9 @@ def plan_repair(
     source = open_source(path, revision) if isinstance(path, str | os.PathLike) else path
     if out is not None:
         from .writer.staging import check_destination
+
+        if not os.fspath(out):
+            raise UsageError("the output is an empty path; it must name a folder")
 
         check_destination(source, Path(out), overwrite=overwrite)
     options = Options(bf16, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size, partial_groups)

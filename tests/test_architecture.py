@@ -47,7 +47,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "huggingface_hub": {"hub.source", "hub.client"},
     "numpy": {"kernels.reference", "kernels.native"},
     "rich": {"report.results", "report.terminal"},
-    "typer": {f"cli.{name}" for name in ("app", "options", "releases", "repair", "scan", "schema", "verify")},
+    "typer": {f"cli.{name}" for name in ("app", "options", "releases", "repair", "scan", "verify")},
     "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe")},
     "vllm_bnb_plugin": {f"{INSIDE}.probe"},
 }

@@ -68,7 +68,10 @@ def test_a_check_before_upload_refuses_quantized_weights_without_quantization_co
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(bnbfix.NotApplicable, match="has no bitsandbytes quantization_config"):
+    with pytest.raises(bnbfix.FindingsRemain, match="BNB307"):
+        bnbfix.check_before_upload(source, "portable")
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(bnbfix.NotApplicable, match="quantized with gptq, not bitsandbytes"):
         bnbfix.check_before_upload(source, "portable")
     config["architectures"] = ["LlamaForCausalLM"]
     (source / "config.json").write_text(json.dumps(config))

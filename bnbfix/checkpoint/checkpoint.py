@@ -9,7 +9,7 @@ import json
 import ntpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from .source import LocalSource, Source, read_file
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # what an unsharded model is called
 # What bounds time and memory, an order of magnitude above the largest real ones: 26B with per-expert tensors.
 MAX_CONFIG, MAX_JSON = 4_000_000, 64_000_000  # bytes of config.json, of the index
 MAX_HEADERS = 100_000_000  # bytes of all headers together
@@ -28,6 +29,7 @@ MAX_SKIP = 3_000  # entries of llm_int8_skip_modules, each of which is matched w
 MAX_SHARDS = 10_000  # a file's name may say anything
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is known; most headers are shorter
+COMPARED_CHUNK = 4 << 20  # bytes of each of two tensors that are compared at a time; of remote ones, once
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,14 @@ class Checkpoint:
     orphans: Mapping[str, Tensor]  # quant-state tensors that no quantized weight claims
     duplicates: Mapping[str, tuple[str, ...]]  # tensors that several shards have
     damaged: tuple[QuantStateError, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)  # new names of weights, by those in the file
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """quantization_config, empty if there is none."""
-        value = self.config.get("quantization_config") or {}
+        """quantization_config, or where there is none that of text_config, as vLLM reads it; empty without either."""
+        text = self.config.get("text_config")
+        value = self.config.get("quantization_config")
+        value = value or (text.get("quantization_config") if isinstance(text, dict) else None) or {}
         if not isinstance(value, dict):
             raise InputError("quantization_config is not an object", where=CONFIG)
         return value
@@ -124,6 +129,29 @@ class Checkpoint:
         return out
 
 
+def rename_weights(checkpoint: Checkpoint, renames: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint as if its weights, with their quant-state tensors, had other names; no byte moves."""
+    names = dict(renames)
+    for old, new in renames.items():
+        suffixes = checkpoint.weights[old].state_tensor_names()
+        names |= {name: qs.state_tensor_name(new, suffix) for suffix, name in suffixes.items()}
+
+    def rename(tensor: Tensor) -> Tensor:
+        return replace(tensor, info=replace(tensor.info, name=names.get(tensor.info.name, tensor.info.name)))
+
+    shards = {}
+    for shard, header in checkpoint.shards.items():
+        tensors = (replace(info, name=names.get(name, name)) for name, info in header.tensors.items())
+        shards[shard] = replace(header, tensors={info.name: info for info in tensors})
+    weights = {}
+    for old, w in checkpoint.weights.items():
+        states = {suffix: rename(t) for suffix, t in w.state_tensors.items()}
+        new = names.get(old, old)
+        weights[new] = Weight(new, rename(w.tensor), states, w.state)
+    duplicates = {names.get(name, name): shards for name, shards in checkpoint.duplicates.items()}
+    return replace(checkpoint, shards=shards, weights=weights, duplicates=duplicates, renamed=renames)
+
+
 def open_checkpoint(source: Source) -> Checkpoint:
     """Read config, index, headers and quant states.
 
@@ -146,6 +174,20 @@ def open_checkpoint(source: Source) -> Checkpoint:
     tensors, duplicates = _choose_tensors(shards, weight_map(index) if index else {})
     weights, orphans, damaged = _group_weights(source, tensors)
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
+
+
+def compare_bytes(source: Source, one: Tensor, other: Tensor) -> bool | None:
+    """Return True if two tensors of one size have the same bytes, False if not.
+
+    None when the source is remote, they are larger than COMPARED_CHUNK, and their first bytes are the same.
+    """
+    size = one.info.nbytes if source.origin is None else min(one.info.nbytes, COMPARED_CHUNK)
+    for at in range(0, size, COMPARED_CHUNK):
+        length = min(COMPARED_CHUNK, size - at)
+        first, second = (source.read(t.shard, [(t.offset + at, length)]) for t in (one, other))
+        if first != second:
+            return False
+    return True if size == one.info.nbytes else None
 
 
 def weight_map(index: Mapping[str, Any]) -> Mapping[str, str]:
@@ -187,11 +229,10 @@ def _shard_names(source: Source, index: Mapping[str, Any] | None) -> list[str]:
         if name != ntpath.basename(name) or name in ("", ".", "..") or "\0" in name:  # drives and \\hosts are not names
             raise InputError(f"weight_map names {name!r}, which is not a file next to it", where=INDEX)
         if name not in source.files:
-            raise InputError(
-                f"shard {name} is missing; the index names it",
-                where=source.name,
-                hint="Download or copy the checkpoint again.",
-            )
+            hint = "Download or copy the checkpoint again."
+            if SINGLE in source.files:
+                hint = f"If {SINGLE} is the whole model, delete {INDEX}, which is of an older one. Otherwise: {hint}"
+            raise InputError(f"shard {name} is missing; the index names it", where=source.name, hint=hint)
     return names
 
 
@@ -279,13 +320,22 @@ def _group_weights(
             try:
                 state = _check_state(name, t, own, raw)
             except QuantStateError as e:
-                damaged.append(e)
+                damaged.append(_describe_stack(e) if f"{name}_absmax" in bases else e)
         if t is None or (state is None and not qs.is_int8(own)):
             orphans |= {qs.state_tensor_name(name, suffix): s for suffix, s in own.items()}
             own = {}
         if t is not None:
             weights[name] = Weight(name, t, own, state)
     return weights, orphans, tuple(damaged)
+
+
+def _describe_stack(error: QuantStateError) -> QuantStateError:
+    """The error for quantized bytes with their absmax next to them: experts as bitsandbytes' Experts4bit keeps them."""
+    return QuantStateError(
+        "is a stack of experts in 4 bits, with one absmax for all of them, which no vLLM release reads",
+        where=error.where,
+        hint="Save the model in bfloat16 with the tool that made it; a repair of that quantizes each expert for vLLM.",
+    )
 
 
 def _check_state(

@@ -2,7 +2,7 @@
 
 A file is: 8 bytes little-endian header length N, N bytes of JSON, then the data. Every tensor's `data_offsets`
 count from the start of the data; together they must cover it without overlap, hole or rest. The rules are those of
-the safetensors library (tensor.rs, `validate`), and stricter ones: no duplicate names, no unknown keys, "{" first.
+the safetensors library (tensor.rs, `validate`), and stricter ones: no duplicate names, no unknown keys.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -142,14 +142,12 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise HeaderError(f"header is not UTF-8 (byte {e.start})", where=where) from e
-    if not text.startswith("{"):
-        raise HeaderError("header is not a JSON object (it must start with '{')", where=where)
     try:
-        doc: dict[str, Any] = json.loads(
-            text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer
-        )
+        doc = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer)
     except (ValueError, RecursionError) as e:
         raise HeaderError(f"header is not valid JSON ({e})", where=where) from e
+    if not isinstance(doc, dict):
+        raise HeaderError("header is not a JSON object", where=where)
     return doc
 
 

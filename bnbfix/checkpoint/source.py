@@ -16,6 +16,9 @@ from ..errors import InputError, UsageError
 MAX_DEPTH = 50  # folders inside folders; real checkpoints have one or two
 IGNORED_DIRS = (".git", ".cache")  # version control, and huggingface_hub's download records
 
+# Those that this system has; Windows would read text without O_BINARY.
+OPEN_FLAGS = sum({getattr(os, f"O_{name}", 0) for name in ("RDONLY", "CLOEXEC", "NONBLOCK", "NOCTTY", "BINARY")})
+
 Progress = Callable[[int], None]  # called with the number of bytes just read, fetched or written
 
 
@@ -74,12 +77,13 @@ class RemoteSource(Source, Protocol):
     """A source on another machine, whose files can be fetched whole."""
 
     @property
-    def store(self) -> Path:
-        """The folder that fetched files go to."""
+    def sha256(self) -> Mapping[str, str]:
+        """The SHA-256 of each file for which it lists one."""
         ...
 
-    def sha256(self, file: str) -> str:
-        """Return the SHA-256 of a file, without fetching a large one."""
+    @property
+    def store(self) -> Path:
+        """The folder that fetched files go to."""
         ...
 
     def fetch(self, file: str, folder: Path | None, step: Progress) -> None:
@@ -102,12 +106,18 @@ def read_file(source: Source, name: str) -> bytes:
 
 
 class FileStat(NamedTuple):
-    """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode."""
+    """Which file it is: bytes, nanoseconds since 1970 of the last change, device and inode.
+
+    `mtime` can be set to any time, as unpacking tools do; `ctime`, of the last change of the file or of what is known
+    about it, cannot. A new hard link is such a change and does no harm: so `links` are counted.
+    """
 
     size: int
     mtime: int
     device: int
     inode: int
+    ctime: int
+    links: int
 
     @classmethod
     def at(cls, path: str | Path) -> FileStat:
@@ -118,7 +128,11 @@ class FileStat(NamedTuple):
                 s = os.lstat(path)
         except OSError:
             s = os.lstat(path)
-        return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino)
+        return cls(s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino, s.st_ctime_ns, s.st_nlink)
+
+    def same(self, other: FileStat) -> bool:
+        """Say whether a file is still the one that it was, with the same bytes."""
+        return self[:4] == other[:4] and (self.ctime == other.ctime or self.links != other.links)
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ class LocalSource:
 
     @property
     def fingerprint(self) -> str:
-        return repr([(name, *found) for name, found in self.stats.items()])
+        return repr([(name, *found[:5]) for name, found in self.stats.items()])
 
     @property
     def origin(self) -> None:
@@ -211,7 +225,7 @@ class LocalSource:
                 now = FileStat.at(self.path / name)
             except OSError as e:
                 raise InputError(f"went away while it was being read ({e.strerror})", where=name) from e
-            if now != before:
+            if not now.same(before):
                 raise InputError("changed while it was being read", where=name, hint="Run it again.")
 
     def read(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -224,7 +238,7 @@ class LocalSource:
 def open_regular(path: Path, where: str) -> int:
     """Open a regular file and return its descriptor; raises InputError for anything else, without waiting for it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, OPEN_FLAGS)
     except OSError as e:
         doubt = "; a broken link?" if os.path.islink(path) else ""
         raise InputError(f"cannot be opened ({e.strerror}){doubt}", where=where) from e
@@ -248,7 +262,7 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
     parts = []
     while length > 0:
         try:
-            part = os.pread(fd, length, offset)
+            part = _read_at(fd, length, offset)
         except OSError as e:
             raise InputError(f"cannot be read at byte {offset:,} ({e.strerror})", where=where) from e
         if not part:
@@ -257,6 +271,14 @@ def read_exactly(fd: int, offset: int, length: int, where: str) -> bytes:
         offset += len(part)
         length -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_at(fd: int, length: int, offset: int) -> bytes:
+    call: Callable[[int, int, int], bytes] | None = getattr(os, "pread", None)
+    if call is not None:
+        return call(fd, length, offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # Windows; no other thread has this descriptor
+    return os.read(fd, length)
 
 
 def _list_files(root: Path, prefix: str = "", *, subfolders: bool) -> Iterator[tuple[str, FileStat]]:

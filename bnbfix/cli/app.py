@@ -10,10 +10,9 @@ import typer
 from ..__version__ import __version__
 from ..errors import UsageError
 from .options import EPILOG
-from .releases import explain, releases
+from .releases import explain, releases, schema
 from .repair import repair
 from .scan import scan
-from .schema import schema
 from .verify import verify
 
 app = typer.Typer(

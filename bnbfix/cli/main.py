@@ -2,48 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import io
 import os
-import signal
 import sys
 
 from ..errors import BnbfixError
 from ..report.next_step import command_line, next_command
 from ..report.terminal import print_error
-from .interrupted import Interrupted
 from .plain_scan import parse_plain_scan
 from .run_scan import run_scan
-
-INTERRUPTED, TERMINATED = 130, 143
-_terminated = False  # by SIGTERM
+from .signals import INTERRUPTED, Interrupted, Signals, exit_interrupted
+from .streams import drop_output, open_streams
 
 
 def main() -> None:
     """Runs the command line and exits with its code. What an input causes never ends in a traceback."""
     gc.freeze()  # what was imported stays: a tenth of a scan went into searching it for garbage
-    signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    arguments = sys.argv[1:]
+    open_streams()
+    # OpenBLAS, which numpy loads and nothing here calls, starts a thread for each core. Where the system refuses one it
+    # interrupts or ends the process, and where there is little address space too.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    signals = Signals()
     try:
-        code = _run(arguments)
-    except BnbfixError as e:
-        print_error(str(e), e.hint, next_command(e, arguments))
-        code = e.exit_code
-    except (KeyboardInterrupt, Interrupted) as e:
-        print_error(str(e) or "interrupted", getattr(e, "hint", None), command_line(*arguments))
-        code = TERMINATED if _terminated else INTERRUPTED
-    except BrokenPipeError:  # whoever read stdout has gone, and so must what is still to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as e:
-        print_error(f"{e.filename or 'input/output'}: {e.strerror or e}", command=command_line(*arguments))
-        code = 2
+        with signals.handled():
+            code = _run(sys.argv[1:], signals)
+    except KeyboardInterrupt:  # in the last moment, or while an error is being printed
+        code = signals.code
+    if signals.seen:
+        exit_interrupted(code)
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], signals: Signals) -> int:
+    """Runs a command and returns its exit code, after a line on stderr about what stopped it, and one to paste."""
+    again = command_line(*arguments)
+    try:
+        code = _run_command(arguments)
+        sys.stdout.flush()
+        return code
+    except BnbfixError as e:
+        _report(str(e), e.hint, next_command(e, arguments))
+        return e.exit_code
+    except (KeyboardInterrupt, Interrupted) as e:
+        _report(str(e) or "interrupted", getattr(e, "hint", None), getattr(e, "command", None) or again)
+        return signals.code
+    except BrokenPipeError:  # whoever read stdout has gone
+        drop_output()
+        return 1
+    except OSError as e:
+        drop_output()
+        _report(f"{e.filename or 'input/output'}: {e.strerror or e}", None, again)
+    except MemoryError:
+        _report("there is not enough memory", "Is it limited (ulimit -v, a container)? See also --max-memory.", again)
+    except ImportError as e:
+        hint = "Is memory, or the number of open files, limited (ulimit -a)?"
+        _report(f"a module cannot be imported: {e}", hint, again)
+    return 2
+
+
+def _run_command(arguments: list[str]) -> int:
     if (plain := parse_plain_scan(arguments)) is not None:
         return run_scan(plain)
     from .app import run_app
@@ -54,7 +72,6 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _terminate(number: int, frame: object) -> None:
-    global _terminated
-    _terminated = True
-    raise KeyboardInterrupt
+def _report(message: str, hint: str | None, command: str) -> None:
+    with contextlib.suppress(OSError):  # of stderr itself
+        print_error(message, hint, command)

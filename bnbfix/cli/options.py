@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..engines.engine import LATEST, PORTABLE
 from ..engines.vllm.releases import ranges
+from ..errors import UsageError
 
 TARGET, ASK = "Target", "Ask an installed vLLM"  # panels of the help
 OUTPUT = "Output"
@@ -28,6 +30,13 @@ def complete_targets(incomplete: str) -> list[str]:
     """The releases that begin and end a range, and the words that mean others."""
     releases = dict.fromkeys(version for r in ranges() for version in (r.first, r.last))
     return [name for name in (PORTABLE, LATEST, *releases) if name.startswith(incomplete)]
+
+
+def parse_folder(text: str) -> Path:
+    """The path of a folder; raises UsageError for an empty one, which would be the current folder."""
+    if not text:
+        raise UsageError("--out is empty; it must name a folder")
+    return Path(text)
 
 
 ModelName = Annotated[

@@ -1,9 +1,9 @@
-"""`bnbfix releases`, with --probe, and `bnbfix explain`: what bnbfix knows about vLLM releases and findings."""
+"""`bnbfix releases`, with --probe, `explain` and `schema`: what bnbfix knows about releases, findings and documents."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,8 @@ from ..errors import UsageError
 from ..report.terminal import show_logs, show_status
 from ..rules.rule import Code
 from .options import AsFormat, AsJson, Verbose, print_json
+
+Document = Literal["scan", "repair", "verify"]
 
 
 def releases(
@@ -82,4 +84,12 @@ def explain(
         print_json(documents[0] if code else {"codes": documents})
     else:
         show(explain_report(codes[0]) if code else codes_report(codes))
+    return 0
+
+
+def schema(document: Annotated[Document, typer.Argument(metavar="COMMAND", help="scan, repair or verify.")]) -> int:
+    """Print the JSON Schema of what a command prints with --format json."""
+    from ..report.json import schema_text
+
+    print(schema_text(document), end="")
     return 0

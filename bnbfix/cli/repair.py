@@ -12,10 +12,22 @@ import typer
 from ..errors import Unrepairable, UsageError
 from ..report.next_step import after_plan, after_repair, command_line, repair_commands, shell_words, suggest_output
 from ..report.terminal import print_warning, progress_bar, show_logs
-from ..report.text import count
-from .interrupted import Interrupted
-from .options import AsFormat, AsJson, DryLoadOption, ModelName, Python, Quiet, Revision, Verbose, Vllm, print_json
+from ..report.text import count, format_size
+from .options import (
+    AsFormat,
+    AsJson,
+    DryLoadOption,
+    ModelName,
+    Python,
+    Quiet,
+    Revision,
+    Verbose,
+    Vllm,
+    parse_folder,
+    print_json,
+)
 from .run_scan import live_vllm
+from .signals import Interrupted
 
 if TYPE_CHECKING:
     from ..hub.push import Destination, Pushed
@@ -29,7 +41,8 @@ PartialGroups = Literal["dequantize", "quantize"]
 def repair(
     model: ModelName,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for the repaired copy.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", parser=parse_folder, help="Folder for the repaired copy."),
     ] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Replace config.json in MODEL, if no shard changes; the old one is kept.")
@@ -170,7 +183,8 @@ def _write(
 ) -> RepairResult:
     """Writes the output, with progress; an interrupt says what is left."""
     from ..writer.download import missing_files
-    from ..writer.staging import unfinished
+    from ..writer.record import plan_digest
+    from ..writer.staging import stale_bytes, unfinished
     from ..writer.write import RepairResult, write_plan
 
     if plan.nothing_to_do:
@@ -178,6 +192,9 @@ def _write(
     if out is None:
         place = shell_words("--out", suggest_output(plan.checkpoint.source.name))
         raise UsageError("shards change, so a push needs --out DIR for the repaired copy", command=place)
+    if (stale := stale_bytes(out, plan_digest(plan))) and say:
+        what = "files that an interrupted repair finished for another target, source or option"
+        print(f"deleting {format_size(stale)} of {what}: {unfinished(out)}", file=sys.stderr, flush=True)
     download = sum(missing_files(plan).values())
     phases = {"downloading": 0 if stream else download, f"writing {out}": plan.bytes_written}
     if stream:
@@ -185,10 +202,10 @@ def _write(
     try:
         with progress_bar(phases, quiet=quiet) as step:
             result = write_plan(plan, out, options, overwrite=overwrite, stream=stream, progress=step)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         left = unfinished(out)
         hint = f"Finished files are kept in {left}; the same command resumes:" if left else None
-        raise Interrupted(f"interrupted; {out} was not written", hint) from None
+        raise Interrupted(f"interrupted; {out} was not written", getattr(e, "hint", hint)) from None
     if result.kept and say:
         print(f"resumed an interrupted repair: {count(len(result.kept), 'finished file')} kept", file=sys.stderr)
     return result
@@ -216,7 +233,8 @@ def _push(result: RepairResult, to: Destination, *, quiet: bool) -> Pushed:
         with progress_bar({f"checking {out}": plan.bytes_written}, quiet=quiet) as step:
             return push_output(out, to, progress=step, quiet=quiet)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {out} is written, and nothing was pushed") from None
+        upload = shell_words("hf", "upload", to.repo, str(out))
+        raise Interrupted(f"interrupted; {out} is written, and nothing was pushed", command=upload) from None
 
 
 def _push_config(plan: Plan, to: Destination, *, quiet: bool) -> tuple[RepairResult, Pushed]:

@@ -10,6 +10,7 @@ import typer
 from ..report.terminal import progress_bar, show_logs, show_status
 from .options import ASK, AsFormat, AsJson, DryLoadOption, Python, Quiet, Revision, Verbose, print_json
 from .run_scan import live_vllm
+from .signals import Interrupted
 
 
 def verify(
@@ -38,7 +39,10 @@ def verify(
     size, as_json = sum(LocalSource.open(folder).files.values()), json or format == "json"
     phases = {f"hashing {folder}": size, "comparing": size if source else 0}
     with progress_bar(phases, quiet=quiet or as_json) as step:
-        result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
+        try:
+            result = api.verify(folder, source, revision=revision, progress=step, dry_load=live or False)
+        except KeyboardInterrupt as e:
+            raise Interrupted(hint=getattr(e, "hint", None)) from None
     loaded = None
     if load:
         from ..engines.vllm.probe import load_model

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
+from ..models.family import Model
 from ..models.inspection import LinearWeight
 
 PORTABLE, LATEST = "portable", "latest"
@@ -30,12 +31,18 @@ class ReleaseRange:
     needs_shared_kv: bool
     expert_prefix: str | None
     per_layer_config: Literal["ignored", "refused", "read"]
+    uses_tied_lm_head: bool
+    transformers_below: str | None
     casts_pixels: bool
     plugin: Literal["none", "refused", "required"]
 
     @property
     def name(self) -> str:
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
+
+    def ignores_lm_head(self, model: Model) -> bool:
+        """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
+        return model.tied and not self.uses_tied_lm_head
 
     def quantizes(self, family: str, kind: str) -> bool:
         """Return True if the parameter of such a tensor is quantized where no skip entry names its module."""
@@ -44,10 +51,11 @@ class ReleaseRange:
 
 @dataclass(frozen=True)
 class Installed:
-    """The vLLM installed with bnbfix, by its metadata."""
+    """An installed vLLM and what is installed next to it, by their metadata."""
 
     version: str
     plugin: str | None
+    transformers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,42 @@ class Target:
         if len(self.ranges) == 1:
             return self.ranges
         return tuple(r for r in self.ranges if family in r.families)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of the engine, as its class makes it where no skip entry names its module."""
+
+    name: str
+    module: str  # the name that skip entries are compared with
+    quantized: bool
+    experts: bool  # of a mixture: no skip entry reaches them
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an engine does with a tensor of the file: it fills parts of parameters, or is ignored, or stops the load."""
+
+    fills: tuple[tuple[str, str], ...] = ()  # (parameter, part): q of a qkv_proj, or "" for the whole
+    shape: tuple[int | None, ...] | None = None  # that it has to have; None where that is not known
+    refused: bool = False
+
+
+class Expectation(Protocol):
+    """What a release expects of a model's checkpoint. Names of tensors are the file's, of parameters the engine's."""
+
+    @property
+    def parameters(self) -> Mapping[str, Slot]:
+        """Every parameter that has to be filled, by name."""
+
+    def place(self, name: str) -> Place | None:
+        """Where the release puts a tensor; None where that is not known."""
+
+    def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
+        """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
+
+    def rename(self, name: str) -> str | None:
+        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..errors import HubError
 # carries more than this; of 600 quant states no more than 40 MB could be wasted, 0.2% of a 20 GB checkpoint.
 GAP = 64 << 10
 
+_DRIVE = re.compile(r"[A-Za-z]:")  # on Windows, C:x is in another folder
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -72,6 +73,11 @@ def resolve_redirect(url: str, location: str, where: str) -> str:
 def check_file_name(name: str, where: str) -> str:
     """Return a listed name, which will name a file here; raises HubError if it could leave its folder."""
     parts = name.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name or len(parts) > MAX_DEPTH:
+    leaves = not {"", ".", ".."}.isdisjoint(parts) or "\\" in name or any(_DRIVE.match(part) for part in parts)
+    if leaves or "\0" in name or len(parts) > MAX_DEPTH:
         raise HubError(f"lists {name[:300]!r}, which is not a valid file name", where=where)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise HubError(f"lists {name[:300]!r}, a file name with half a surrogate pair in it", where=where) from None
     return name

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +33,15 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, t
 
 from ..checkpoint.source import Progress
 from ..errors import BnbfixError, HubError, UsageError
+from .limits import answer_limit
+from .parallel import connections, current_stop, run_parallel
 
 TRIES = 5
 FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
 PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
 RETRIED = (408, 429, 500, 502, 503, 504)
+MAX_REDIRECTS = 10  # of one download
+MAX_ANSWER = 200_000_000  # bytes of a listing; that of a repo with 10,000 files has 3 MB
 LOGIN = "hf auth login"
 LOG_IN = f"Log in with `{LOGIN}`, or set HF_TOKEN."
 
@@ -77,12 +83,12 @@ def describe_request(repo: str, revision: str | None, file: str | None = None) -
     return HubRequest(endpoint, repo, revision, get_token() is not None, file)
 
 
-def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES, stop: threading.Event | None = None) -> T:
-    """Return the result of `work`, which is repeated after transient errors until `stop` is set.
+def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES) -> T:
+    """Return the result of `work`, which is repeated after transient errors.
 
     Raises HubError, and UsageError for an invalid repo id.
     """
-    stop = stop or threading.Event()
+    stop = current_stop()
     error, pause = HubError("no answer", where=asked.where), FIRST_WAIT
     for left in reversed(range(tries)):
         wait = None
@@ -104,6 +110,8 @@ def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES, stop: th
         except NoAnswer as e:
             error = no_answer_error(e, asked)
         except UnicodeEncodeError:
+            if (get_token() or "").isascii():
+                raise HubError("has a name that no address can hold", where=asked.where) from None
             raise HubError(
                 "HF_TOKEN has characters that no token has", where=asked.where, hint=LOG_IN, command=LOGIN
             ) from None
@@ -112,8 +120,8 @@ def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES, stop: th
         if left:
             seconds = pause if wait is None else wait
             logger.info("%s; trying again in %.1f s, %d tries left", error, seconds, left)
-            if stop.wait(seconds):
-                break
+            stop.wait(seconds)
+        stop.check()
         pause = min(LAST_WAIT, pause * 2)
     raise error from None
 
@@ -204,29 +212,106 @@ def redact_token(text: str) -> str:
 
 
 @contextmanager
-def guard_cache() -> Iterator[None]:
-    """Refuse responses that would make huggingface_hub write outside its cache, as long as the context lasts.
+def guard_session() -> Iterator[None]:
+    """Watch the requests that huggingface_hub makes, as long as the context lasts.
 
-    It names a file after the ETag, whatever that is, and only the response itself can be checked in time: so the check
-    is a hook of huggingface_hub's session, which the caller's process may use too, and is removed again. Downloads in
-    several threads each have their own.
+    It names a file of its cache after the ETag, whatever that is, and only the response itself can be checked in time.
+    And it waits for a server as long as its own timeouts, and tries again, whatever happens meanwhile: so that
+    `run_parallel` can stop it, each request of this thread asks whether it should. Both are hooks of huggingface_hub's
+    session, which the caller's process may use too, and are removed again. Several threads each have their own.
     """
-    client = get_session()
+    trace, thread, redirects = stopping_trace(), threading.get_ident(), 0
+
+    def trace_request(request: Any) -> None:
+        if threading.get_ident() == thread:
+            request.extensions = {**request.extensions, "trace": trace}
+
+    def check_response(answer: Any) -> None:
+        nonlocal redirects
+        _check_etag(answer)
+        redirects += threading.get_ident() == thread and answer.is_redirect
+        if redirects > MAX_REDIRECTS:  # huggingface_hub follows those on the same host for ever
+            raise HubError(f"the Hub redirects more than {MAX_REDIRECTS} times", hint="Is HF_ENDPOINT a Hub?")
+
+    with hook_session(trace_request, check_response):
+        yield
+
+
+@contextmanager
+def bound_answers() -> Iterator[None]:
+    """Raise HubError for an answer of this thread that has too many bytes, or takes too long, as long as it lasts."""
+    thread = threading.get_ident()
+
+    def bound(answer: Any) -> None:
+        if threading.get_ident() == thread:
+            answer.iter_bytes = _bound_body(answer.iter_bytes, time.monotonic() + answer_limit())
+
+    with hook_session(lambda request: None, bound):
+        yield
+
+
+def _bound_body(read: Callable[..., Iterator[bytes]], deadline: float) -> Callable[..., Iterator[bytes]]:
+    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
+        count = 0
+        for chunk in read(chunk_size):
+            count += len(chunk)
+            if count > MAX_ANSWER:
+                raise HubError(f"the Hub's answer has more than {MAX_ANSWER:,} bytes")
+            check_deadline(deadline)
+            yield chunk
+
+    return iter_bytes
+
+
+def check_deadline(deadline: float, where: str | None = None) -> None:
+    """Raise HubError when the time for an answer is over."""
+    if time.monotonic() > deadline:
+        words = f"the Hub's answer takes longer than {answer_limit():g} s"
+        raise HubError(words, where=where, hint="BNBFIX_HUB_ANSWER_TIMEOUT sets this limit, in seconds.")
+
+
+@contextmanager
+def hook_session(on_request: Callable[[Any], None], on_response: Callable[[Any], None]) -> Iterator[None]:
+    """Add hooks to huggingface_hub's session, as long as the context lasts."""
+    client, ours = get_session(), {"request": on_request, "response": on_response}
     with _hooks_lock:
-        client.event_hooks = client.event_hooks | {"response": [*client.event_hooks["response"], _check_etag]}
+        client.event_hooks = {kind: [*hooks, ours[kind]] for kind, hooks in client.event_hooks.items()}
     try:
         yield
     finally:
         with _hooks_lock:
-            hooks = list(client.event_hooks["response"])
-            hooks.remove(_check_etag)
-            client.event_hooks = client.event_hooks | {"response": hooks}
+            hooks = {kind: list(hooks) for kind, hooks in client.event_hooks.items()}
+            for kind, hook in ours.items():
+                hooks[kind].remove(hook)
+            client.event_hooks = hooks
+
+
+def stopping_trace() -> Callable[[str, Mapping[str, Any]], None]:
+    """Return what httpx calls with each event of a request: it raises Stopped once this thread has to stop.
+
+    An error would not do, after which huggingface_hub says that it resumes, and does.
+    """
+    stop = current_stop()
+
+    def trace(event: str, details: Mapping[str, Any]) -> None:
+        stop.check()
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connections.add(details["return_value"].get_extra_info("socket"))
+
+    return trace
 
 
 def _check_etag(answer: Any) -> None:
     etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
     if answer.request.method == "HEAD" and not {"/", "\\", "\0"}.isdisjoint(etag.removeprefix("W/")):
         raise HubError("the Hub names a file so that it would leave the cache", hint="Is HF_ENDPOINT a Hub?")
+
+
+def abort_xet() -> None:
+    """Stop what hf_xet is transferring: huggingface_hub itself does so only for an interrupt on the same thread."""
+    xet = sys.modules.get("huggingface_hub.utils._xet")
+    if (abort := getattr(xet, "abort_xet_session", None)) is not None:  # not in every release
+        abort()
 
 
 def check_login() -> None:
@@ -267,27 +352,26 @@ def commit(
 ) -> tuple[str, str]:
     """Commit files to a repo and return (URL of the commit or pull request, sha). Raises HubError.
 
-    `copied` maps files to the (repo, revision) that the Hub takes them from by itself. It is one commit, where
-    `upload_folder` may make several: no user ever loads half of a repaired checkpoint. Files that an interrupted push
-    had uploaded are not uploaded again.
+    `copied` maps files to the (repo, revision) that the Hub copies. No user ever loads half of a repaired checkpoint.
     """
-    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]
-    operations = [CommitOperationAdd(f, data if isinstance(data, bytes) else str(data)) for f, data in added.items()]
-    operations += [
-        CommitOperationCopy(f, f, src_revision=revision, src_repo_id=source, src_repo_type="model")
-        for f, (source, revision) in copied.items()
+    operations: list[Any] = [
+        CommitOperationAdd(f, data if isinstance(data, bytes) else str(data)) for f, data in added.items()
     ]
+    operations += [CommitOperationCopy(f, f, sha, source, "model") for f, (source, sha) in copied.items()]
     operations += [CommitOperationDelete(f) for f in removed]
     asked = describe_request(repo, parent)
+
+    def create(options: dict[str, Any]) -> Any:
+        current_stop().on_interrupt.append(abort_xet)
+        with guard_session():
+            return retry(lambda: HfApi().create_commit(repo, operations, **options), asked, tries=1)
+
+    options = {"commit_message": message, "create_pr": create_pr, "parent_commit": parent}
     try:
         with wrap_errors(asked, (ValueError, RuntimeError)):
-            done = retry(
-                lambda: HfApi().create_commit(
-                    repo, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
-                ),
-                asked,
-                tries=1,
-            )  # a second try could make a second commit of one whose answer was lost
+            # One try: a second could make a second commit of one whose answer was lost. On a thread of its own, which
+            # an interrupt leaves behind: huggingface_hub waits for the uploads that have begun.
+            (done,) = run_parallel(create, [options], 1, name="bnbfix-push")
     except (ValueError, RuntimeError) as e:  # of a card that huggingface_hub refuses, or a failed upload
         if isinstance(e.__cause__, (HfHubHTTPError, NoAnswer)):
             raise no_answer_error(e.__cause__, asked) from None

@@ -1,6 +1,7 @@
 """A checkpoint on the Hugging Face Hub, read by byte ranges.
 
 Settings are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN or a stored login, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
+How long an answer may take is in limits.py.
 
 What a scan reads: the listing, config.json and the index whole, the first 128 KiB of each shard, the rest of a header
 that is longer, and the JSON of each quant state. Quant states are stored between quantized weights of many MB, so each
@@ -11,17 +12,15 @@ fewer, but the storage behind the Hub does not serve those.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -42,24 +41,27 @@ from ..errors import HubError, InputError
 from .byte_ranges import MergedRange, check_file_name, content_range_error, merge_ranges, resolve_redirect, url_origin
 from .client import (
     RetryableError,
+    abort_xet,
+    bound_answers,
+    check_deadline,
     counting_bar,
     describe_request,
     error_from_response,
-    guard_cache,
+    guard_session,
     hub_error,
     redact_token,
     retry,
+    stopping_trace,
     wrap_errors,
 )
+from .limits import answer_limit, byte_limit
+from .parallel import current_stop, run_parallel
 
 WORKERS = 16  # requests at a time
-TIMEOUT = 15.0  # seconds without a byte
 REDIRECTS = 10
-CHUNK = 64 << 10
 KEPT = 1 << 20  # bytes; shorter reads are kept in memory, since a plan reads headers and quant states again
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class HubSource:
     revision: str  # sha of the commit that every read is pinned to
     name: str
     files: Mapping[str, int] = field(repr=False)
-    _hashes: Mapping[str, str] = field(repr=False, default_factory=dict)  # SHA-256 of files stored with LFS or Xet
+    sha256: Mapping[str, str] = field(repr=False, default_factory=dict)  # of files stored with LFS or Xet
     _all_files: Mapping[str, int] = field(repr=False, default_factory=dict)  # with those in subfolders
     _paths: dict[str, Path] = field(repr=False, default_factory=dict)  # of files on this machine
     _urls: dict[str, str] = field(repr=False, default_factory=dict)  # where redirects led; signed, so never shown
@@ -84,7 +86,8 @@ class HubSource:
 
         def get_info() -> ModelInfo | None:
             try:
-                return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+                with bound_answers():
+                    return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=byte_limit())
             except OfflineModeIsEnabled:
                 return None
 
@@ -121,7 +124,10 @@ class HubSource:
         logger.info("%s: offline, commit %s from the local cache", name, folder.path.name)
         # The cache itself makes no links that lead elsewhere.
         files = {f: size for f, size in folder.files.items() if f not in folder.external_links}
-        return cls(repo, folder.path.name, name, _top_level(files), {}, files, {f: folder.path / f for f in files})
+        paths = {f: folder.path / f for f in files}
+        # The cache names a file by its SHA-256 where the Hub listed one, else by git's SHA-1.
+        hashes = {f: blob for f, path in paths.items() if re.fullmatch("[0-9a-f]{64}", blob := path.resolve().name)}
+        return cls(repo, folder.path.name, name, _top_level(files), hashes, files, paths)
 
     def with_subfolders(self) -> HubSource:
         return replace(self, files=self._all_files or self.files)
@@ -170,7 +176,7 @@ class HubSource:
                 jobs.append((file, MergedRange(merged.offset, merged.length, members)))
         if jobs:
             logger.debug("%s: %d requests for ranges", self.repo, len(jobs))
-        for (file, merged), data in zip(jobs, _in_parallel(self._fetch_range, jobs), strict=True):
+        for (file, merged), data in zip(jobs, self._fetch_ranges(jobs), strict=True):
             for i, part in merged.split(data):
                 out[file][i] = part
                 if len(part) < KEPT:
@@ -186,10 +192,6 @@ class HubSource:
             self._paths[file] = Path(found)
         return self._paths[file]
 
-    def sha256(self, file: str) -> str:
-        """Return the SHA-256 of a file: the Hub lists those of large ones, small ones are read. Raises HubError."""
-        return self._hashes.get(file) or hashlib.sha256(self.read(file, [(0, self.files[file])])[0]).hexdigest()
-
     def fetch(self, file: str, folder: Path | None = None, step: Progress = lambda n: None) -> None:
         """Download a whole file of this commit to the Hub cache, or to `folder`. Raises HubError.
 
@@ -201,7 +203,8 @@ class HubSource:
         asked = describe_request(self.repo, self.revision, file)
 
         def download() -> str:
-            with guard_cache():
+            current_stop().on_interrupt.append(abort_xet)
+            with guard_session():
                 return hf_hub_download(
                     self.repo, file, revision=self.revision, local_dir=folder, tqdm_class=counting_bar(step)
                 )
@@ -223,11 +226,16 @@ class HubSource:
             del self._paths[file]
             path.unlink()
 
-    def _fetch_range(self, job: tuple[str, MergedRange], stop: threading.Event) -> bytes:
+    def _fetch_ranges(self, jobs: Sequence[tuple[str, MergedRange]]) -> list[bytes]:
+        if len(jobs) < 2:
+            return [self._fetch_range(job) for job in jobs]
+        return run_parallel(self._fetch_range, jobs, WORKERS, name="bnbfix-hub")
+
+    def _fetch_range(self, job: tuple[str, MergedRange]) -> bytes:
         file, merged = job
         asked = describe_request(self.repo, self.revision, file)
         with wrap_errors(asked):
-            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked, stop=stop)
+            return retry(lambda: self._try_range(file, merged.offset, merged.length), asked)
 
     def _try_range(self, file: str, offset: int, length: int) -> bytes:
         """Make one try. Redirects are followed by hand, so that the token stays with the Hub's own origin."""
@@ -241,7 +249,14 @@ class HubSource:
             )
             headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
             asked = describe_request(self.repo, self.revision, file)
-            with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as answer:
+            with get_session().stream(
+                "GET",
+                url,
+                headers=headers,
+                follow_redirects=False,
+                timeout=byte_limit(),
+                extensions={"trace": stopping_trace()},
+            ) as answer:
                 if answer.status_code in (301, 302, 303, 307, 308):
                     self._check_headers(file, answer.headers)
                     url = resolve_redirect(url, answer.headers.get("Location", ""), asked.where)
@@ -266,7 +281,7 @@ class HubSource:
         etag = (headers.get("X-Linked-ETag") or "").removeprefix("W/").strip('"')
         if commit and commit != self.revision:
             raise HubError(f"the Hub answers with commit {commit[:12]}, not {self.revision[:12]}", where=where)
-        if (size and size != str(self.files[file])) or (etag and etag != self._hashes.get(file, etag)):
+        if (size and size != str(self.files[file])) or (etag and etag != self.sha256.get(file, etag)):
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
 
     def _read_body(self, file: str, offset: int, length: int, answer: Any, host: str) -> bytes:
@@ -286,8 +301,10 @@ class HubSource:
         etag = answer.headers.get("ETag")
         if etag and self._etags.setdefault((file, host), etag) != etag:
             raise HubError("changed on the Hub while it was being read", where=where, hint="Run it again.")
-        data = bytearray()
-        for chunk in answer.iter_raw(CHUNK):
+        data, deadline = bytearray(), time.monotonic() + answer_limit()
+        for chunk in answer.iter_raw():
+            current_stop().check()
+            check_deadline(deadline, where)
             data += chunk
             if len(data) > length:
                 raise HubError(f"{host} sends more than the {length:,} requested bytes", where=where)
@@ -305,17 +322,3 @@ def _listed_size(listed: Any, repo: str) -> int:
     if type(size) is not int or size < 0:
         raise HubError("the Hub does not say how large it is", where=f"{repo}: {listed.rfilename}")
     return size
-
-
-def _in_parallel(work: Callable[[Any, threading.Event], T], jobs: Sequence[Any]) -> list[T]:
-    """Return the results in order; the first error, or an interrupt, stops the jobs that have not begun or wait."""
-    stop = threading.Event()
-    if len(jobs) < 2:
-        return [work(job, stop) for job in jobs]
-    pool = ThreadPoolExecutor(min(WORKERS, len(jobs)), thread_name_prefix="bnbfix-hub")
-    try:
-        futures = [pool.submit(work, job, stop) for job in jobs]
-        return [f.result() for f in futures]
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -6,12 +6,14 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quant_state import WIDTH, QuantState
@@ -80,9 +82,10 @@ def gpu_driver() -> bool:
 
 
 def use_threads(count: int) -> None:
-    """Sets how many threads the kernels called on this thread use; bitsandbytes shares torch's OpenMP."""
+    """Sets how many threads the kernels called on this thread use, at most; bitsandbytes shares torch's OpenMP."""
     from . import native
 
+    count = count_threads(count)
     library = native.load_library()
     if library is not None:
         library.use_threads(count)
@@ -90,6 +93,26 @@ def use_threads(count: int) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def count_threads(wanted: int) -> int:
+    """How many threads can run at the same time, this one included, up to `wanted`: OpenMP ends the process when the
+    system refuses one.
+    """
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait, daemon=True) for _ in range(wanted - 1)]
+    started = 0
+    try:
+        for thread in others:
+            thread.start()
+            started += 1
+    except RuntimeError:
+        logger.info("the system starts no more than %d threads of %d", started + 1, wanted)
+    finally:
+        done.set()
+        for thread in others[:started]:
+            thread.join()
+    return started + 1
 
 
 def dequantize(quantized: QuantizedTensor, device: str, chunk_bytes: int = 4 << 20) -> Iterator[memoryview]:
@@ -140,10 +163,15 @@ def decode_chunks(
 
 @contextmanager
 def _gpu_errors(device: str) -> Iterator[None]:
-    """Raises UsageError for torch's errors of a GPU: no memory left, no kernel for it, no library for its CUDA."""
+    """Raises UsageError for torch's errors of a GPU: no memory left, no kernel for it, no library for its CUDA.
+
+    torch has no type for a CPU without memory either: that is a MemoryError.
+    """
     try:
         yield
     except RuntimeError as e:
+        if device == "cpu" and "allocate memory" in str(e):
+            raise MemoryError(str(e)) from e
         if device == "cpu":
             raise
         words = str(e).strip().partition("\n")[0] or type(e).__name__
@@ -265,6 +293,8 @@ def quantize(
     """
     import torch
 
+    from .reference import dynamic_map
+
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     quantized, scales = bytearray(), []
@@ -279,8 +309,9 @@ def quantize(
         quant_map = _raw(bnb.get_4bit_type("nf4", device="cpu"))
         if nested_blocksize is None:
             return Quantized(bytes(quantized), _raw(absmax), quant_map, None, None, None)
-        offset = absmax.mean()
-        table = bnb.create_dynamic_map().to(device)
+        # Both are bitsandbytes', but for the last bits, which depend on the processor where torch computes them.
+        offset = torch.tensor(fsum(absmax.tolist()) / absmax.numel(), dtype=torch.float32, device=device)
+        table = torch.frombuffer(bytearray(dynamic_map().tobytes()), dtype=torch.float32).to(device)
         inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
         return Quantized(
             bytes(quantized),

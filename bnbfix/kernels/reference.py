@@ -6,6 +6,7 @@ dtype that the quant state names; the high half of a byte comes first.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +89,24 @@ def same_values(one: bytes, other: bytes, dtype: str) -> bool:
 def code_table(quant_type: str) -> NDArray[np.float32]:
     """The sixteen values of a 4-bit type, F32 [16], as its `quant_map` holds them."""
     return np.array(TABLES[quant_type], "<f4")
+
+
+@cache
+def dynamic_map() -> NDArray[np.float32]:
+    """The 256 values of bitsandbytes' 8-bit map, F32 [256], in which double quantization stores scales.
+
+    These are the bits that `bitsandbytes.functional.create_dynamic_map` makes with AVX2 and AVX-512; without them it
+    differs in the last bits of 42 values. Each step here is rounded alike on every processor.
+    """
+    first, last, values = np.float32(0.1), 1.0, [0.0, 1.0]
+    for exponent in range(-6, 1):
+        count = 2 ** (exponent + 6) + 1
+        step = float((np.float32(last) - first) / np.float32(count - 1))
+        ends = [float(first) + step * i if i < count // 2 else last - step * (count - 1 - i) for i in range(count)]
+        bounds = np.array(ends, np.float32)
+        means = np.float32(10.0**exponent) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
+        values += [*means.tolist(), *(-means).tolist()]
+    return np.array(sorted(values), "<f4")
 
 
 def scale_rounding(state: QuantState, nested_absmax: bytes | None) -> NDArray[np.float32]:

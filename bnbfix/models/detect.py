@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,32 +29,45 @@ def _detect_family(config: Mapping[str, Any]) -> Family:
     for family in gemma4.FAMILIES:
         if named == family.architecture or (named is None and model_type in family.model_types):
             return family
-    what = named or model_type
-    words = f"is {what!r:.100}, not a Gemma4 model" if what else "config names no architecture"
+    what = str(named or model_type)
+    if m := re.fullmatch(r"(Gemma4(?:Unified)?)(|Text|Vision|Audio)Model", what):
+        part, whole = f"the {m[2].lower()} part" if m[2] else "the inner model", f"{m[1]}ForConditionalGeneration"
+        hint = f"Save the whole model: load it as {whole} and call its save_pretrained."
+        raise NotApplicable(f"is {what}, {part} of a {whole}, saved without the rest", where=CONFIG, hint=hint)
+    if re.match(r"Gemma4\w*(Assistant|DSpark|MTP|Eagle)|gemma4\w*_assistant", what):
+        hint = "Scan the model that it drafts for; vLLM is given both: --speculative-config."
+        raise NotApplicable(f"is {what:.100}, a drafter for speculative decoding", where=CONFIG, hint=hint)
+    words = (
+        f"is {named or model_type!r:.100}, not a Gemma4 model"
+        if named or model_type
+        else "config names no architecture"
+    )
     raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
     """The model, if this is a bitsandbytes checkpoint of a known family; raises NotApplicable with what it is."""
     model = read_model(checkpoint.config)
-    what, method = model.family.architecture, checkpoint.quantization.get("quant_method")
-    quantized = sum(w.quantized for w in checkpoint.weights.values())
-    unquantized = not checkpoint.quantization and not quantized and not checkpoint.damaged
-    if method is None and unquantized and not _describe_mlx(checkpoint):
-        raise NotApplicable(
-            f"is an unquantized {what}; there is nothing to check", where=checkpoint.source.name, command=DRY_LOAD
-        )
+    what, where = model.family.architecture, checkpoint.source.name
+    method = checkpoint.quantization.get("quant_method")
     if method not in ("bitsandbytes", None):
-        raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=checkpoint.source.name)
+        raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=where)
     if method is None and (mlx := _describe_mlx(checkpoint)):
-        raise NotApplicable(f"is a {what} quantized by MLX ({mlx}), not by bitsandbytes", where=checkpoint.source.name)
-    if method is None:
-        raise NotApplicable(
-            f"is a {what} with {quantized} quantized weights, but config.json has no bitsandbytes quantization_config",
-            where=checkpoint.source.name,
-            hint="Take config.json from the model that was quantized.",
-        )
+        raise NotApplicable(f"is a {what} quantized by MLX ({mlx}), not by bitsandbytes", where=where)
+    if method is None and not _has_quant_states(checkpoint):
+        if checkpoint.damaged:
+            raise NotApplicable(
+                f"is a {what} with quantized bytes, but without quant states of bitsandbytes", where=where
+            )
+        raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=where, command=DRY_LOAD)
     return model
+
+
+def _has_quant_states(checkpoint: Checkpoint) -> bool:
+    """Return True if bitsandbytes quantized a weight, whatever config.json says; its quant state may be invalid."""
+    if any(w.quantized for w in checkpoint.weights.values()):
+        return True
+    return bool(checkpoint.damaged) and any(".quant_state." in name for name in checkpoint.orphans)
 
 
 def _describe_mlx(checkpoint: Checkpoint) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -45,6 +45,17 @@ class Model:
     first_shared: int  # layers from here on take K and V from an earlier layer
     moe: bool
     text_config: Mapping[str, Any]
+    tied: bool  # does lm_head share the embeddings' weight?
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self, path: str) -> Any:
+        """The value at a path of config.json's keys, joined by dots; None where there is none."""
+        if path.endswith("layer_types"):
+            return list(self.layer_types)
+        at: Any = self.text_config if self.family.text_only else self.config
+        for key in path.split("."):
+            at = at.get(key) if isinstance(at, Mapping) else None
+        return at
 
     def k_serves_as_v(self, layer: int | None) -> bool:
         """Return True if this layer has no v_proj of its own."""

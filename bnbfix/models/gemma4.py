@@ -17,6 +17,8 @@ from ..errors import InputError
 from .family import FULL, SLIDING, Family, Model, TensorRole
 
 TEXT = "model.language_model."
+LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
+EMBEDDINGS = tuple(f"{prefix}embed_tokens.weight" for prefix in (TEXT, "language_model.model.", "model."))
 FAMILIES = (
     Family("gemma4", "Gemma4ForConditionalGeneration", ("gemma4",)),
     Family("gemma4_text", "Gemma4ForCausalLM", ("gemma4_text",), text_only=True),
@@ -26,7 +28,7 @@ FAMILIES = (
 
 def read_config(family: Family, config: Mapping[str, Any]) -> Model:
     """The model that a config.json of a family describes; raises InputError when a value it needs makes no sense."""
-    text = config if family.text_only else config.get("text_config")
+    text = config.get("text_config", config if family.text_only else None)
     if not isinstance(text, dict):
         raise InputError("text_config is missing", where=CONFIG)
     layers = _read_count(text, "num_hidden_layers", None)
@@ -46,6 +48,8 @@ def read_config(family: Family, config: Mapping[str, Any]) -> Model:
         first_shared=layers - shared,
         moe=bool(text.get("enable_moe_block")),
         text_config=text,
+        config=config,
+        tied=bool(config.get("tie_word_embeddings", True)),
     )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..checkpoint.checkpoint import Checkpoint, Weight
+from ..checkpoint.checkpoint import Checkpoint, Weight, compare_bytes
 from ..errors import InputError, QuantStateError
 from . import gemma4
 from .detect import check_applicable
 from .family import Model, TensorRole
 
+PEFT_PREFIX = "base_model."
+PEFT_PARTS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
 MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
 
 
@@ -24,11 +26,12 @@ class LinearWeight:
 
     weight: Weight
     role: TensorRole
+    new_name: str | None = None  # of one that is added: a copy of `weight`
 
     @property
     def name(self) -> str:
         """Its tensor name in the file."""
-        return self.weight.name
+        return self.new_name or self.weight.name
 
     @property
     def quantized(self) -> bool:
@@ -59,6 +62,46 @@ class Inspection:
             and linear.role.part is not None
             and linear.role.kind in ("attention", "mlp")
         }
+
+    def canonical(self, name: str) -> str:
+        """A tensor name as transformers spells it."""
+        return gemma4.canonical(name)
+
+    @cached_property
+    def lm_head(self) -> Weight | None:
+        """The weight of lm_head, where the file has one."""
+        return self._find_weight(gemma4.LM_HEAD)
+
+    @cached_property
+    def embeddings(self) -> Weight | None:
+        """The weight of the token embeddings."""
+        return self._find_weight(gemma4.EMBEDDINGS)
+
+    @cached_property
+    def lm_head_is_copy(self) -> bool | None:
+        """True if lm_head has the bytes of the embeddings, False if it has not; None if that was not compared."""
+        head, embeddings = self.lm_head, self.embeddings
+        if head is None or embeddings is None or head.quantized or embeddings.quantized:
+            return None
+        if head.shape != embeddings.shape:
+            return False
+        if head.form != embeddings.form:
+            return None
+        return compare_bytes(self.checkpoint.source, head.tensor, embeddings.tensor)
+
+    def _find_weight(self, spellings: tuple[str, ...]) -> Weight | None:
+        return next((w for name in spellings if (w := self.checkpoint.weights.get(name))), None)
+
+    @cached_property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Tensors with names that PEFT gives; none where all that a file has of PEFT is a prefix before every name."""
+        tensors = self.checkpoint.tensors
+        text = "\n".join(tensors)  # there may be a hundred thousand names, and almost always none of these
+        if not any(part in text for part in (PEFT_PREFIX, *PEFT_PARTS)):
+            return ()
+        parts = {name for name in tensors if any(part in name for part in PEFT_PARTS)}
+        names = tuple(name for name in tensors if name in parts or name.startswith(PEFT_PREFIX))
+        return names if parts or len(names) < len(tensors) else ()
 
     @cached_property
     def canonical_names(self) -> frozenset[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..rules import experts, files, gemma4, kv_projections, skip_list, storage, weights
-from ..rules.changes import Changes, ConfigEdit, Fix, Request
+from ..rules import config, experts, files, gemma4, kv_projections, skip_list, storage, weights
+from ..rules.changes import Changes, Fix, Request
 
 REPAIR: tuple[Fix, ...] = (
     files.drop_orphans,
     kv_projections.drop_explicit_v,
     weights.dequantize_unquantizable,
+    weights.dequantize_lm_head,
     gemma4.dequantize_pixel_projection,
     kv_projections.dequantize_k_eq_v,
     kv_projections.dequantize_groups_without_donor,
@@ -24,15 +25,12 @@ REPAIR: tuple[Fix, ...] = (
     kv_projections.insert_shared,
     experts.split_and_quantize_experts,
     storage.retype_weights,
+    config.write_quantization_config,
     skip_list.write_skip_list,
     storage.set_quant_storage,
-    gemma4.write_legacy_config,
+    config.untie_lm_head,
+    config.write_legacy_config,
 )
-
-
-def _remove_quantization_config(request: Request, so_far: Changes) -> Changes:
-    return Changes(config=(ConfigEdit(("quantization_config",), None, None, remove=True),))
-
 
 # For tensor parallelism, releases that refuse a mixture of experts in 4 bits, LLM.int8 and other engines.
 DEQUANTIZE_ALL: tuple[Fix, ...] = (
@@ -41,8 +39,9 @@ DEQUANTIZE_ALL: tuple[Fix, ...] = (
     experts.join_experts,
     weights.dequantize_everything,
     kv_projections.insert_shared,
-    gemma4.write_legacy_config,
-    _remove_quantization_config,
+    config.write_legacy_config,
+    config.untie_lm_head,
+    config.remove_quantization_config,
 )
 
 

@@ -6,6 +6,7 @@ A plan is complete before the first byte moves: writing it needs no further deci
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -117,7 +118,9 @@ class Plan:
     @property
     def drops_quantization(self) -> bool:
         """Return True if the output is not a bitsandbytes checkpoint any more: nothing in it is quantized."""
-        return any(e.action is Action.CONFIG and e.name == "quantization_config" for e in self.edits)
+        if CONFIG not in self.texts:
+            return self.options.bf16
+        return not json.loads(self.texts[CONFIG]).get("quantization_config")
 
     @property
     def config_only(self) -> bool:

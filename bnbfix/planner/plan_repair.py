@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer, open_checkpoint
+from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer, open_checkpoint, rename_weights
 from ..checkpoint.source import Source, read_file
 from ..engines.engine import Target
 from ..errors import Unrepairable
 from ..models.inspection import Inspection, inspect_checkpoint
 from ..rules.changes import Changes, Request
-from ..rules.files import is_pickle
+from ..rules.files import is_pickle, unused_weights
+from ..rules.manifest import find_renames
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, scan_checkpoint, scan_inspection
 from ..rules.support import describe_dry_load
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 
 MAX_POINTER = 200  # bytes of a Git LFS pointer
+# What a repair in 4 bits cannot do anything about, and a full dequantization does.
+SOLVED_BY_DEQUANTIZING = frozenset({Code.MOE_REFUSED, Code.FUSED_EXPERTS, Code.MIXED_EXPERTS, Code.INT8})
 
 
 def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:
@@ -48,11 +51,15 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options) ->
     scan = scan_inspection(inspection, target)
     blocking = [f for f in scan.findings if f.blocking and f.reason is not None]
     if options.bf16:
-        blocking = [f for f in blocking if f.code is Code.UNKNOWN_CLASS]
+        blocking = [f for f in blocking if f.code not in SOLVED_BY_DEQUANTIZING]
     releases = target.ranges_for(inspection.model.family.name)
     request = Request(inspection, releases, options.partial_groups)
     if blocking:
         raise _refusal(target, blocking)
+    if renames := find_renames(request):
+        checkpoint = rename_weights(checkpoint, renames)
+        inspection = inspect_checkpoint(checkpoint)
+        request = replace(request, inspection=inspection)
     changes = collect_changes(request, DEQUANTIZE_ALL if options.bf16 else REPAIR)
     if options.bf16:
         shards = tuple(recut_shards(checkpoint, changes, options.max_shard_size))
@@ -112,10 +119,11 @@ def _complete_plan(
     known = replace(target, ranges=target.ranges_for(inspection.model.family.name))  # what the card may promise
     texts = _write_config(checkpoint, changes) | _write_index(checkpoint, shards)
     texts |= _write_card(source, known, edits, options)
+    left_out = {*unused_weights(checkpoint), *(f for f in source.files if is_pickle(f))}
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
     if INDEX not in texts and options.bf16:
         written.add(INDEX)  # the shards are cut anew; an old index would name the wrong ones
-    copied = tuple(f for f in source.files if f not in written and not is_pickle(f))
+    copied = tuple(f for f in source.files if f not in written and f not in left_out)
     source.check_copyable({*copied, *texts})
     for name in (f for f in copied if source.files[f] <= MAX_POINTER):
         check_not_pointer(read_file(source, name), name)
@@ -177,6 +185,8 @@ def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: 
 
 
 def _list_edits(checkpoint: Checkpoint, changes: Changes) -> Iterator[Edit]:
+    for old, new in checkpoint.renamed.items():
+        yield Edit(Action.RENAME, old, Code.WRONG_PREFIX, f"to {new}")
     for name, code in changes.dequantize.items():
         yield Edit(Action.DEQUANTIZE, name, code, "same values in full precision; its quant-state tensors are dropped")
     for name, code in changes.drop.items():

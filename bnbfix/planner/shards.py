@@ -23,7 +23,7 @@ def repaired_shards(checkpoint: Checkpoint, changes: Changes) -> Iterator[ShardP
         tensors[shard].append(planned)
     for shard, header in checkpoint.shards.items():
         if tensors[shard]:
-            yield lay_out_shard(shard, tensors[shard], header.metadata, header)
+            yield lay_out_shard(shard, tensors[shard], header.metadata, None if checkpoint.renamed else header)
 
 
 def recut_shards(checkpoint: Checkpoint, changes: Changes, max_shard_size: int) -> Iterator[ShardPlan]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Weight
-from ..engines.engine import Parameter, ReleaseRange
+from ..engines.engine import Expectation, Parameter, ReleaseRange
 from ..engines.vllm.parameters import parameters
+from ..engines.vllm.recorded import expect
 from ..models.inspection import Inspection, LinearWeight
 from .rule import Code
 
@@ -84,10 +86,16 @@ class Request:
         """The linear weights that are not dropped."""
         return [linear for linear in self.inspection.linears if linear.name not in so_far.drop]
 
+    @cached_property
+    def expectations(self) -> tuple[Expectation, ...]:
+        """What each of the releases expects."""
+        found = (expect(self.inspection.model, release) for release in self.releases)
+        return tuple(e for e in found if e is not None)
+
     def parameters(self, so_far: Changes) -> Iterator[Parameter]:
         """The parameters of every release, without a skip list."""
-        for release in self.releases:
-            yield from parameters(self.linears(so_far), self.inspection.model, release, ())
+        for expectation in self.expectations:
+            yield from parameters(self.linears(so_far), expectation, ())
 
 
 Fix = Callable[[Request, Changes], Changes]  # what is asked, what is decided already: what is added to that

@@ -27,6 +27,7 @@ _PREFIXES = "; ".join(
     for prefix in dict.fromkeys(r.expert_prefix for r in ranges() if r.expert_prefix)
 )
 _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
+_LINEARS = re.compile(r"\.experts\.(?:gate_up|gate|up|down)_projs\.\d+\.")
 
 
 @rule(
@@ -107,6 +108,23 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     for forms in (forms for forms in layers.values() if len(forms) > 1):
         words = f"quantized as {' and '.join(forms)}; one is taken for all of a layer"
         yield Hit(Severity.FAILS, names_of(m for ms in forms.values() for m in ms), words, reason)
+
+
+@rule(
+    Code.EXPERT_LINEARS,
+    "experts as a tool keeps them in memory",
+    why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_projs.7.weight`), as training "
+    "tools keep them in memory. Neither vLLM nor transformers knows these names.",
+    fix="Nothing in the files; save the model as the tool merges it, in 16 bits. A repair then quantizes its experts.",
+    release_independent=True,
+)
+def check_expert_linears(case: Case) -> Iterator[Hit]:
+    names = tuple(n for n in case.inspection.checkpoint.weights if "_projs." in n and _LINEARS.search(n))
+    if names:
+        reason = (
+            "save the model in 16 bits with the tool that made it (unsloth: save_pretrained_merged), and repair that"
+        )
+        yield Hit(Severity.FAILS, names, "one of a list of linear modules, a form that only its tool reads", reason)
 
 
 def _experts(case: Case) -> list[LinearWeight]:

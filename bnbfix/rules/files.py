@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from ..checkpoint.checkpoint import INDEX, weight_map
+from ..checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, weight_map
 from ..checkpoint.quant_state import split_state_tensor
+from ..models.gemma4 import LINEAR_KINDS, TEXT, canonical, classify_tensor
+from ..models.inspection import Inspection
 from .changes import Changes, Request
-from .rule import Case, Code, Hit, Severity, rule
+from .rule import Case, Code, Hit, Severity, releases_where, rule
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 CODE_SUFFIXES = frozenset({".bat", ".dll", ".dylib", ".exe", ".ipynb", ".ps1", ".py", ".pyc", ".sh", ".so"})
+
+PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
+_WHOLE_MODEL = re.compile(r"(?:model|consolidated)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 @rule(
@@ -33,23 +39,44 @@ def check_quant_state(case: Case) -> Iterator[Hit]:
     Code.ORPHANED_STATE_TENSORS,
     "quant-state tensors without a quantized weight",
     why="They belong to a quantized weight that is not there, or that is there in full precision. Next to an "
-    "unquantized weight they make vLLM bind a quant state to an unquantized parameter, and the load stops.",
-    fix="They are dropped. A repair is not made only for this where vLLM ignores them.",
+    "unquantized weight they make vLLM bind a quant state to an unquantized parameter, and the load stops. The quant "
+    "state of a weight that the model has and the file lacks shows that the weight is lost, perhaps with a shard.",
+    fix="They are dropped, unless their weight is lost. A repair is not made only for this where vLLM ignores them.",
     release_independent=True,
 )
 def check_orphaned_state_tensors(case: Case) -> Iterator[Hit]:
-    checkpoint = case.inspection.checkpoint
-    bound: list[str] = []
-    lost: list[str] = []
-    for name in checkpoint.orphans:
-        if (split := split_state_tensor(name)) is not None and split[0] in case.inspection.damaged:
+    inspection = case.inspection
+    weights = {name: split[0] for name in inspection.checkpoint.orphans if (split := split_state_tensor(name))}
+    lost = set(_find_lost_weights(inspection))
+    groups: dict[str, list[str]] = {"bound": [], "lost": [], "ignored": []}
+    for name, weight in weights.items():
+        if weight in inspection.damaged:
             continue  # the weight is there, and BNB201 reports it
-        weight = name.split(".quant_state.")[0]
-        (bound if ".quant_state." in name and weight in checkpoint.weights else lost).append(name)
-    if bound:
-        yield Hit(Severity.FAILS, tuple(bound), "quant state of a weight that is stored in full precision")
-    if lost:
-        yield Hit(Severity.NOTE, tuple(lost), "they belong to no quantized weight and are ignored")
+        bound = ".quant_state." in name and weight in inspection.checkpoint.weights
+        groups["lost" if weight in lost else "bound" if bound else "ignored"].append(name)
+    if names := groups["bound"]:
+        yield Hit(Severity.FAILS, tuple(names), "quant state of a weight that is stored in full precision")
+    if names := groups["lost"]:
+        what = "1 weight is" if len(lost) == 1 else f"{len(lost):,} weights are"
+        reason = "a shard is missing, or the conversion lost them: download or copy the checkpoint again"
+        yield Hit(Severity.FAILS, tuple(names), f"{what} missing, of which the quant states are there", reason)
+    if names := groups["ignored"]:
+        yield Hit(Severity.NOTE, tuple(names), "they belong to no quantized weight and are ignored")
+
+
+def _find_lost_weights(inspection: Inspection) -> Iterator[str]:
+    """Weights that the model has, and of which the file holds only the quant state."""
+    model, weights = inspection.model, inspection.checkpoint.weights
+    for name in inspection.checkpoint.orphans:
+        split = split_state_tensor(name)
+        if split is None or split[0] in weights or (".quant_state." not in name and split[1] != ".SCB"):
+            continue
+        role = classify_tensor(split[0])
+        unused = role.part == "v_proj" and model.k_serves_as_v(role.layer)
+        unused |= role.part in ("k_proj", "v_proj") and model.kv_shared(role.layer)
+        beyond = role.layer is not None and role.layer >= len(model.layer_types)
+        if role.kind in LINEAR_KINDS - {"audio_tower"} and not (unused or beyond):
+            yield split[0]
 
 
 @rule(
@@ -130,21 +157,69 @@ def check_code(case: Case) -> Iterator[Hit]:
 @rule(
     Code.ADAPTER,
     "weights of a PEFT adapter in the model folder",
-    why="Tensors are named as PEFT names an adapter's (`base_model.model...`). Without an index vLLM reads every "
-    "*.safetensors of the folder, adapter_model.safetensors too: `There is no module or parameter named 'base_model'`.",
+    why="Tensors have the names that PEFT gives them: those of an adapter (`base_model.model.`, `lora_A`), or of a "
+    "model that was saved with its adapter (`base_layer`, `modules_to_save`, `original_module`). Without an index vLLM "
+    "reads every *.safetensors of the folder, adapter_model.safetensors too: `There is no module or parameter named "
+    f"'base_model'`. {releases_where(lambda r: not r.refuses_v)} ignores lora tensors inside the language model's "
+    "layers, and serves the model without the adapter.",
     fix="Nothing in the files; merge the adapter, or move it out of the folder.",
-    release_independent=True,
+    upstream=[8082, 41754],
 )
 def check_adapter(case: Case) -> Iterator[Hit]:
-    tensors = case.inspection.checkpoint.tensors
-    names = tuple(name for name in tensors if name.startswith("base_model."))
-    if names:
-        adapters = {tensors[name].shard for name in names}
-        apart = adapters.isdisjoint(t.shard for name, t in tensors.items() if name not in names)
-        reason = "merge the adapter and save the model itself (PEFT: merge_and_unload, save_pretrained)"
-        if apart and len(adapters) < len(case.inspection.checkpoint.shards):
-            reason += f", or move {' and '.join(sorted(adapters))} out of the folder"
-        yield Hit(Severity.FAILS, names, "a tensor of a PEFT adapter; no release knows base_model", reason)
+    names, checkpoint = case.inspection.adapter_names, case.inspection.checkpoint
+    if not names:
+        return
+    tensors = checkpoint.tensors
+    adapters = {tensors[name].shard for name in names}
+    apart = adapters.isdisjoint(t.shard for name, t in tensors.items() if name not in set(names))
+    reason = "merge the adapter and save the model itself (PEFT: merge_and_unload, save_pretrained)"
+    if apart and len(adapters) < len(checkpoint.shards):
+        reason += f", or move {' and '.join(sorted(adapters))} out of the folder"
+    # From the release on that refuses an explicit v_proj, unknown names in the language model's layers are errors.
+    inside = {n for n in names if ".lora_" in n and canonical(n).startswith(f"{TEXT}layers.")}
+    ignored = set() if case.release.refuses_v else inside
+    if fatal := tuple(n for n in names if n not in ignored):
+        yield Hit(Severity.FAILS, fatal, "a tensor of a PEFT adapter, which the release has no place for", reason)
+    if ignored:
+        words = "a tensor of a PEFT adapter, which the release ignores: the model is served without it"
+        yield Hit(Severity.NOTE, tuple(n for n in names if n in ignored), words, reason)
+
+
+@rule(
+    Code.UNUSED_WEIGHTS,
+    "a second set of weights",
+    why="The folder holds weights that the index does not name, such as model.safetensors next to the shards of "
+    "another save. vLLM reads what the index names, transformers model.safetensors: the two answer differently.",
+    fix="A repair leaves out what the index does not name. A repair is not made only for this.",
+    release_independent=True,
+)
+def check_unused_weights(case: Case) -> Iterator[Hit]:
+    if names := unused_weights(case.inspection.checkpoint):
+        words = (
+            f"not in {INDEX}, so vLLM does not read it; transformers reads {SINGLE} before the shards. If it is the "
+        )
+        yield Hit(Severity.NOTE, names, words + "newer one, delete the index and its shards")
+
+
+def unused_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files of whole models that the index does not name."""
+    if checkpoint.index is None:
+        return ()
+    return tuple(f for f in checkpoint.source.files if _WHOLE_MODEL.fullmatch(f) and f not in checkpoint.shards)
+
+
+@rule(
+    Code.PROCESSOR,
+    "no processor files",
+    why="Neither processor_config.json nor preprocessor_config.json is there. vLLM loads the weights of a multimodal "
+    "model without them, and stops where it prepares the first image.",
+    fix="Nothing in the weights; copy the files from the original model.",
+    release_independent=True,
+)
+def check_processor(case: Case) -> Iterator[Hit]:
+    if not case.inspection.model.family.text_only and not PROCESSORS & case.inspection.checkpoint.source.files.keys():
+        words = "neither processor_config.json nor preprocessor_config.json is there; images need one of them"
+        yield Hit(Severity.NOTE, (), words, "copy them from the original model")
 
 
 def is_pickle(name: str) -> bool:

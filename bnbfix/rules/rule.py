@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..engines.engine import Installed, Parameter, ReleaseRange
+from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange
+from ..engines.manifest import Load, load_names
 from ..engines.vllm.parameters import parameters
+from ..engines.vllm.recorded import expect
 from ..engines.vllm.releases import format_ranges, ranges
 from ..models.family import Model
 from ..models.inspection import Inspection, LinearWeight
@@ -70,6 +73,12 @@ class Code(str, Enum):
     WEIGHT_NOT_A_COLUMN = "BNB110"
     QUANT_STORAGE = "BNB111"
     NOTHING_QUANTIZED = "BNB112"
+    UNKNOWN_NAME = "BNB113"
+    UNFILLED = "BNB114"
+    WRONG_SHAPE = "BNB115"
+    WRONG_PREFIX = "BNB117"
+    PARTLY_FILLED = "BNB118"
+    TIED_LM_HEAD = "BNB116"
     QUANT_STATE = "BNB201"
     ORPHANED_STATE_TENSORS = "BNB202"
     INDEX = "BNB203"
@@ -77,17 +86,24 @@ class Code(str, Enum):
     PICKLES = "BNB205"
     CODE = "BNB206"
     ADAPTER = "BNB207"
+    UNUSED_WEIGHTS = "BNB208"
+    PROCESSOR = "BNB209"
     SKIP_ENTRY = "BNB301"
     PER_LAYER_CONFIG = "BNB302"
     UNKNOWN_CLASS = "BNB303"
     PLUGIN = "BNB304"
     TRANSFORMERS_REQUANTIZES = "BNB305"
+    TRANSFORMERS = "BNB306"
+    QUANTIZATION_CONFIG = "BNB307"
+    OTHER_CLASS = "BNB308"
+    FLOAT16 = "BNB309"
     MOE_REFUSED = "BNB401"
     FUSED_EXPERTS = "BNB402"
     EXPERT_PREFIX = "BNB403"
     FP4_EXPERTS = "BNB404"
     INT8 = "BNB405"
     MIXED_EXPERTS = "BNB406"
+    EXPERT_LINEARS = "BNB407"
     ENGINE_REFUSES = "BNB501"
     REQUANTIZED_AT_LOAD = "BNB502"
 
@@ -128,10 +144,17 @@ class Case:
 
     inspection: Inspection
     release: ReleaseRange
+    expectation: Expectation | None  # None where the release does not know the class
     params: tuple[Parameter, ...]
     installed: Installed | None = None
-
     dry_load: DryLoad | None = None  # what the installed release itself says
+
+    @cached_property
+    def load(self) -> Load | None:
+        """What becomes of the tensors by their names and shapes; None where the release does not know the class."""
+        damaged = self.inspection.damaged
+        weights = {n: w for n, w in self.inspection.checkpoint.weights.items() if n not in damaged}
+        return load_names(weights, self.expectation) if self.expectation else None
 
     @classmethod
     def of(
@@ -142,8 +165,9 @@ class Case:
         dry_load: DryLoad | None = None,
     ) -> Case:
         skip = inspection.checkpoint.skip_modules
-        params = parameters(inspection.linears, inspection.model, release, skip)
-        return cls(inspection, release, tuple(params), installed, dry_load)
+        expectation = expect(inspection.model, release)
+        params = parameters(inspection.linears, expectation, skip) if expectation else ()
+        return cls(inspection, release, expectation, tuple(params), installed, dry_load)
 
 
 @dataclass(frozen=True)

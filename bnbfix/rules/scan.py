@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..__version__ import __version__
@@ -14,6 +14,7 @@ from ..engines.transformers import check_skip_entries
 from ..engines.vllm.releases import find_installed, ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
+from .manifest import MANIFEST
 from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
 from .support import describe_dry_load
 
@@ -43,8 +44,8 @@ class Finding:
 
     @property
     def blocking(self) -> bool:
-        """Return True if it counts and is in the files: whether the plugin is installed says nothing about them."""
-        return self.counts and self.code is not Code.PLUGIN
+        """Return True if it counts and is in the files: what is installed says nothing about them."""
+        return self.counts and self.code not in (Code.PLUGIN, Code.TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,26 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
             if code in RELEASE_INDEPENDENT:
                 known[code] = hits
         out += [(code, hit) for hit in hits]
+    out = list(_drop_consequences(case, out))
     if case.dry_load is not None and case.dry_load.ok:  # whatever would stop a load or change a weight in it, does not
         out = [(code, hit) for code, hit in out if code in AFTER_LOADING or not hit.severity.counts]
     return out
+
+
+def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tuple[Code, Hit]]:
+    """The hits, without names that are unknown or missing because of what another hit says."""
+    causes = [(code, hit) for code, hit in hits if hit.severity.counts and code not in MANIFEST]
+    whole = any(code in (Code.MOE_REFUSED, Code.ADAPTER) for code, _ in causes)
+    experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX, Code.EXPERT_LINEARS) for code, _ in causes)
+    explained = {case.inspection.canonical(name) for _, hit in causes for name in hit.tensors}
+    for code, hit in hits:
+        if code in MANIFEST:
+            left = [n for n in hit.tensors if case.inspection.canonical(n) not in explained]
+            left = [n for n in left if not (whole or (experts and ".experts." in n))]
+            if not left:
+                continue
+            hit = replace(hit, tensors=tuple(left))
+        yield code, hit
 
 
 def _judge_release(release: ReleaseRange, hits: list[tuple[Code, Hit]]) -> ReleaseVerdict:

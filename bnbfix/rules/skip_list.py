@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..engines.engine import Matches, matching_entries
 from ..engines.transformers import transformers_linears, transformers_module, transformers_skips
-from ..engines.vllm.parameters import vllm_module, vllm_skips
+from ..engines.vllm.parameters import find_slot, vllm_skips
 from ..models import gemma4
 from ..models.inspection import LinearWeight
 from .changes import Changes, ConfigEdit, Request
@@ -101,19 +101,18 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
     entries, model = request.inspection.checkpoint.skip_modules, request.inspection.model
     after = [(m, m.name in so_far.quantize or so_far.keeps_quantized(m)) for m in request.linears(so_far)]
     for insert in so_far.insert:
-        added = LinearWeight(insert.donor, gemma4.classify_tensor(insert.name))
+        added = LinearWeight(insert.donor, gemma4.classify_tensor(insert.name), insert.name)
         after.append((added, not insert.dequantize and insert.donor.quantized))
     if so_far.experts == {} and not any(quantized for _, quantized in after):
         edit = ConfigEdit(("quantization_config",), None, Code.NOTHING_QUANTIZED, remove=True)
         return Changes(config=(edit,))
     spellings: list[tuple[Mapping[str, bool], Matches]] = []  # each reader's modules: are they quantized?
-    for release in request.releases:
+    for expectation in request.expectations:
         names: dict[str, bool] = {}
         for linear, quantized in after:
-            module = vllm_module(linear.role, model, release)
-            if module is not None and release.quantizes(model.family.name, linear.role.kind):
-                if linear.role.kind != "expert":
-                    names[module] = quantized
+            slot = find_slot(linear.name, expectation)
+            if slot is not None and slot.quantized and not slot.experts:
+                names[slot.module] = quantized
         spellings.append((names, vllm_skips))
     theirs = {m.role for m in transformers_linears((m for m, _ in after), model)}
     names = {transformers_module(model, m.role.module): quantized for m, quantized in after if m.role in theirs}

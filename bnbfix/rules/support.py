@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin
+from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin, version_key
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
 if TYPE_CHECKING:
@@ -51,6 +51,27 @@ def check_plugin(case: Case) -> Iterator[Hit]:
     if case.release.plugin == "refused" and here is not None and here.plugin is not None:
         reason = "not in the checkpoint: pip uninstall vllm-bnb-plugin"
         words = "vllm-bnb-plugin is installed, but this release is incompatible with it"
+        yield Hit(Severity.FAILS, (), words, reason)
+
+
+@rule(
+    Code.TRANSFORMERS,
+    "transformers too new for the release",
+    why=f"{releases_where(lambda r: r.transformers_below is not None)} reads head_dim in a way that transformers 5.15 "
+    "and newer refuse for every Gemma4: `AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`. "
+    "The official images of 0.27.0 and 0.27.1 have transformers 5.15.0. No edit of config.json helps.",
+    fix="pip install 'transformers<5.15'",
+    upstream=[51744, 52768, 53836],
+)
+def check_transformers(case: Case) -> Iterator[Hit]:
+    limit, here = case.release.transformers_below, case.installed.transformers if case.installed else None
+    if limit is None:
+        return
+    reason = f"not in the checkpoint: pip install 'transformers<{limit}'"
+    if here is None:
+        yield Hit(Severity.NOTE, (), f"needs transformers older than {limit}", reason)
+    elif (version_key(here) or (0,)) >= (version_key(limit) or (0,)):
+        words = f"transformers {here} is installed, with which the release starts no Gemma4"
         yield Hit(Severity.FAILS, (), words, reason)
 
 

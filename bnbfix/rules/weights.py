@@ -96,12 +96,13 @@ def _unskipped(case: Case, hits: list[LinearWeight], message: str) -> Hit:
 @rule(
     Code.QUANTIZED_LM_HEAD,
     "quantized lm_head",
-    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError.",
+    why="vLLM never quantizes lm_head. A quantized one stops the load with a bare AssertionError; but "
+    f"{releases_where(lambda r: not r.uses_tied_lm_head)} ignores one that config.json says is tied to the embeddings.",
     fix="lm_head is dequantized and skipped.",
 )
 def check_quantized_lm_head(case: Case) -> Iterator[Hit]:
     hits = [m for m in case.inspection.linears if m.role.kind == "lm_head" and m.quantized]
-    if hits:
+    if hits and not case.release.ignores_lm_head(case.inspection.model):
         yield Hit(Severity.FAILS, names_of(hits), "quantized; no release quantizes lm_head")
 
 
@@ -109,10 +110,17 @@ def dequantize_unquantizable(request: Request, so_far: Changes) -> Changes:
     """Dequantizes what lands in an unquantized parameter whatever the skip list says."""
     found: dict[str, Code | None] = {}
     for p in request.parameters(so_far):
-        if not p.quantizable and p.kind != "expert":
-            code = Code.QUANTIZED_LM_HEAD if p.kind == "lm_head" else Code.QUANTIZED_IN_UNQUANTIZED
-            found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), code)
+        if not p.quantizable and p.kind not in ("expert", "lm_head"):
+            found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), Code.QUANTIZED_IN_UNQUANTIZED)
     return Changes(dequantize=found)
+
+
+def dequantize_lm_head(request: Request, so_far: Changes) -> Changes:
+    """Dequantizes lm_head where a release of the target uses it."""
+    if all(r.ignores_lm_head(request.inspection.model) for r in request.releases):
+        return Changes()
+    hits = [m for m in request.linears(so_far) if m.role.kind == "lm_head" and m.quantized]
+    return Changes(dequantize=dict.fromkeys(names_of(hits), Code.QUANTIZED_LM_HEAD))
 
 
 def quantize_partial_groups(request: Request, so_far: Changes) -> Changes:

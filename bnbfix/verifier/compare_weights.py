@@ -40,6 +40,8 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
         return "its quant state is not the one that the plan writes"
     if parts[".quant_map"] != reference.code_table(QUANT_TYPE).tobytes():
         return "its quant_map is not NF4's"
+    if parts.get(".nested_quant_map", dynamic := reference.dynamic_map().tobytes()) != dynamic:
+        return "its nested_quant_map is not bitsandbytes' 8-bit map"
     state = op.state(offset)
     scales = reference.absmax_values(
         state, parts[".absmax"], parts.get(".nested_absmax"), parts.get(".nested_quant_map")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
-from ..checkpoint.source import Progress, as_remote
+from ..checkpoint.source import Progress, as_remote, read_file
 from ..errors import VerifyError
 from ..hub.push import Destination, Pushed, push_changes, push_folder
 from ..planner.plan import RECORD, Plan
@@ -52,7 +52,7 @@ def push_plan(plan: Plan, to: Destination, *, quiet: bool = True) -> tuple[Pushe
     changed = {name: text.encode() for name, text in plan.texts.items()}
     kept = [name for name in (*plan.checkpoint.shards, *plan.copied) if name not in changed]
     hashes = {name: sha256(data).hexdigest() for name, data in changed.items()}
-    hashes |= {name: source.sha256(name) for name in kept}
+    hashes |= {name: source.sha256.get(name) or sha256(read_file(source, name)).hexdigest() for name in kept}
     changed[RECORD] = build_record(plan, hashes)
     message = MESSAGE.format(plan.target.name)
     return push_changes(source.origin, kept, changed, to, message=message, quiet=quiet), hashes

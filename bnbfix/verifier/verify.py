@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import describe_run, scan_checkpoint
 from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
-from ..writer.record import read_record
+from ..writer.record import read_record, was_edited
+from ..writer.shard_writer import copied_files, source_files_by_output
+from ..writer.source_hashes import SourceHashes
 from ..writer.tensor_data import CHUNK_BYTES, copy_range
 
 if TYPE_CHECKING:
@@ -87,7 +90,8 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
     doc = read_record(output)
     output = output.with_subfolders()
     target, options = resolve_target(doc["target"]), Options(**doc["options"])
-    problems = list(_hashes(output, doc["sha256"], set(doc.get("linked", ())), step))
+    problems = [Problem(RECORD, None, "was edited")] if was_edited(doc) else []
+    problems += _hashes(output, doc["sha256"], set(doc.get("linked", ())), step)
     kept = decoded = 0
     if source is not None:
         plan = plan_checkpoint(source, target, options)
@@ -99,7 +103,14 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
             if (remote := as_remote(source)) is not None:
                 with reraise_callback_errors(progress) as download_step:
                     download_files(remote, missing_files(plan), download_step)
-            problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
+            problems += _record_against_plan(doc, plan)
+            copies = copied_files(plan)
+            rewritten = {f for name, read in source_files_by_output(plan).items() if name not in copies for f in read}
+            with SourceHashes(source, threading.Event()) as hashes:
+                hashes.begin(rewritten)
+                problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
+                hashes.check(rewritten)
+            problems += _against_hub(remote.sha256 if remote else {}, plan, doc["sha256"])
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target, options)
@@ -133,6 +144,12 @@ def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Pr
             yield Problem(name, None, "differs from the hash in the record")
 
 
+def _record_against_plan(doc: Mapping[str, Any], plan: Plan) -> Iterator[Problem]:
+    keys = ("action", "name", "code")  # words may change from version to version
+    if [[e.get(k) for k in keys] for e in doc["edits"]] != [[e.to_dict()[k] for k in keys] for e in plan.edits]:
+        yield Problem(RECORD, None, "its edits are not those of the plan")
+
+
 def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:
     source, files = plan.checkpoint.source, output.files
     planned = {s.name for s in plan.shards} | set(plan.texts) | set(plan.copied)
@@ -158,6 +175,13 @@ def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress
             yield Problem(shard.name, None, f"has {files[shard.name]:,} bytes, the plan {shard.size:,}")
         else:
             yield from _shard(output, plan, shard, step)
+
+
+def _against_hub(listed: Mapping[str, str], plan: Plan, recorded: Mapping[str, str]) -> Iterator[Problem]:
+    """Compares what was copied; what was rewritten is compared with files that were compared themselves."""
+    for name in sorted(copied_files(plan) & listed.keys() & recorded.keys()):
+        if recorded[name] != listed[name]:
+            yield Problem(name, None, f"has another SHA-256 than the Hub lists, {listed[name]}")
 
 
 def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import OutputError
+from . import syscalls
 
 T = TypeVar("T")
 # Bytes read back and hashed at a time: they stay in the cache of the core that hashes. SHA-256 straight from a chunk
@@ -103,7 +103,7 @@ class Hasher:
         while self.hashed < end and not self._closed:
             if self._stop.is_set():
                 raise OutputError(STOPPED)
-            got = os.preadv(self._fd, [buffer[: end - self.hashed]], self.hashed)
+            got = syscalls.read_into(self._fd, buffer[: end - self.hashed], self.hashed)
             if not got:
                 raise OutputError(f"a file being written ended at byte {self.hashed:,}; is something else writing it?")
             self._digest.update(buffer[:got])

@@ -9,30 +9,22 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint.source import Progress, RemoteSource, as_remote
-from ..errors import OutputError
-from ..planner.layout import tensors_read
+from ..errors import HubError, OutputError
+from ..hub.limits import download_limit
+from ..hub.parallel import run_parallel
 from ..planner.plan import Plan
-from .shard_writer import EnsureLocal, write_order
-from .staging import SLACK_BYTES, clear, disk_space, existing_parent, fetched_folder, lock_directory
+from .shard_writer import EnsureLocal, source_files_by_output
+from .staging import SLACK_BYTES, clear, disk_space, existing_parent, fetched_folder, lock_directory, unlock_directory
 
 logger = logging.getLogger(__name__)
 DOWNLOADS = 4  # files at a time; each is downloaded in parallel pieces where huggingface_hub does so
-
-
-def source_files_by_output(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """The files of the source that each file of the output is made from, in the order in which they are written."""
-    out: dict[str, tuple[str, ...]] = {}
-    for shard in write_order(plan.shards):
-        read = {t.shard for run in shard.runs() for t in tensors_read(run[0].op)}
-        out[shard.name] = (shard.name,) if shard.copied else tuple(sorted(read))
-    return out | {name: (name,) for name in plan.copied}
 
 
 def missing_files(plan: Plan) -> dict[str, int]:
@@ -113,8 +105,20 @@ def reraise_callback_errors(progress: Progress | None) -> Iterator[Progress]:
         raise
 
 
+class DownloadInterrupted(KeyboardInterrupt):
+    """An interrupt of a download; `hint` says what stays in the cache."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__()
+        self.hint = hint
+
+
 def download_files(source: RemoteSource, files: Mapping[str, int], step: Progress) -> None:
-    """Downloads files into the Hub's cache, the largest first; the first error stops those that have not begun."""
+    """Downloads files into the Hub's cache, the largest first.
+
+    After an error those that have begun are downloaded to their end. An interrupt stops all at once, and is raised as
+    DownloadInterrupted.
+    """
     logger.info("downloading %d files, %s bytes, to %s", len(files), f"{sum(files.values()):,}", source.store)
     lock = threading.Lock()
 
@@ -122,13 +126,36 @@ def download_files(source: RemoteSource, files: Mapping[str, int], step: Progres
         with lock:
             step(n)
 
-    pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bnbfix-fetch")
     try:
-        names = sorted(files, key=lambda f: -files[f])
-        for done in [pool.submit(source.fetch, name, None, locked_step) for name in names]:
-            done.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        _fetch_files(source, sorted(files, key=lambda f: -files[f]), None, locked_step)
+    except KeyboardInterrupt:
+        raise DownloadInterrupted(_describe_downloads(source, files)) from None
+
+
+def _fetch_files(source: RemoteSource, names: Sequence[str], folder: Path | None, step: Progress) -> None:
+    """Fetches files, the first first. Raises HubError when there is no progress for too long."""
+    limit, last = download_limit(), time.monotonic()
+
+    def note_step(n: int) -> None:
+        nonlocal last
+        last = time.monotonic()
+        step(n)
+
+    def check_progress() -> None:
+        if time.monotonic() - last > limit:
+            hint = "Run it again. BNBFIX_HUB_DOWNLOAD_TIMEOUT sets this limit, in seconds."
+            raise HubError(f"the download makes no progress for {limit:g} s", where=source.name, hint=hint)
+
+    def fetch(name: str) -> None:
+        source.fetch(name, folder, note_step)
+
+    run_parallel(fetch, names, DOWNLOADS, name="bnbfix-fetch", finish_running=True, tick=check_progress)
+
+
+def _describe_downloads(source: RemoteSource, files: Mapping[str, int]) -> str:
+    here = [size for name, size in files.items() if source.local_path(name) is not None]
+    whole = f"{len(here)} of {len(files)} files ({sum(here) / 1e9:,.1f} GB) are downloaded and stay in {source.store}"
+    return f"{whole}; parts of others are deleted."
 
 
 @contextmanager
@@ -141,7 +168,7 @@ def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Progress) ->
     @contextmanager
     def ensure_local(name: str) -> Iterator[None]:
         for file in needed[name]:
-            source.fetch(file, folder, step)
+            _fetch_files(source, [file], folder, step)
         yield
         uses.subtract(needed[name])
         for file in needed[name]:
@@ -158,4 +185,4 @@ def stream_files(plan: Plan, source: RemoteSource, out: Path, step: Progress) ->
         yield ensure_local
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        unlock_directory(lock)

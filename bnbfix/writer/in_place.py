@@ -15,7 +15,8 @@ from ..errors import UsageError
 from ..planner.plan import RECORD, Plan
 from .output_file import write_small
 from .record import build_record
-from .staging import fsync_folder, wrap_write_errors
+from .staging import wrap_write_errors
+from .syscalls import fsync_folder
 from .write import RepairResult
 
 logger = logging.getLogger(__name__)

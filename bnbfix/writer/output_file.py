@@ -40,9 +40,13 @@ class OutputFile:
         self._cached_bytes, self._dropped = cached_bytes, 0
         self._ways: set[str] = set()  # how its bytes came here
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = Hasher(self._fd, stop)
+        self._fd = os.open(path, syscalls.open_flags("RDWR", "CREAT", "EXCL", "CLOEXEC"), 0o666)
         self._flushing = False
+        try:
+            self._hasher = Hasher(self._fd, stop)
+        except BaseException:  # no thread can be started; raised again
+            os.close(self._fd)
+            raise
 
     def __enter__(self) -> OutputFile:
         return self
@@ -118,7 +122,7 @@ class OutputFile:
 def write_small(path: Path, data: bytes) -> None:
     """Writes a new file of a few bytes and flushes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, syscalls.open_flags("WRONLY", "CREAT", "EXCL", "CLOEXEC"), 0o666)
     try:
         syscalls.write_all(fd, data, 0)
         os.fsync(fd)

@@ -14,6 +14,7 @@ from ..errors import InputError, UsageError
 from ..planner.plan import RECORD, Action, Options, Plan
 
 RECORD_SCHEMA = 1  # of the record; changes when a key changes its meaning
+CHECKSUM = "record_sha256"  # key: tells that the record was edited, by accident or by somebody who does not know of it
 
 
 def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
@@ -34,8 +35,23 @@ def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = (
     }
     if linked:
         doc["linked"] = sorted(linked)
+    doc[CHECKSUM] = record_checksum(doc)
     # A file name that is not UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
     return (json.dumps(doc, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def record_checksum(doc: Mapping[str, Any]) -> str:
+    """The SHA-256 of a record without its checksum, however its JSON is laid out."""
+    rest = {key: value for key, value in doc.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def was_edited(doc: Mapping[str, Any]) -> bool:
+    """Says whether a record is not what a repair wrote."""
+    try:
+        return bool(doc.get(CHECKSUM) != record_checksum(doc))
+    except RecursionError:
+        return True
 
 
 def read_record(output: Source) -> dict[str, Any]:
@@ -55,6 +71,8 @@ def read_record(output: Source) -> dict[str, Any]:
             )
         if not isinstance(doc["target"], str) or not all(isinstance(v, str) for v in doc["sha256"].values()):
             raise ValueError("target and sha256 are not what they should be")
+        if not isinstance(edits := doc["edits"], list) or not all(isinstance(e, dict) for e in edits):
+            raise ValueError("edits is not a list of edits")
         Options(**doc["options"])
         if not isinstance(linked := doc.get("linked", []), list) or not all(isinstance(name, str) for name in linked):
             raise ValueError("linked is not a list of files")

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,12 +22,13 @@ from typing import NamedTuple
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.source import Progress, Source
 from ..kernels.bnb import resolve_device, use_threads
-from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
+from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan, tensors_read
 from ..planner.plan import RECORD, Plan
 from . import syscalls
 from .background import Prefetch
 from .output_file import OutputFile, write_small
 from .record import build_record
+from .source_hashes import SourceHashes
 from .staging import Staging
 from .tensor_data import quantized_parts, weight_values
 
@@ -70,6 +71,20 @@ Part = CopyFile | CopyRange | ShardHeader | Chunk
 def write_order(shards: Iterable[ShardPlan]) -> list[ShardPlan]:
     """Shards in the order they are written: untouched ones first, while torch loads."""
     return sorted(shards, key=lambda s: not s.copied)
+
+
+def source_files_by_output(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The files of the source that each file of the output is made from, in the order in which they are written."""
+    out: dict[str, tuple[str, ...]] = {}
+    for shard in write_order(plan.shards):
+        read = {t.shard for run in shard.runs() for t in tensors_read(run[0].op)}
+        out[shard.name] = (shard.name,) if shard.copied else tuple(sorted(read))
+    return out | {name: (name,) for name in plan.copied}
+
+
+def copied_files(plan: Plan) -> frozenset[str]:
+    """The files of the output that are files of the source, unchanged."""
+    return frozenset((*(s.name for s in plan.shards if s.copied), *plan.copied))
 
 
 def shard_parts(source: Source, shards: Iterable[ShardPlan], device: str) -> Iterator[tuple[str, Part]]:
@@ -144,13 +159,25 @@ class Job:
         keep = keep_in_page_cache(self.plan.bytes_written, syscalls.free_memory())
         return None if keep else CACHED_BYTES
 
+    @cached_property
+    def hashes(self) -> SourceHashes:
+        return SourceHashes(self.plan.checkpoint.source, self.stop)
+
+    @cached_property
+    def _sources(self) -> Mapping[str, tuple[str, ...]]:
+        return source_files_by_output(self.plan)
+
+    @cached_property
+    def _copies(self) -> frozenset[str]:
+        return copied_files(self.plan)
+
     def run(self, workers: int) -> dict[str, str]:
         """Writes every file; the index last. Returns their hashes."""
         plan, source = self.plan, self.plan.checkpoint.source
         files = dict(self.staging.kept)
         for name in files:
             self.step((self.staging.path / name).stat().st_size)
-        with ThreadPoolExecutor(2, "bnbfix-flush") as flush:
+        with self.hashes, ThreadPoolExecutor(2, "bnbfix-flush") as flush:
             finished: dict[str, Future[str]] = {}
             try:
                 finished = self._write_shards([s for s in plan.shards if s.name not in files], workers, flush)
@@ -230,9 +257,15 @@ class Job:
         source = self.plan.checkpoint.source
 
         def finished(digest: str) -> None:
+            if name in self._copies:
+                self.hashes.compare(name, digest)
+            else:
+                self.hashes.check(self._sources[name])
             with self.lock:
                 self.staging.finished(name, digest)
 
+        if name not in self._copies:
+            self.hashes.begin(self._sources[name])
         path = self.staging.path / name
         with OutputFile(path, self.step, finished, self.stop, cached_bytes=self.cached_bytes) as out:
             for part in parts:

@@ -7,20 +7,19 @@ right. Otherwise the folder is cleared.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from ..checkpoint.source import LocalSource, Source
 from ..errors import OutputError, UsageError
 from ..planner.plan import JOURNAL, Plan
-from .syscalls import exchange
+from . import syscalls
 from .tensor_data import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -100,34 +99,39 @@ def unfinished(out: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def lock_directory(path: Path, out: Path) -> int:
+def lock_directory(path: Path, out: Path) -> int | None:
     """Makes a folder next to `out`, if there is none, and locks it until the file descriptor returned is closed.
 
-    Raises UsageError while another repair holds it.
+    None where folders cannot be locked. Raises UsageError while another repair holds it.
     """
-    import fcntl
-
     while True:
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise UsageError(
-                "another repair is writing there", where=str(out), hint="Wait for it, or choose another output folder."
-            ) from None
+            fd = syscalls.open_folder(path, follow=False)
         except FileNotFoundError:
-            pass  # published or deleted by another repair between the two calls
-        except OSError as e:
-            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                return fd  # a file system without locks
+            continue  # published or deleted by another repair between the two calls
+        if fd is None:
+            return None
+        try:
+            locked = syscalls.lock(fd)
+            if locked and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            locked = True  # published or deleted by another repair between the two calls
+        except OSError:
             os.close(fd)
             raise
         os.close(fd)
+        if not locked:
+            hint = "Wait for it, or choose another output folder."
+            raise UsageError("another repair is writing there", where=str(out), hint=hint)
+
+
+def unlock_directory(lock: int | None) -> None:
+    """Releases what `lock_directory` returned."""
+    if lock is not None:
+        os.close(lock)
 
 
 class Staging:
@@ -169,17 +173,8 @@ class Staging:
 
     def _journaled(self) -> Iterator[tuple[str, str]]:
         """Finished files of an earlier run of the same plan that match the journal; only those of the top level."""
-        try:
-            if not stat.S_ISREG(os.lstat(self.path / JOURNAL).st_mode):
-                return
-            first, *lines = (self.path / JOURNAL).read_text("utf-8").splitlines()
-            if json.loads(first) != {"plan": self._digest}:
-                return
-            rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut
-            files = {str(row["file"]): str(row["sha256"]) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return
-        for name, want in files.items():
+        plan, files = _read_journal(self.path)
+        for name, want in files.items() if plan == self._digest else ():
             path = self.path / name
             if name == os.path.basename(name) and name != JOURNAL and _sha256(path) == want:
                 yield name, want
@@ -191,24 +186,29 @@ class Staging:
 
     def _note(self, *rows: Mapping[str, str], append: bool = False) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        flags = os.O_APPEND if append else os.O_TRUNC
-        fd = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+        flags = syscalls.open_flags("WRONLY", "CREAT", "CLOEXEC", "NOFOLLOW", "APPEND" if append else "TRUNC")
+        fd = os.open(self.path / JOURNAL, flags, 0o666)
         try:
             os.write(fd, text.encode("utf-8", "surrogateescape"))
         finally:
             os.close(fd)
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self, files: Collection[str], *, overwrite: bool) -> None:
         """Makes the folder the output. An old output is removed only once the new one is in its place and synced.
 
         Without `overwrite` the rename itself refuses a folder that is not empty, which another process may have filled.
+
+        Raises OutputError when other files than `files` are in it: somebody else put them there.
         """
+        there = {os.path.relpath(os.path.join(at, n), self.path) for at, _, names in os.walk(self.path) for n in names}
+        if strangers := sorted(there - {*files, JOURNAL}):
+            raise OutputError("was put into the output by another program", where=str(self.path / strangers[0]))
         (self.path / JOURNAL).unlink()
         fsync_tree(self.path)
         leftover: Path | None = None
         if not overwrite or not os.path.lexists(self.out):
-            self.path.rename(self.out)
-        elif exchange(self.path, self.out):
+            syscalls.rename_folder(self.path, self.out)
+        elif syscalls.exchange(self.path, self.out):
             leftover = self.path
         else:
             leftover = self._old
@@ -220,7 +220,7 @@ class Staging:
                 leftover.rename(self.out)
                 raise
         try:
-            fsync_folder(self.out.parent)
+            syscalls.fsync_folder(self.out.parent)
             logger.info("published %s", self.out)
         except BaseException:  # an interrupt too: an output that may not survive a power cut is not published
             self._unpublish(leftover)
@@ -231,7 +231,7 @@ class Staging:
 
     def _unpublish(self, leftover: Path | None) -> None:
         if leftover == self.path:
-            exchange(self.path, self.out)
+            syscalls.exchange(self.path, self.out)
             return
         self.out.rename(self.path)
         if leftover is not None:
@@ -240,20 +240,46 @@ class Staging:
     def discard(self) -> None:
         """Removes the folder and what is in it, unless another repair has replaced it."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+            if self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 clear(self.path)
                 logger.info("discarded %s", self.path)
 
     def close(self) -> None:
         """Releases the lock."""
-        os.close(self._lock)
+        unlock_directory(self._lock)
+
+
+def _read_journal(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The plan whose finished files are in a folder, and their hashes; None and nothing for what is not a journal."""
+    try:
+        if not stat.S_ISREG(os.lstat(folder / JOURNAL).st_mode):
+            return None, {}
+        first, *lines = (folder / JOURNAL).read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut
+        return str(json.loads(first)["plan"]), {str(row["file"]): str(row["sha256"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, {}
+
+
+def stale_bytes(out: Path, plan_digest: str) -> int:
+    """Bytes of finished files next to `out`, of an interrupted repair by another plan: the next one deletes them."""
+    folder = unfinished(out)
+    plan, files = _read_journal(folder) if folder is not None else (plan_digest, {})
+    if folder is None or plan == plan_digest:
+        return 0
+    return sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
 
 
 @contextlib.contextmanager
 def wrap_write_errors(out: Path) -> Iterator[None]:
-    """Raises OutputError for an OSError of the block."""
+    """Raises OutputError for an OSError of the block, and where the system starts no thread."""
     try:
         yield
+    except RuntimeError as e:
+        if "new thread" not in str(e):  # threading has no type for it
+            raise
+        hint = "Is the number of processes, or memory, limited (ulimit -u, ulimit -v, a container)?"
+        raise OutputError("cannot be written (no thread can be started)", where=str(out), hint=hint) from e
     except OSError as e:
         raise OutputError(f"cannot be written ({e.strerror or e})", where=str(e.filename2 or e.filename or out)) from e
 
@@ -261,16 +287,7 @@ def wrap_write_errors(out: Path) -> Iterator[None]:
 def fsync_tree(root: Path) -> None:
     """Flushes a folder and those inside it, innermost first."""
     for folder, _, _ in os.walk(root, topdown=False):
-        fsync_folder(folder)
-
-
-def fsync_folder(path: str | Path) -> None:
-    """Flushes the entries of a folder."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        syscalls.fsync_folder(folder)
 
 
 def clear(path: Path) -> None:
@@ -284,7 +301,7 @@ def clear(path: Path) -> None:
 def _sha256(path: Path) -> str | None:
     """Of a regular file; None of anything else."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, syscalls.open_flags("RDONLY", "CLOEXEC", "NOFOLLOW", "NONBLOCK"))
     except OSError:
         return None
     try:

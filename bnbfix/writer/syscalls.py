@@ -1,4 +1,7 @@
-"""System calls that Python lacks or leaves raw. Each reports in its result that the system has no such call."""
+"""System calls that not every system has: Linux, macOS and Windows differ here and nowhere else in this folder.
+
+Each has a plain way for systems without it, or reports in its result that there is none.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import ctypes
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,12 +27,100 @@ READ_BYTES = 4 << 20  # one read, where the kernel does not copy
 CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.ETXTBSY}
 
 
+_seeking = threading.Lock()  # where a read or a write at an offset takes two calls
+
+
+def open_flags(*names: str) -> int:
+    """The flags of `os.open` by name, without those that this system lacks; binary where that is not the only mode."""
+    out = int(getattr(os, "O_BINARY", 0))
+    for name in names:
+        out |= int(getattr(os, f"O_{name}", 0))
+    return out
+
+
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """At most `length` bytes at an offset."""
+    call: Callable[[int, int, int], bytes] | None = getattr(os, "pread", None)
+    if call is not None:
+        return call(fd, length, offset)
+    with _seeking:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, length)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Reads at an offset into a buffer; how many bytes."""
+    call: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
+    if call is not None:
+        return call(fd, [buffer], offset)
+    data = read_at(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> int:
+    call: Callable[[int, memoryview, int], int] | None = getattr(os, "pwrite", None)
+    if call is not None:
+        return call(fd, data, offset)
+    with _seeking:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def open_folder(path: str | os.PathLike[str], *, follow: bool = True) -> int | None:
+    """A descriptor of a folder; None where folders cannot be opened (Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return None
+    return os.open(path, open_flags("RDONLY", "DIRECTORY", "CLOEXEC", *(() if follow else ("NOFOLLOW",))))
+
+
+def lock(fd: int) -> bool:
+    """Locks an open file or folder for this descriptor. False where another process holds the lock.
+
+    Where there are no locks, in this system or in this file system, that is never noticed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
+
+
+def fsync_folder(path: str | os.PathLike[str]) -> None:
+    """Flushes the entries of a folder, where the system can."""
+    fd = open_folder(path)
+    if fd is None:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename_folder(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Renames a folder; an empty one may be there, as in POSIX."""
+    try:
+        os.rename(old, new)
+    except FileExistsError:
+        os.rmdir(new)
+        os.rename(old, new)
+
+
 def clone(source: int, target: int) -> bool:
     """Makes `target` share the bytes of `source` (file descriptors) on disk. False where the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        return False
     try:
         fcntl.ioctl(target, FICLONE, source)
     except OSError as e:
@@ -54,7 +146,7 @@ def copy(source: int, offset: int, target: int, at: int, length: int, where: str
                 kernel = None
         if kernel is None:
             try:
-                data = os.pread(source, min(length, READ_BYTES), offset)
+                data = read_at(source, min(length, READ_BYTES), offset)
             except OSError as e:
                 raise InputError(f"cannot be read at byte {offset:,} ({e.strerror})", where=where) from e
             if not data:
@@ -69,7 +161,7 @@ def write_all(fd: int, data: bytes | memoryview, at: int) -> None:
     """Writes all bytes at an offset, however short the writes of the system are."""
     view = memoryview(data)
     while view:
-        done = os.pwrite(fd, view[:WRITE_BYTES], at)
+        done = _write_at(fd, view[:WRITE_BYTES], at)
         at += done
         view = view[done:]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any
 
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, as_remote
-from ..errors import UsageError, VerifyError
+from ..errors import InputError, UsageError, VerifyError
 from ..kernels.bnb import resolve_device
 from ..kernels.packages import require_packages
 from ..planner.layout import Dequantize, Quantize
-from ..planner.plan import Plan
+from ..planner.plan import RECORD, Plan
 from ..rules.scan import scan_checkpoint
 from .download import check_space, download_files, missing_files, reraise_callback_errors, stream_files
 from .record import plan_digest
@@ -106,6 +108,21 @@ def choose_workers(asked: int | None, shards: int, cores: int, each: int, max_me
     return min(wanted, fit)
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises InputError for file names that are not two files everywhere, or not in the folder everywhere.
+
+    Windows and macOS take `A` and `a` for one name, and so macOS takes the two ways to spell an accented letter.
+    """
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        if any(re.match(r"[A-Za-z]:", part) for part in name.split("/")):
+            raise InputError("begins with a drive letter, as Windows has them", where=name, hint="Rename it.")
+        same = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if (other := seen.setdefault(same, name)) != name:
+            what = f"differs from {other} only in case or in how its letters are spelled"
+            raise InputError(f"{what}: Windows or macOS would keep one of them", where=name, hint="Rename one of them.")
+
+
 def write_plan(
     plan: Plan,
     out: Path,
@@ -143,6 +160,7 @@ def write_plan(
         return RepairResult(plan, None, {})
     if plan.computes:
         require_packages(f"this repair {plan.computes}")
+    check_names({*(s.name for s in plan.shards), *plan.texts, *plan.copied, RECORD})
     if options.device != "auto":
         resolve_device(options.device)  # raises before the work begins; "auto" always works, and torch is not asked
     cores, each = os.cpu_count() or 1, worker_memory(plan)
@@ -176,7 +194,7 @@ def _write_staged(
         files = job.run(workers)
         plan.checkpoint.source.check_unchanged()
         _check_written(plan, staging.path)
-        staging.publish(overwrite=overwrite)
+        staging.publish({*files, *job.linked, RECORD}, overwrite=overwrite)
     except (KeyboardInterrupt, SystemExit, UsageError):  # finished files are still good for another run
         if staging.has_resumable_files:
             logger.info("finished files are kept in %s", staging.path)

@@ -798,10 +798,6 @@ def llama(source: Path) -> None:
     config("model_type", to="llama")(source)
 
 
-def forgotten(source: Path) -> None:
-    config("quantization_config", to=...)(source)
-
-
 def no_weights(source: Path) -> None:
     (source / SHARD).unlink()
 
@@ -819,11 +815,10 @@ def adapter(source: Path) -> None:
         ("bf16", gptq, "is a Gemma4ForConditionalGeneration quantized with gptq, not bitsandbytes"),
         ("bf16", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
         ("skip", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
-        ("skip", forgotten, "quantized weights, but config.json has no bitsandbytes quantization_config"),
         ("skip", adapter, "is a PEFT adapter, not a model; merge it first"),
         ("skip", no_weights, "has no safetensors files"),
     ],
-    ids=["bf16", "gptq", "llama", "llama in bnb", "no quantization", "adapter", "no weights"],
+    ids=["bf16", "gptq", "llama", "llama in bnb", "adapter", "no weights"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nothing_here_to_check(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bnbfix
-from tests.support.build import Make, json_of
+from tests.support.build import Make, copy_weight, json_of, scan, state_tensors, tensors_of, zeros
 from tests.support.command_line import Cli
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 32169626\n"
@@ -104,3 +104,159 @@ def test_a_checkpoint_with_nothing_quantized_loses_its_quantization_config(check
             assert "quantization_config" not in config and config["architectures"]
             assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
             assert bnbfix.verify(tmp_path / "out", source).ok
+
+
+# What no repair makes load, with and without --bf16
+
+
+def refused(source: Path, out: Path, target: str = "0.32.0") -> set[tuple[str, str]]:
+    """The (code, hint) of the refusal of each kind of repair."""
+    seen = set()
+    for bf16 in (False, True):
+        with pytest.raises(bnbfix.Unrepairable) as caught:
+            bnbfix.repair(source, out, target, bf16=bf16)
+        assert not out.exists()
+        seen.add((str(caught.value)[-7:-1], caught.value.hint or ""))
+    return seen
+
+
+MERGE = "merge the adapter and save the model itself (PEFT: merge_and_unload, save_pretrained)"
+LAYER = "model.language_model.layers.0."
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (f"{LAYER}self_attn.q_proj.lora_A.default.weight", (4, 128)),
+        (f"{LAYER}self_attn.o_proj.base_layer.weight", (128, 128)),
+        ("model.language_model.embed_tokens.modules_to_save.default.weight", (512, 128)),
+        ("model.language_model.embed_tokens.original_module.weight", (512, 128)),
+        (f"base_model.model.{LAYER}self_attn.q_proj.lora_B.weight", (128, 4)),
+    ],
+)
+def test_names_of_an_adapter(name: str, shape: tuple[int, ...], checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        tensors[name] = zeros(*shape)
+    assert refused(source, tmp_path / "out") == {("BNB207", MERGE)}
+
+
+def test_a_prefix_before_every_name_is_not_an_adapter(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        renamed = {f"base_model.model.{name}": t for name, t in tensors.items()}
+        tensors.clear()
+        tensors |= renamed
+    assert "BNB207" not in {str(f.code) for f in scan(source).findings}
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 weight is missing"), (3, "3 weights are missing")])
+def test_quant_states_whose_weights_are_lost(count: int, words: str, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        for layer in range(count):
+            del tensors[f"model.language_model.layers.{layer}.mlp.up_proj.weight"]
+    (found,) = [f for f in scan(source, "0.32.0").findings if str(f.code) == "BNB202"]
+    assert found.message == f"{words}, of which the quant states are there"
+    ((code, hint),) = refused(source, tmp_path / "out")
+    assert code == "BNB202" and "download or copy the checkpoint again" in hint
+
+
+def test_quant_states_of_a_weight_that_the_model_does_not_use_are_not_lost(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        states = state_tensors(tensors, f"{LAYER}mlp.up_proj.weight")
+        for weight in (
+            "model.language_model.layers.2.self_attn.v_proj.weight",  # where K serves as V
+            "model.language_model.layers.9.mlp.up_proj.weight",  # of six layers
+            "model.audio_tower.output_proj.weight",
+        ):
+            tensors |= {weight + suffix: t for suffix, t in states.items()}
+    assert scan(source, "0.32.0").verdict == "loads"
+
+
+def test_experts_as_a_list_of_linear_modules(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("moe26b", "skip")
+    with tensors_of(source) as tensors:
+        for part in ("gate_up", "down"):
+            copy_weight(tensors, f"{LAYER}mlp.up_proj.weight", f"{LAYER}experts.{part}_projs.0.weight")
+    ((code, hint),) = refused(source, tmp_path / "out")
+    assert code == "BNB407" and "save_pretrained_merged" in hint
+
+
+def test_experts_stacked_in_4_bits(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("moe26b", "skip")
+    with tensors_of(source) as tensors:
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            tensors[name] = zeros(4, 8192, dtype="U8")
+            tensors[f"{name}_absmax"] = zeros(4, 256, dtype="F32")
+    for bf16 in ([], ["--bf16"]):
+        done = run("repair", source, "--vllm", "0.32.0", "--out", tmp_path / "out", *bf16)
+        assert done.code == 2 and "is a stack of experts in 4 bits" in done.err and "in bfloat16" in done.err
+        assert not (tmp_path / "out").exists()
+    assert scan(source, "0.32.0").verdict == "fails"
+
+
+def test_a_config_that_the_older_keys_cannot_express_is_refused_in_full_precision_too(
+    checkpoint: Make, tmp_path: Path
+) -> None:
+    source = checkpoint("dense31b", "all", per_layer_config=True)
+    with json_of(source) as config:
+        for layer in config["text_config"]["per_layer_config"].values():
+            layer["sliding_window"] = 64
+    assert refused(source, tmp_path / "out", "0.27.1") == {("BNB302", "it says more than the older keys can")}
+
+
+@pytest.mark.parametrize("target", ["0.22.1", "0.32.0"])
+def test_what_only_4_bits_cannot_do_is_done_in_full_precision(target: str, checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("moe26b", "int8")
+    with pytest.raises(bnbfix.Unrepairable, match=r"BNB40[15]"):
+        bnbfix.repair(source, tmp_path / "out", target)
+    assert bnbfix.repair(source, tmp_path / "out", target, bf16=True, device="cpu").written
+
+
+# What is not a model to serve
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Gemma4Model", "is Gemma4Model, the inner model of a Gemma4ForConditionalGeneration, saved without the rest"),
+        ("Gemma4TextModel", "is Gemma4TextModel, the text part of a Gemma4ForConditionalGeneration, saved without"),
+        ("Gemma4UnifiedModel", "the inner model of a Gemma4UnifiedForConditionalGeneration, saved without the rest"),
+        ("Gemma4AssistantForCausalLM", "is Gemma4AssistantForCausalLM, a drafter for speculative decoding"),
+        ("Gemma4DSparkModel", "is Gemma4DSparkModel, a drafter for speculative decoding"),
+    ],
+)
+def test_a_part_of_a_model(name: str, words: str, run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    with json_of(source) as config:
+        config["architectures"] = [name]
+    done = run("scan", source)
+    assert done.code == 3 and words in done.err
+    assert ("save_pretrained" in done.err) != ("--speculative-config" in done.err), "the next step"
+
+
+# Two sets of weights
+
+
+def test_a_second_set_of_weights_is_left_out(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    for name in ("model.safetensors", "consolidated.safetensors", "model-00001-of-00009.safetensors"):
+        (source / name).write_bytes(b"not even read")
+    (source / "voice.safetensors").write_bytes(b"something else")
+    result = bnbfix.repair(source, tmp_path / "out", "0.32.0", device="cpu")
+    assert result.written
+    files = {p.name for p in (tmp_path / "out").glob("*.safetensors")}
+    assert files == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "voice.safetensors"}
+    assert bnbfix.verify(tmp_path / "out", source).ok
+
+
+def test_an_index_of_an_older_save(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    shutil.copy(source / "model-00001-of-00002.safetensors", source / "model.safetensors")
+    for shard in source.glob("model-*.safetensors"):
+        shard.unlink()
+    done = run("scan", source)
+    assert done.code == 2 and "shard model-00001-of-00002.safetensors is missing; the index names it" in done.err
+    assert "delete model.safetensors.index.json" in done.err

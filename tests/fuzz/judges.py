@@ -20,7 +20,6 @@ STRICTER = (  # the rules for headers that the library does not have
     "has an unknown dtype (",  # it takes {"U8": null} for "U8"
     "not a list of sizes",  # from 2**63 to 2**64
     "not [begin, end]",
-    "must start with '{'",  # the format's rule; the library takes spaces before it
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from bnbfix.errors import HubError, InputError, UsageError
 from bnbfix.hub import client as hub_client
 from bnbfix.hub import source as hub
-from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, guard_cache, retry, silence
+from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, guard_session, retry, silence
+from bnbfix.hub.parallel import run_parallel
 from bnbfix.hub.source import KEPT, HubSource
 
 SHA = "a" * 40
@@ -82,7 +82,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((first, last - first + 1))
         data = bytes(i % 251 for i in range(first, last + 1))
         answer = {"Content-Range": f"bytes {first}-{last}/*"}
-        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda size: [data]))
+        return nullcontext(SimpleNamespace(status_code=206, headers=answer, iter_raw=lambda: [data]))
 
     monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(stream=stream))
     return seen
@@ -179,7 +179,7 @@ def test_the_hooks_of_the_session_are_left_as_they_were(monkeypatch: pytest.Monk
 
     downloading(monkeypatch, download)
     source(file=10).fetch("file")
-    with pytest.raises(ZeroDivisionError), guard_cache(), guard_cache():
+    with pytest.raises(ZeroDivisionError), guard_session(), guard_session():
         1 / 0  # noqa: B018
     assert during == [len(before["response"]) + 1]
     assert session.event_hooks == before
@@ -226,15 +226,16 @@ def test_retries_are_logged_without_the_token(
 
 
 def test_a_retry_that_is_stopped_does_not_wait() -> None:
-    tries, stop = [], threading.Event()
-    stop.set()
+    tries = []
 
-    def work() -> None:
+    def work(job: int) -> None:
+        if job == 0:
+            raise HubError("refused")
         tries.append(1)
         raise RetryableError(HubError("busy"), 3600)
 
-    with pytest.raises(HubError, match="busy"):
-        retry(work, ASKED, stop=stop)
+    with pytest.raises(HubError, match="refused"):
+        run_parallel(lambda job: retry(lambda: work(job), ASKED), [1, 0], 2, name="test")
     assert len(tries) == 1
 
 

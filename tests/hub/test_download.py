@@ -17,7 +17,8 @@ import pytest
 
 import bnbfix
 from bnbfix.planner.plan import RECORD
-from bnbfix.writer.download import peak_streaming_bytes, source_files_by_output
+from bnbfix.writer.download import peak_streaming_bytes
+from bnbfix.writer.shard_writer import source_files_by_output
 from bnbfix.writer.staging import fetched_folder, lock_directory
 from tests.support.build import Make
 from tests.support.hub import Hub
@@ -32,6 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     out = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     record = json.loads(out[RECORD])
     record.pop("source", None)
+    record.pop("record_sha256")
     return out | {RECORD: json.dumps(record).encode()}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -339,15 +341,50 @@ def test_quantizing_in_chunks_equals_bitsandbytes_on_the_whole_tensor(
     )
     with torch.compiler.set_stance("force_eager"):
         quantized, state = bnb.quantize_4bit(values, blocksize=size, compress_statistics=nested, quant_type="nf4")
+        _, plain = bnb.quantize_4bit(values, blocksize=size, compress_statistics=False, quant_type="nf4")
     assert made.weight == as_bytes(quantized)
-    assert made.absmax == as_bytes(state.absmax)
     assert made.quant_map == as_bytes(state.code)
     if not nested:
+        assert made.absmax == as_bytes(state.absmax)
         assert (made.nested_absmax, made.nested_quant_map, made.offset) == (None, None, None)
         return
-    assert made.nested_absmax == as_bytes(state.state2.absmax)
-    assert made.nested_quant_map == as_bytes(state.state2.code)
-    assert made.offset == state.offset.item()
+    # bitsandbytes' mean depends on the processor in its last bits, and so does all that it is subtracted from.
+    assert made.offset == pytest.approx(state.offset.item(), rel=1e-6, abs=0)
+    table = torch.from_numpy(decode.dynamic_map().copy())
+    inner, outer = bnb.quantize_blockwise(plain.absmax - made.offset, code=table, blocksize=256)
+    assert (made.absmax, made.nested_absmax) == (as_bytes(inner), as_bytes(outer.absmax))
+    assert made.nested_quant_map == decode.dynamic_map().tobytes()
+
+
+def test_the_8_bit_map_is_bitsandbytes_own() -> None:
+    table = decode.dynamic_map()
+    assert np.allclose(table, bnb.create_dynamic_map().numpy(), rtol=1.2e-7, atol=0)
+    # In published checkpoints, quantized on processors with AVX2 or AVX-512.
+    assert (
+        hashlib.sha256(table.tobytes()).hexdigest()
+        == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    )
+
+
+QUANTIZE = """
+import hashlib, sys, torch
+from bnbfix.kernels import bnb
+values = torch.randn(300, 700, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+raw = values.view(torch.uint8).numpy().tobytes()
+made = bnb.quantize([raw], "bfloat16", "cpu", blocksize=64, nested_blocksize=256)
+print(hashlib.sha256(repr(made).encode()).hexdigest())
+"""
+
+
+def test_every_vector_unit_makes_the_same_bytes() -> None:
+    found = set()
+    for capability in ("default", "avx2", "avx512"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", QUANTIZE]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("nested", [None, 256])

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 
-from bnbfix.engines.transformers import transformers_module
-from bnbfix.engines.vllm.parameters import vllm_module
-from bnbfix.engines.vllm.releases import ranges
 from bnbfix.errors import InputError, NotApplicable
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING, Model, TensorRole
@@ -262,55 +259,3 @@ def test_both_prefixes_of_a_whole_checkpoint_mean_the_same(family: str, pristine
     assert ("patch_dense" in roles) == (family == "unified12b")
     assert ("audio_tower" in roles) == ("per_layer" in roles) == (family == "e4b")
     assert ("pixel_projection" in roles) == (family in ("dense31b", "e4b", "moe26b"))
-
-
-WHOLE = model()
-TEXT_ONLY = read_model({"architectures": ["Gemma4ForCausalLM"]} | TEXT)
-
-
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        (L + "self_attn.q_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
-        (L + "self_attn.k_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
-        (L + "self_attn.v_proj.weight", "language_model.model.layers.11.self_attn.qkv_proj"),
-        (L + "self_attn.o_proj.weight", "language_model.model.layers.11.self_attn.o_proj"),
-        (L + "mlp.gate_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj"),
-        (L + "mlp.up_proj.weight", "language_model.model.layers.11.mlp.gate_up_proj"),
-        (L + "mlp.down_proj.weight", "language_model.model.layers.11.mlp.down_proj"),
-        (L + "router.proj.weight", "language_model.model.layers.11.router.proj"),
-        (L + "experts.5.up_proj.weight", "language_model.model.layers.11.experts.5.gate_up_proj"),
-        ("model.language_model.per_layer_model_projection.weight", "language_model.model.per_layer_model_projection"),
-        ("lm_head.weight", "language_model.lm_head"),
-        ("model.vision_tower.patch_embedder.input_proj.weight", "vision_tower.patch_embedder.input_proj"),
-        ("model.audio_tower.output_proj.weight", "audio_tower.output_proj"),
-        ("model.embed_vision.embedding_projection.weight", "embed_vision.embedding_projection"),
-        ("model.vision_embedder.patch_dense.weight", "vision_embedder.patch_dense"),
-    ],
-)
-def test_vllms_name_of_a_module(name: str, module: str) -> None:
-    role = classify_tensor(name)
-    for release in ranges():
-        assert vllm_module(role, WHOLE, release) == module
-        assert vllm_module(classify_tensor(older(name)), WHOLE, release) == module
-    assert transformers_module(WHOLE, role.module) == name.removesuffix(".weight")
-
-
-def test_q_of_a_kv_shared_layer_is_a_module_of_its_own_where_the_release_drops_k_and_v() -> None:
-    shared = model(num_kv_shared_layers=1)
-    q, k = (classify_tensor(f"model.language_model.layers.2.self_attn.{part}.weight") for part in ("q_proj", "k_proj"))
-    attention = "language_model.model.layers.2.self_attn."
-    for release in ranges():
-        fused = release.needs_shared_kv
-        assert vllm_module(q, shared, release) == attention + ("qkv_proj" if fused else "q_proj")
-        assert vllm_module(k, shared, release) == (attention + "qkv_proj" if fused else None)
-
-
-def test_both_sides_leave_language_model_out_of_a_text_only_class() -> None:
-    q, norm = classify_tensor("model.layers.11.self_attn.q_proj.weight"), classify_tensor("model.norm.weight")
-    newest = ranges()[-1]
-    assert vllm_module(q, TEXT_ONLY, newest) == "model.layers.11.self_attn.qkv_proj"
-    assert transformers_module(TEXT_ONLY, q.module) == "model.layers.11.self_attn.q_proj"
-    assert transformers_module(TEXT_ONLY, norm.module) == "model.norm"
-    assert vllm_module(classify_tensor("lm_head.weight"), TEXT_ONLY, newest) == "lm_head"
-    assert transformers_module(TEXT_ONLY, "lm_head") == "lm_head"

@@ -44,7 +44,8 @@ def test_codes_are_selected_by_their_beginnings_and_ignored() -> None:
     assert Selection().of(found) == tuple(found)
     chosen = Selection.parse(["bnb2,BNB3"], ["BNB301", "BNB204"]).of(found)
     assert [f.code.value for f in chosen] == [
-        *("BNB201", "BNB202", "BNB203", "BNB205", "BNB206", "BNB207", "BNB302", "BNB303", "BNB304", "BNB305")
+        *("BNB201", "BNB202", "BNB203", "BNB205", "BNB206", "BNB207", "BNB208", "BNB209"),
+        *("BNB302", "BNB303", "BNB304", "BNB305", "BNB306", "BNB307", "BNB308", "BNB309"),
     ]
     assert Selection.parse(ignore=["BNB"]).of(found) == ()
 

@@ -75,13 +75,13 @@ LOADS, WRONG, FAILS, DEGRADED = Severity.LOADS, Severity.WRONG, Severity.FAILS, 
         ("portable", [LOADS], "Loads in every vLLM release."),
         ("portable", [FAILS], "Fails in every vLLM release."),
         ("portable", [WRONG], "Loads with wrong weights in every vLLM release."),
-        ("portable", [LOADS] * 6 + [FAILS] * 2, "Fails in 2 of 8 release ranges (0.31.0-0.33.0)."),
-        ("portable", [FAILS, LOADS, FAILS, LOADS], "Fails in 2 of 8 release ranges (0.19.0-0.22.1, 0.25.0-0.26.0)."),
+        ("portable", [LOADS] * 8 + [FAILS] * 2, "Fails in 2 of 10 release ranges (0.31.0-0.33.0)."),
+        ("portable", [FAILS, LOADS, FAILS, LOADS], "Fails in 2 of 10 release ranges (0.19.0-0.22.1, 0.24.0)."),
         (
             "portable",
             [FAILS, WRONG],
-            "Fails in 1 of 8 release ranges (0.19.0-0.22.1). "
-            "Loads with wrong weights in 7 of 8 release ranges (0.23.0-0.33.0).",
+            "Fails in 1 of 10 release ranges (0.19.0-0.22.1). "
+            "Loads with wrong weights in 9 of 10 release ranges (0.23.0-0.33.0).",
         ),
         ("0.22.1", [FAILS, LOADS], "Fails in vLLM 0.22.1."),
         ("0.22.1", [LOADS, FAILS], "Loads in vLLM 0.22.1."),

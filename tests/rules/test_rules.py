@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING
 from bnbfix.models.gemma4 import canonical
-from bnbfix.rules.gemma4 import legacy_head_config
+from bnbfix.rules.config import legacy_head_config
 from bnbfix.rules.rule import CHECKS, EXPLANATIONS, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import (
@@ -45,8 +46,8 @@ TOWER = r"model\.(vision_tower\..*(linear|input_proj)\.weight|embed_vision\.\w+\
 AUDIO = r"model\.(embed_audio\.\w+\.weight|audio_tower\..*(linear|_proj)\.weight)"
 NAMES = [r.name for r in ranges()]
 ALL = tuple(NAMES)
-TO_022, TO_024, TO_027, TO_029 = (tuple(NAMES[:n]) for n in (1, 2, 4, 5))
-FROM_023, FROM_028, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 4, 6, 7))
+TO_022, TO_024, TO_027, TO_028, TO_029 = (tuple(NAMES[:n]) for n in (1, 3, 5, 6, 7))
+FROM_023, FROM_028, FROM_029, FROM_031, FROM_032 = (tuple(NAMES[n:]) for n in (1, 5, 6, 8, 9))
 NO_EXPERTS = (*TO_024, "0.31.0")  # releases that load no mixture of experts in 4 bits
 EXPERTS = tuple(name for name in NAMES if name not in NO_EXPERTS)
 
@@ -277,8 +278,59 @@ def has_axial_rope(folder: Path) -> None:
         config["vision_config"]["rope_parameters"]["rope_type"] = "axial"
 
 
-def installed(version: str, plugin: str | None) -> Target:
-    return resolve_target(None, Installed(version, plugin))
+def installed(version: str, plugin: str | None, transformers: str = "5.14.1") -> Target:
+    return resolve_target(None, Installed(version, plugin, transformers))
+
+
+def copied_lm_head(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
+
+
+def untied(change: Callable[[Tensors], None]) -> Change:
+    def run(folder: Path) -> None:
+        edit(change)(folder)
+        with json_of(folder) as config:
+            config["tie_word_embeddings"] = False
+
+    return run
+
+
+def second_set(folder: Path) -> None:
+    (folder / SHARD).rename(folder / "model-00001-of-00001.safetensors")
+    write_index(folder)
+    shutil.copy(folder / "model-00001-of-00001.safetensors", folder / SHARD)
+
+
+def no_processor(folder: Path) -> None:
+    (folder / "processor_config.json").unlink()
+
+
+def float16(folder: Path) -> None:
+    with json_of(folder) as config:
+        config["dtype"] = "float16"
+
+
+def text_class(folder: Path) -> None:
+    with json_of(folder) as config:
+        config["architectures"] = ["Gemma4ForCausalLM"]
+
+
+def no_quantization_config(folder: Path) -> None:
+    with json_of(folder) as config:
+        del config["quantization_config"]
+
+
+def expert_linears(tensors: Tensors) -> None:
+    donor = f"{L}0.self_attn.o_proj.weight"
+    copy_weight(tensors, donor, f"{L}0.experts.gate_up_projs.3.weight")
+
+
+def lora_leftover(tensors: Tensors) -> None:
+    tensors[f"{L}0.self_attn.q_proj.lora_A.default.weight"] = zeros(4, 128)
+
+
+def lost_weight(tensors: Tensors) -> None:
+    del tensors[f"{L}0.mlp.up_proj.weight"]
 
 
 # What a finding may name though no file holds it: k, v and k_norm of layers that share theirs.
@@ -299,7 +351,7 @@ FOUND = [
     Found(
         Code.QUANTIZED_IN_UNQUANTIZED, "moe26b", "all", "0.27.1", tensors=r".*\.router\.proj\.weight", releases=FROM_023
     ),
-    Found(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.27.1", tensors=TOWER, releases=FROM_023[:3]),
+    Found(Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.27.1", tensors=TOWER, releases=FROM_023[:4]),
     Found(
         Code.UNQUANTIZED_IN_QUANTIZED, "dense31b", "skip", "0.32.0", severity=WRONG, tensors=TOWER, releases=FROM_028
     ),
@@ -395,7 +447,7 @@ FOUND = [
         "all",
         "0.28.0",
         severity=DEGRADED,
-        releases=FROM_028[:3],
+        releases=FROM_028[:4],
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
@@ -404,7 +456,7 @@ FOUND = [
         "all",
         "portable",
         severity=DEGRADED,
-        releases=FROM_028[:3],
+        releases=FROM_028[:4],
         tensors=r".*\.patch_embedder\.input_proj\.weight",
     ),
     Found(
@@ -413,17 +465,17 @@ FOUND = [
         "all",
         "0.32.0",
         edit(lm_head),
-        "lm_head",
+        "tied",
         tensors=r"lm_head\.weight",
-        releases=ALL,
+        releases=FROM_029,
     ),
     Found(
         Code.QUANTIZED_LM_HEAD,
         "dense31b",
         "all",
         "0.22.1",
-        edit(lm_head),
-        "lm_head",
+        untied(lm_head),
+        "untied",
         tensors=r"lm_head\.weight",
         releases=ALL,
     ),
@@ -548,6 +600,80 @@ FOUND = [
     ),
     Found(Code.CODE, "text", "all", "portable", auto_map, "auto_map", severity=NOTE, releases=ALL),
     Found(Code.ADAPTER, "text", "all", "0.32.0", edit(adapter), "adapter", tensors=r"base_model\..*", releases=ALL),
+    Found(
+        Code.ADAPTER, "dense31b", "all", "0.32.0", edit(lora_leftover), "lora", tensors=".*lora.*", releases=FROM_031
+    ),
+    Found(
+        Code.ADAPTER,
+        "dense31b",
+        "all",
+        "0.30.0",
+        edit(lora_leftover),
+        "lora ignored",
+        severity=NOTE,
+        tensors=".*lora.*",
+        releases=ALL[:8],
+    ),
+    Found(
+        Code.ORPHANED_STATE_TENSORS,
+        "dense31b",
+        "all",
+        "0.32.0",
+        edit(lost_weight),
+        "lost",
+        releases=ALL,
+        tensors=rf"{L}0\.mlp\.up_proj\.weight\..*",
+    ),
+    Found(Code.UNUSED_WEIGHTS, "text", "all", "0.32.0", second_set, severity=NOTE, releases=ALL, tensors=SHARD),
+    Found(Code.PROCESSOR, "e4b", "all", "0.32.0", no_processor, severity=NOTE, releases=ALL),
+    Found(
+        Code.TIED_LM_HEAD,
+        "dense31b",
+        "all",
+        "0.27.1",
+        edit(unquantized_lm_head),
+        "another",
+        severity=WRONG,
+        tensors="lm_head.weight",
+        releases=TO_028,
+    ),
+    Found(
+        Code.TIED_LM_HEAD,
+        "dense31b",
+        "all",
+        "portable",
+        edit(copied_lm_head),
+        "copy",
+        severity=NOTE,
+        tensors="lm_head.weight",
+        releases=TO_028,
+    ),
+    Found(
+        Code.TIED_LM_HEAD,
+        "dense31b",
+        "all",
+        "0.22.1",
+        edit(lm_head),
+        "quantized",
+        severity=NOTE,
+        tensors="lm_head.weight",
+        releases=TO_028,
+    ),
+    Found(Code.TRANSFORMERS, "dense31b", "all", "0.27.1", severity=NOTE, releases=("0.24.0", *ALL[3:5])),
+    Found(Code.TRANSFORMERS, "dense31b", "all", installed("0.27.1", None, "5.15.0"), releases=("0.27.0-0.27.1",)),
+    Found(Code.QUANTIZATION_CONFIG, "dense31b", "all", "0.32.0", no_quantization_config, "missing", releases=ALL),
+    Found(Code.QUANTIZATION_CONFIG, "text", "all", "0.32.0", quantization(load_in_8bit=True), "8 bits", releases=ALL),
+    Found(Code.OTHER_CLASS, "dense31b", "all", "0.27.1", text_class, severity=NOTE, releases=ALL),
+    Found(Code.FLOAT16, "dense31b", "all", "0.27.1", float16, severity=NOTE, releases=ALL),
+    Found(
+        Code.EXPERT_LINEARS,
+        "moe26b",
+        "all",
+        "0.32.0",
+        edit(expert_linears),
+        releases=ALL,
+        tensors=r".*\.gate_up_projs\.3\.weight",
+    ),
     Found(Code.NOTHING_QUANTIZED, "text", "all", "portable", nothing_quantized, "everything skipped", releases=ALL),
     Found(Code.INDEX, "dense31b", "all", "0.32.0", wrong_size, "size", severity=NOTE, releases=ALL),
     Found(
@@ -593,10 +719,10 @@ FOUND = [
         releases=TO_022,
         tensors=rf"{L}1\.self_attn|{L}3\.mlp",
     ),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", has_axial_rope, "rope", releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:7]),
-    Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:7]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.27.1", default_rope, "heads", NEWER, releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "dense31b", "all", "0.22.1", has_axial_rope, "rope", releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "text", "all", "portable", None, "", NEWER, releases=ALL[:9]),
+    Found(Code.PER_LAYER_CONFIG, "e4b", "all", "0.24.0", per_layer(head_dim=512), "512", releases=ALL[1:9]),
     Found(Code.UNKNOWN_CLASS, "unified12b", "skip", "0.22.1", releases=TO_022),
     Found(Code.PLUGIN, "dense31b", "all", "portable", severity=NOTE, releases=FROM_028),
     Found(Code.PLUGIN, "dense31b", "all", installed("0.32.0", None), releases=FROM_032),
@@ -635,7 +761,7 @@ FOUND = [
         edit(per_expert("experts")),
         "new prefix",
         tensors=r".*\.experts\.\d\..*_proj\.weight",
-        releases=EXPERTS[:4],
+        releases=EXPERTS[:5],
     ),
     Found(
         Code.EXPERT_PREFIX,
@@ -727,6 +853,7 @@ ABSENT = [
     Case(Code.QUANTIZED_PIXEL_PROJECTION, "dense31b", "skip", "portable"),
     Case(Code.QUANTIZED_PIXEL_PROJECTION, "unified12b", "all", "portable"),
     Case(Code.QUANTIZED_LM_HEAD, "text", "all", "portable"),
+    Case(Code.QUANTIZED_LM_HEAD, "text", "all", "0.28.0", edit(lm_head), "ignored"),
     Case(Code.QUANTIZED_LM_HEAD, "dense31b", "all", "portable", edit(unquantized_lm_head), "unquantized"),
     Case(Code.QUANTIZED_BUT_SKIPPED, "dense31b", "all", "portable", skip("model.vision_tower"), "HF's spelling"),
     Case(
@@ -799,6 +926,25 @@ ABSENT = [
     Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.32.0", edit(per_expert("experts")), "alike"),
     Case(Code.MIXED_EXPERTS, "moe26b", "all", "0.24.0", edit(uneven), "refused anyway"),
     Case(Code.INT8, "dense31b", "all", "portable"),
+    Case(Code.ADAPTER, "dense31b", "all", "portable"),
+    Case(Code.UNUSED_WEIGHTS, "text", "all", "portable"),
+    Case(Code.UNUSED_WEIGHTS, "text", "all", "portable", None, "", (("shards", 3),)),
+    Case(Code.PROCESSOR, "e4b", "all", "portable"),
+    Case(Code.PROCESSOR, "text", "all", "portable"),
+    Case(Code.TIED_LM_HEAD, "dense31b", "all", "0.29.0", edit(unquantized_lm_head), "used"),
+    Case(Code.TIED_LM_HEAD, "dense31b", "all", "portable", untied(unquantized_lm_head), "untied"),
+    Case(Code.TIED_LM_HEAD, "dense31b", "all", "portable"),
+    Case(Code.TRANSFORMERS, "dense31b", "all", "0.23.0"),
+    Case(Code.TRANSFORMERS, "dense31b", "all", "0.28.0"),
+    Case(Code.TRANSFORMERS, "dense31b", "all", installed("0.27.1", None, "5.14.9")),
+    Case(Code.QUANTIZATION_CONFIG, "dense31b", "all", "portable"),
+    Case(Code.QUANTIZATION_CONFIG, "dense31b", "int8", "portable"),
+    Case(Code.OTHER_CLASS, "dense31b", "all", "portable"),
+    Case(Code.OTHER_CLASS, "text", "all", "portable"),
+    Case(Code.FLOAT16, "dense31b", "all", "portable"),
+    Case(Code.FLOAT16, "e4b", "all", "portable", float16, "no standardize"),
+    Case(Code.FLOAT16, "text", "all", "portable", float16, "no tower"),
+    Case(Code.EXPERT_LINEARS, "moe26b", "all", "portable"),
 ]
 
 
@@ -814,7 +960,7 @@ def test_found(case: Found, pristine: Make, checkpoint: Make) -> None:
     source = case.make(pristine, checkpoint)
     findings = [f for f in scan(source, case.target).findings if f.code is case.code]
     names = {Code.SKIP_ENTRY: opened(source).skip_modules, Code.SHARED_WITHOUT_KV: MISSING}
-    names |= dict.fromkeys((Code.PICKLES, Code.CODE), tuple(opened(source).source.files))
+    names |= dict.fromkeys((Code.PICKLES, Code.CODE, Code.UNUSED_WEIGHTS), tuple(opened(source).source.files))
     known = names.get(case.code) or opened(source).tensors
     named = {name for name in known if re.fullmatch(case.tensors, name)}
     assert bool(named) == bool(case.tensors), "the pattern means something"

@@ -90,6 +90,7 @@ class FakeHub:
         self.signature = 1
         self.fresh = 1  # the lowest signature that still counts
         self.uploaded: dict[str, Path] = {}
+        self.released = threading.Event()  # ends what the fault "holds" holds
         # Made by hand: asyncio switches Nagle's algorithm off, 40 ms a response, where only the protocol is named.
         sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) for _ in range(2)]
         for s in sockets:
@@ -131,6 +132,7 @@ class FakeHub:
     def reset(self) -> None:
         """Behaves again, and forgets what it saw."""
         self.faults, self.seen, self.sent = [], [], 0
+        self.released.clear()
 
     def expire(self) -> None:
         """Signed addresses given out so far no longer count."""
@@ -273,6 +275,8 @@ class FakeHub:
             return refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
         blob, name = files[file], "{org}/{name}".format(**request.path_params)
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if fault and (fault.kind == "loops" or (fault.kind == "loops whole" and not request.headers.get("range"))):
+            return Response(status_code=307, headers=headers | {"Location": str(request.url.path)})
         if fault and fault.kind == "commit":
             headers["X-Repo-Commit"] = "f" * 40
         if fault and fault.kind == "elsewhere":
@@ -306,6 +310,11 @@ class FakeHub:
         if fault and isinstance(fault.kind, int):
             return await self._spoiled(fault)
         kind = fault.kind if fault else ""
+        if kind == "trickles" and request.headers.get("range"):
+            kind = ""
+        kind = "trickles" if kind == "trickles ranges" and request.headers.get("range") else kind
+        if kind == "holds ranges" or (kind == "holds" and not request.headers.get("range")):
+            await self._hold()
         if kind in ("slow", "stalls"):  # stalls, but for scans, whose ranges begin a file
             await asyncio.sleep(0.2 if kind == "slow" or request.headers.get("range") else 10)
         begin, end, status = 0, blob.size, 200
@@ -342,7 +351,11 @@ class FakeHub:
     async def _bytes(self, blob: Blob, begin: int, length: int, kind: str) -> AsyncIterator[bytes]:
         fd = os.open(blob.path, os.O_RDONLY)
         try:
-            for at in range(begin, begin + length, CHUNK):
+            for at in range(begin, begin + length, 1 if kind == "trickles" else CHUNK):
+                if kind == "trickles":
+                    yield os.pread(fd, 1, at)
+                    await asyncio.sleep(0.05)
+                    continue
                 part = os.pread(fd, min(CHUNK, begin + length - at), at)
                 if kind == "hangs up":
                     self.sent += len(part) // 2
@@ -356,7 +369,23 @@ class FakeHub:
         finally:
             os.close(fd)
 
+    async def _hold(self) -> None:
+        """Answers nothing until the test says so."""
+        while not self.released.is_set():
+            await asyncio.sleep(0.05)
+
+    async def _blanks(self, slowly: bool) -> AsyncIterator[bytes]:
+        """A JSON document without end."""
+        while True:
+            yield b" " if slowly else b" " * CHUNK
+            await asyncio.sleep(0.02 if slowly else 0)
+
     async def _spoiled(self, fault: Fault) -> Response:
+        if fault.kind == "holds":
+            await self._hold()
+            return refuse(503, "", "held until now")
+        if fault.kind in ("never ends", "trickles"):
+            return StreamingResponse(self._blanks(fault.kind == "trickles"), media_type="application/json")
         if fault.kind == "says":
             return Response(fault.headers["body"], media_type="application/json")
         return refuse(int(fault.kind), "", "as the test asked", dict(fault.headers))
@@ -420,6 +449,8 @@ class FakeHub:
 
     async def _upload(self, request: Request) -> Response:
         fault = self._note(request, "cdn")
+        if fault and fault.kind == "holds":
+            await self._hold()
         oid = request.path_params["oid"]
         path, digest = self.root / oid, hashlib.sha256()
         with path.open("wb") as f:

@@ -17,6 +17,7 @@ import bnbfix
 from bnbfix.errors import HeaderError, InputError, NotApplicable, UsageError
 from bnbfix.planner.plan import Plan
 from bnbfix.verifier import verify as verifier  # noqa: F401 - `set_chunk_bytes` needs it imported
+from bnbfix.writer.record import CHECKSUM, record_checksum
 from tests.support.build import Make, Raw, set_chunk_bytes, tensors_of
 from tests.support.command_line import Cli
 
@@ -61,11 +62,14 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
-def record(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the record of an output."""
-    doc = json.loads((out / "bnbfix.json").read_text())
+def record(out: Path, change: Callable[[dict[str, Any]], object], *, checksum: bool = True) -> None:
+    """Changes the record of an output; without `checksum` its own checksum stays what it was."""
+    path = out / "bnbfix.json"
+    doc = json.loads(path.read_text())
     change(doc)
-    (out / "bnbfix.json").write_text(json.dumps(doc))
+    if checksum:
+        doc[CHECKSUM] = record_checksum(doc)
+    path.write_text(json.dumps(doc))
 
 
 def forge(out: Path, name: str) -> None:
@@ -572,6 +576,50 @@ def test_a_record_without_options_is_an_input_error(spoilt: Spoil) -> None:
     record(out, lambda doc: doc.pop("options"))
     with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair \('options'\)"):
         bnbfix.verify(out, source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda doc: doc.update(edits=[]),
+        lambda doc: doc["edits"].pop(),
+        lambda doc: doc["edits"][0].update(detail="nothing"),
+        lambda doc: doc["options"].update(partial_groups="quantize"),
+        lambda doc: doc.update(releases=[]),
+        lambda doc: doc.update(bnbfix="9.9.9"),
+        lambda doc: doc.update(linked=[FIRST]),
+        lambda doc: (doc["sha256"].pop(FIRST), doc.update(linked=[FIRST])),
+        lambda doc: doc.update(more="than was written"),
+        lambda doc: doc.pop(CHECKSUM),
+        lambda doc: doc.update({CHECKSUM: "0" * 64}),
+        lambda doc: doc.update({CHECKSUM: None}),
+    ],
+    ids=lambda change: None,
+)
+def test_an_edit_of_only_the_record_is_noticed(spoilt: Spoil, change: Callable[[dict[str, Any]], object]) -> None:
+    _, out, _ = spoilt
+    record(out, change, checksum=False)
+    assert ("bnbfix.json", None, "was edited") in problems(out, None)
+
+
+def test_a_record_laid_out_otherwise_is_the_same(spoilt: Spoil) -> None:
+    source, out, _ = spoilt
+    record(out, lambda doc: None, checksum=False)
+    assert problems(out, source) == []
+
+
+def test_edits_that_the_plan_does_not_have_are_noticed_with_the_source(spoilt: Spoil) -> None:
+    source, out, _ = spoilt
+    record(out, lambda doc: doc.update(edits=[]))
+    assert problems(out, source) == [("bnbfix.json", None, "its edits are not those of the plan")]
+
+
+@pytest.mark.parametrize("edits", [None, {}, "", [None], [[]], ["x"]])
+def test_a_record_whose_edits_are_none_is_an_input_error(spoilt: Spoil, edits: Any) -> None:
+    _, out, _ = spoilt
+    record(out, lambda doc: doc.update(edits=edits))
+    with pytest.raises(InputError, match=r"bnbfix\.json: is not a record of a repair \(edits is not a list of edits"):
+        bnbfix.verify(out)
 
 
 def test_a_record_that_claims_full_precision_does_not_pass(spoilt: Spoil) -> None:

@@ -27,10 +27,9 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
-from bnbfix.planner.plan import Action, Edit
 from bnbfix.writer import staging as destination
 from bnbfix.writer import syscalls, write
-from bnbfix.writer.record import repaired_tensors
+from bnbfix.writer.record import record_checksum, repaired_tensors
 from tests.support.build import Make, set_chunk_bytes
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
@@ -348,6 +347,7 @@ def test_the_record_has_the_target_every_edit_and_true_hashes(repaired: Repaired
     assert result.out is not None
     files = {n: hashlib.sha256(data).hexdigest() for n, data in tree(result.out).items() if n != "bnbfix.json"}
     doc = json.loads((result.out / "bnbfix.json").read_text())
+    assert doc.pop("record_sha256") == record_checksum(doc)
     assert doc == {
         "schema": 1,
         "bnbfix": bnbfix.__version__,
@@ -711,7 +711,7 @@ class Fault:
         return self if instance is None else lambda *args: self(instance, *args)
 
 
-TARGETS = {"write": (os, "pwrite"), "fsync": (os, "fsync"), "rename": (Path, "rename"), "read": (os, "pread")}
+TARGETS = {"write": (os, "pwrite"), "fsync": (os, "fsync"), "rename": (os, "rename"), "read": (os, "pread")}
 STAGING = ".out.bnbfix-partial"
 
 
@@ -719,7 +719,7 @@ STAGING = ".out.bnbfix-partial"
 def simple_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are read and written, and folders renamed, one call after another: the calls that tests make fail."""
     monkeypatch.delattr(os, "copy_file_range", raising=False)
-    monkeypatch.setattr(destination, "exchange", lambda one, other: False)
+    monkeypatch.setattr(syscalls, "exchange", lambda one, other: False)
 
 
 def count_calls(kind: str, run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -833,7 +833,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
 def test_an_interrupt_while_the_old_output_is_removed_comes_too_late(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
-    monkeypatch.setattr(destination, "exchange", destination.exchange if at_once else lambda one, other: False)
+    monkeypatch.setattr(syscalls, "exchange", syscalls.exchange if at_once else lambda one, other: False)
     fix(small, tmp_path / "clean")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
@@ -944,19 +944,19 @@ def test_every_file_and_folder_is_synced_before_the_rename(
     (source / "sub").mkdir()
     (source / "sub" / "a.txt").write_text("a")
     synced: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, os.rename
 
     def note_sync(fd: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{fd}"))
         fsync(fd)
 
-    def note_rename(self: Path, target: Path) -> Path:
+    def note_rename(old: Path, new: Path) -> None:
         synced.append("renamed")
-        return rename(self, target)
+        rename(old, new)
 
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", note_sync)
-        m.setattr(Path, "rename", note_rename)
+        m.setattr(os, "rename", note_rename)
         fix(source, tmp_path / "out")
     at = synced.index("renamed")
     staging = str(tmp_path / ".out.bnbfix-partial")
@@ -980,8 +980,9 @@ def test_a_plan_that_leaves_something_quantized_is_never_published_as_full_preci
     small: Path, tmp_path: Path
 ) -> None:
     plan = bnbfix.plan_repair(small, "0.22.1")
-    edit = Edit(Action.CONFIG, "quantization_config", None, "removed")
-    inconsistent = dataclasses.replace(plan, edits=(*plan.edits, edit))
+    config = {k: v for k, v in plan.checkpoint.config.items() if k != "quantization_config"}
+    texts = {**plan.texts, "config.json": json.dumps(config)}
+    inconsistent = dataclasses.replace(plan, texts=texts, copied=tuple(f for f in plan.copied if f not in texts))
     with pytest.raises(VerifyError, match="the output would not be in full precision"):
         write.write_plan(inconsistent, tmp_path / "out")
     assert tree(tmp_path) == {}

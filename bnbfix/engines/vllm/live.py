@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from ...checkpoint.checkpoint import INDEX, Checkpoint
 from ...checkpoint.safetensors import build_header
 from ...errors import EngineError, UsageError
 from ..engine import Installed, Target
-from .process import Status, run_worker
+from .process import Status, run_worker, scratch_folder
 from .releases import INSTALL, PLUGIN, VLLM_DISTRIBUTIONS, find_range, ranges
 
 SECONDS = 600.0
@@ -66,13 +65,13 @@ class LiveVllm:
     @cached_property
     def installed(self) -> Installed:
         """Its release and its plugin's, from their metadata."""
-        with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
+        with scratch_folder() as scratch:
             (answer,) = run_worker("about", [Path(scratch)], seconds=self.seconds, python=self.python)
         version = next((v for name in VLLM_DISTRIBUTIONS if (v := answer["versions"].get(name))), None)
         if version is None:
             hint = "Name the Python of an environment that has vLLM, or install vLLM next to bnbfix."
             raise UsageError("has no vLLM", where=self.python or sys.executable, hint=hint, command=INSTALL)
-        return Installed(version, answer["versions"].get(PLUGIN))
+        return Installed(version, answer["versions"].get(PLUGIN), answer["versions"].get("transformers"))
 
     @property
     def target(self) -> Target:
@@ -85,7 +84,7 @@ class LiveVllm:
         The sources are read like in a scan: headers and quant states, and the small files next to the weights.
         """
         version = self.installed.version
-        with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
+        with scratch_folder() as scratch:
             folders = [Path(scratch) / f"model-{i}" for i in range(len(checkpoints))]
             for checkpoint, folder in zip(checkpoints, folders, strict=True):
                 folder.mkdir()
@@ -140,7 +139,7 @@ def _read_answer(vllm: str, answer: Mapping[str, Any], checkpoint: Checkpoint) -
             quantized=int(answer.get("quantized", 0)),
             unbound=tuple(map(str, answer.get("unbound", ()))),
         )
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise EngineError(f"vLLM's answer makes no sense ({e})", where=checkpoint.source.name) from e
 
 

@@ -1,7 +1,6 @@
 """The parameters that a vLLM release makes for the linear weights of a checkpoint, and how it reads skip entries.
 
-Sources: vLLM model_executor/models/gemma4*.py (`hf_to_vllm_mapper`, `packed_modules_mapping`);
-quantization/bitsandbytes.py, `is_layer_skipped_bnb`.
+Source: vLLM quantization/bitsandbytes.py, `is_layer_skipped_bnb`.
 """
 
 from __future__ import annotations
@@ -9,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from ...models.family import Model, TensorRole
-from ...models.gemma4 import TEXT
 from ...models.inspection import LinearWeight
-from ..engine import Parameter, ReleaseRange, matching_entries
-
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+from ..engine import Expectation, Parameter, Slot, matching_entries
 
 
 def vllm_skips(entry: str, module: str) -> bool:
@@ -34,36 +23,22 @@ def _names_matched(module: str) -> frozenset[str]:
     return frozenset(parts) | {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
-def parameters(
-    linears: Iterable[LinearWeight], model: Model, release: ReleaseRange, skip: tuple[str, ...]
-) -> list[Parameter]:
+def find_slot(name: str, expectation: Expectation) -> Slot | None:
+    """The parameter that a tensor of the file goes into, a fused one perhaps; None for what the release drops."""
+    place = expectation.place(name)
+    found = (expectation.parameters.get(parameter) for parameter, _ in (place.fills if place else ()))
+    return next((slot for slot in found if slot is not None), None)
+
+
+def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: tuple[str, ...]) -> list[Parameter]:
     """The release's parameters for these weights, in the order of their first member, without what it drops."""
-    groups: dict[str, list[LinearWeight]] = {}
+    groups: dict[Slot, list[LinearWeight]] = {}
     for linear in linears:
-        if (module := vllm_module(linear.role, model, release)) is not None:
-            groups.setdefault(module, []).append(linear)
+        if (slot := find_slot(linear.name, expectation)) is not None:
+            groups.setdefault(slot, []).append(linear)
     out = []
-    for module, members in groups.items():
+    for slot, members in groups.items():
         role = members[0].role
-        quantizable = release.quantizes(model.family.name, role.kind)
-        # Experts are made by another class, which no skip entry reaches.
-        skipped = matching_entries(skip, module, vllm_skips) if quantizable and role.kind != "expert" else ()
-        out.append(Parameter(module, role.kind, role.layer, tuple(members), quantizable, skipped))
+        skipped = matching_entries(skip, slot.module, vllm_skips) if slot.quantized and not slot.experts else ()
+        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped))
     return out
-
-
-def vllm_module(role: TensorRole, model: Model, release: ReleaseRange) -> str | None:
-    """vLLM's name for the module that a weight goes into, a fused one perhaps; None for what the release drops."""
-    fused = True
-    if role.kind == "attention" and model.kv_shared(role.layer):
-        fused = release.needs_shared_kv
-        if not fused and role.part in ("k_proj", "v_proj"):
-            return None
-    name = role.module
-    if fused and role.part in FUSED:
-        name = name.removesuffix(role.part) + FUSED[role.part]
-    if model.family.text_only:
-        return name.replace(TEXT, "model.", 1)
-    if name.startswith(TEXT):
-        return "language_model.model." + name[len(TEXT) :]
-    return "language_model." + name if name == "lm_head" else name.removeprefix("model.")

@@ -14,6 +14,7 @@ from ...models.inspection import Inspection, inspect_checkpoint
 from ..engine import Installed, Parameter, ReleaseRange
 from .parameters import parameters
 from .process import Status, run_worker
+from .recorded import expect
 from .releases import INSTALL, find_installed, find_range, ranges
 
 PROBE_SECONDS = 300.0
@@ -84,7 +85,8 @@ def probe_model(folder: Path, status: Status | None = None) -> ProbeResult:
 
 
 def _expect(inspection: Inspection, release: ReleaseRange) -> list[Parameter]:
-    return parameters(inspection.linears, inspection.model, release, inspection.checkpoint.skip_modules)
+    expectation = expect(inspection.model, release)
+    return parameters(inspection.linears, expectation, inspection.checkpoint.skip_modules) if expectation else []
 
 
 def find_disagreements(

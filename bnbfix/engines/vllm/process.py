@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def run_worker(
         UsageError: There is no such interpreter, or it has no vLLM.
         EngineError: No answer, or none that makes sense.
     """
-    with tempfile.TemporaryDirectory(prefix="bnbfix-") as scratch:
+    with scratch_folder() as scratch:
         package, log, status_file = (Path(scratch) / name for name in ("bnbfix_worker", "log", "status"))
         answers = [Path(scratch) / f"answer-{i}.json" for i in range(len(folders))]
         shutil.copytree(INSIDE, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -59,7 +59,7 @@ def run_worker(
             with log.open("wb") as out:
                 process = subprocess.Popen(  # noqa: S603  # our own module, under the interpreter that the user names
                     command,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # nothing is written to it: its end tells the worker that this process ended
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     cwd=scratch,
@@ -74,6 +74,17 @@ def run_worker(
             _end(process)
         found = zip(folders, answers, strict=True)
         return [_read_answer(answer, log, process.returncode, folder) for folder, answer in found]
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A temporary folder. Raises EngineError when there is none, or it cannot be written to."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="bnbfix-", ignore_cleanup_errors=True) as folder:
+            yield folder
+    except OSError as e:
+        hint = "vLLM is asked through a temporary folder: set TMPDIR to one that can be written to."
+        raise EngineError(f"cannot be asked ({e.strerror or e})", where="vLLM", hint=hint) from e
 
 
 def _wait(
@@ -110,6 +121,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, with everything it started
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _read_answer(answer: Path, log: Path, returncode: int, folder: Path) -> dict[str, Any]:

@@ -86,10 +86,9 @@ def serving_packages(target: Target) -> list[str]:
     elif not (here and here.plugin):
         limit = unfit_plugin(Installed(version, plugin_bounds()[-1][0]))
         packages.append(f"{PLUGIN}<{limit}" if limit else PLUGIN)
-    for bounds, pin in _table()["transformers"].items():
-        first, _, last = bounds.partition("-")
-        if bounds != "comment" and (version_key(first) or key) <= key <= (version_key(last) or key):
-            packages.append(f"transformers{pin}")
+    limit, there = row.transformers_below, here.transformers if here else None
+    if limit and (version_key(there or "") or (9,)) >= (version_key(limit) or ()):
+        packages.append(f"transformers<{limit.removesuffix('.0')}")
     return packages
 
 
@@ -127,7 +126,7 @@ def find_installed(version_of: Callable[[str], str] | None = None) -> Installed 
             return None
 
     version = next((v for v in map(look, VLLM_DISTRIBUTIONS) if v), None)
-    return Installed(version, look(PLUGIN)) if version else None
+    return Installed(version, look(PLUGIN), look("transformers")) if version else None
 
 
 def resolve_target(request: str | None, installed: Installed | None = None) -> Target:

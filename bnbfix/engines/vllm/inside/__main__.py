@@ -16,11 +16,13 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .engine import ENVIRONMENT, import_vllm, report_status, versions
+from .parent import watch_parent
 
 
 def main() -> None:
     """Writes an answer for each folder, and ends with status 0 whatever the answers are."""
     what, *paths = sys.argv[1:]
+    watch_parent()
     os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
     report_status("importing vLLM")
     jobs = list(zip(paths[::2], paths[1::2], strict=True))

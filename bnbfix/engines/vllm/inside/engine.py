@@ -165,8 +165,11 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def build_skeleton(folder: str) -> tuple[Any, Any]:
-    """(config, model): the model of a folder's config on the meta device, without weights."""
+def build_skeleton(folder: str, prepare: Look = lambda config: None) -> tuple[Any, Any]:
+    """(config, model): the model of a folder's config on the meta device, without weights.
+
+    `prepare` is called with the engine's config before the model is built.
+    """
     import torch
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
@@ -178,6 +181,7 @@ def build_skeleton(folder: str) -> tuple[Any, Any]:
     patch_vllm_for_cpu()
     options = {k: v for k, v in ENGINE.items() if k != "skip_mm_profiling"}
     config = EngineArgs(model=folder, skip_tokenizer_init=True, **options).create_engine_config()
+    prepare(config)
     with current_config(config):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{_free_port()}", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)

@@ -1,0 +1,54 @@
+"""A load without the bytes: what becomes of a file's tensors by their names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint.checkpoint import Weight
+from .engine import Expectation
+
+FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})  # dtypes that can be cast
+
+
+@dataclass(frozen=True)
+class Load:
+    """A load without the bytes, as far as names and shapes tell."""
+
+    refused: tuple[str, ...]
+    renamed: Mapping[str, str]  # refused names, by the name that would be known
+    misshapen: Mapping[str, tuple[int | None, ...]]  # the shapes that the weights should have
+    no_floats: tuple[str, ...]
+    unfilled: tuple[str, ...]  # names of tensors that would fill a parameter which nothing fills
+    partial: tuple[str, ...]  # and the rest of a fused one
+
+
+def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
+    """What a release does with these tensors by their names, dtypes and shapes."""
+    refused, renamed, misshapen, no_floats = list[str](), {}, {}, list[str]()
+    filled: dict[str, set[str]] = {}
+    for name, weight in weights.items():
+        place = expectation.place(name)
+        if place is None or place.refused:
+            if (known := expectation.rename(name)) is not None:
+                renamed[name] = known
+                place = expectation.place(known)
+            elif place is not None:
+                refused.append(name)
+            if place is None or place.refused:
+                continue
+        for parameter, part in place.fills:
+            filled.setdefault(parameter, set()).add(part)
+        if place.shape is not None and not _fits(weight.shape, place.shape):
+            misshapen[name] = place.shape
+        elif place.fills and not weight.quantized and weight.tensor.info.dtype not in FLOATS:
+            no_floats.append(name)
+    unfilled, partial = list[str](), list[str]()
+    for parameter in expectation.parameters:
+        missing = expectation.missing(parameter, filled.get(parameter, set()))
+        (partial if parameter in filled else unfilled).extend(missing)
+    return Load(tuple(refused), renamed, misshapen, tuple(no_floats), tuple(unfilled), tuple(partial))
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(b is None or a == b for a, b in zip(shape, wanted, strict=True))

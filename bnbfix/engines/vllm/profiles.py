@@ -1,0 +1,113 @@
+"""What releases of vLLM expect of a class's checkpoints, as tests/conformance/survey.py recorded it from real ones.
+
+A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
+release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
+are formulas over the keys of config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from .releases import version_key
+
+FOLDER = Path(__file__).with_name("profiles")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
+
+Feature = Sequence[str]  # [kind, path, ...]
+
+
+@cache
+def find_pattern(name: str) -> str:
+    """A name with `*` for its layer numbers."""
+    return _NUMBER.sub("*", name)
+
+
+@cache
+def find_numbers(name: str) -> tuple[int, ...]:
+    """The layer numbers in a name, first to last."""
+    return tuple(int(n) for n in _NUMBER.findall(name))
+
+
+def fill_pattern(pattern: str, numbers: Iterable[int]) -> str:
+    """A pattern with layer numbers in the place of its first stars."""
+    for n in numbers:
+        pattern = pattern.replace("*", str(n), 1)
+    return pattern
+
+
+@lru_cache(16)
+def load_profile(architecture: str) -> dict[str, Any] | None:
+    """The profile of a class; None where it was not surveyed."""
+    path = FOLDER / f"{architecture}.json"
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def read_path(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of config.json's keys, joined by dots; None where there is none."""
+    at: Any = config
+    for key in path.split("."):
+        at = at.get(key) if isinstance(at, Mapping) else None
+    return at
+
+
+def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | None) -> str:
+    """The value of a feature for a model, or for one of its layers; "?" where the config does not tell.
+
+    Kinds: `true` PATH; `item` PATH VALUE: the layer's item of a list is VALUE; `in` PATH: a list holds the layer's
+    number; `last` PATH COUNT: the layer is one of the last; `first` PATH: one of the first; `every` PATH: the layer's
+    number, counted from 1, is a multiple.
+    """
+    kind, path, *rest = feature
+    value = read(path)
+    if kind == "true":
+        return str(int(bool(value)))
+    if layer is None:
+        return "?"
+    if kind == "item" and isinstance(value, list) and layer < len(value):
+        return str(int(value[layer] == rest[0]))
+    if kind == "in" and isinstance(value, list | None):
+        return str(int(layer in (value or ())))
+    if type(value) is not int:
+        return "?"
+    if kind == "last" and type(count := read(rest[0])) is int:
+        return str(int(layer >= count - value))
+    if kind == "first":
+        return str(int(layer < value))
+    if kind == "every" and value > 0:
+        return str(int((layer + 1) % value == 0))
+    return "?"
+
+
+def evaluate_size(formula: str | None, read: Callable[[str], Any]) -> int | None:
+    """A size from a formula such as `2*text_config.head_dim*text_config.num_attention_heads/4+8`; None if unknown."""
+    if formula is None:
+        return None
+    total = 0
+    for product in formula.split("+"):
+        factors, _, divisor = product.partition("/")
+        value = 1
+        for factor in factors.split("*"):
+            found = int(factor) if factor.isdigit() else read(factor)
+            if isinstance(found, list):
+                found = len(found)
+            if type(found) is not int:
+                return None
+            value *= found
+        total += value // int(divisor or 1)
+    return total
+
+
+def overlapping_row(rows: Sequence[Sequence[Any]], first: str, last: str) -> Any:
+    """What releases from `first` to `last` do, out of rows [first, last, answer]; None where no row reaches them."""
+    begin, end = version_key(first), version_key(last)
+    for row in reversed(rows):
+        low, high = version_key(row[0]), version_key(row[1])
+        if begin and end and low and high and low <= end and high >= begin:
+            return row[2]
+    return None

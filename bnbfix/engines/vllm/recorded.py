@@ -1,0 +1,209 @@
+"""What a release expects of a model's checkpoint, from its class's profile: parameters, and a place for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ...models.family import Model
+from ..engine import Place, ReleaseRange, Slot
+from .profiles import (
+    evaluate_feature,
+    evaluate_size,
+    fill_pattern,
+    find_numbers,
+    find_pattern,
+    load_profile,
+    overlapping_row,
+)
+
+REFUSED, IGNORED = Place(refused=True), Place()
+
+
+class RecordedExpectation:
+    """What one range of releases expects of a model. Names of tensors are the file's, of parameters vLLM's."""
+
+    def __init__(self, profile: Mapping[str, Any], release: ReleaseRange, model: Model) -> None:
+        self._profile, self._model = profile, model
+        self._rows = _rows_of(profile["architecture"], release)
+        self._vectors: dict[tuple[str, int | None], str] = {}
+        self._sizes: dict[str, int | None] = {}
+        self._answers: dict[tuple[str, str, int | None], Any] = {}
+
+    def _read(self, path: str) -> Any:
+        value = self._model.read(path)
+        return self._profile["defaults"].get(path) if value is None else value
+
+    def _size(self, formula: str | None) -> int | None:
+        if formula is None:
+            return None
+        if formula not in self._sizes:
+            self._sizes[formula] = evaluate_size(formula, self._read)
+        return self._sizes[formula]
+
+    def _answer(self, kind: str, pattern: str, layer: int | None) -> Any:
+        """What the release does with a tensor or parameter of a pattern in a layer; "?" where it was not surveyed."""
+        key = kind, pattern, layer
+        if key not in self._answers:
+            answer = self._rows[kind].get(pattern, "?")
+            if isinstance(answer, dict) and "by" in answer:
+                vector = "".join(self._feature(name, layer) for name in answer["by"])
+                answer = answer["cases"].get(vector, "?")
+            self._answers[key] = answer
+        return self._answers[key]
+
+    def _feature(self, name: str, layer: int | None) -> str:
+        if (name, layer) not in self._vectors:
+            self._vectors[name, layer] = evaluate_feature(self._profile["features"][name], self._read, layer)
+        return self._vectors[name, layer]
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Slot]:
+        """Every parameter that has to be filled, by name."""
+        out = {}
+        for pattern in self._rows["parameters"]:
+            for numbers in self._expand(pattern):
+                answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
+                if pattern.endswith("lm_head.weight") and self._model.tied:
+                    continue  # the embeddings take its place
+                if isinstance(answer, dict):
+                    name = fill_pattern(pattern, numbers)
+                    module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
+                    out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
+        return out
+
+    def _expand(self, pattern: str) -> list[tuple[int, ...]]:
+        """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""
+        out: list[tuple[int, ...]] = [()]
+        parts = pattern.split(".")
+        for at, part in enumerate(parts):
+            if part == "*":
+                length = self._size(self._profile["stacks"].get(find_pattern(".".join(parts[:at]))))
+                out = [(*numbers, n) for numbers in out for n in range(length or 0)]
+        return out
+
+    def place(self, name: str) -> Place | None:
+        """Where the release puts a tensor of the file; None where that was not surveyed."""
+        canonical = self.canonical(name)
+        if canonical is None:
+            return self._place_unknown(name)
+        pattern, numbers = find_pattern(canonical), find_numbers(canonical)
+        answer = self._answer("tensors", pattern, numbers[0] if numbers else None)
+        if self._is_beyond(canonical):
+            return self._place_unknown(canonical)
+        if isinstance(answer, dict):
+            parts = tuple(
+                (fill_pattern(parameter, numbers), part.replace("*", str(numbers[-1])) if numbers else part)
+                for parameter, found in answer["fills"].items()
+                for part in found
+            )
+            return Place(parts, tuple(map(self._size, answer["shape"])))
+        return {"refused": REFUSED, "ignored": IGNORED}.get(answer)
+
+    def canonical(self, name: str) -> str | None:
+        """The name by which the release knows a tensor, as transformers writes it; None where it knows none."""
+        if find_pattern(name) in self._rows["tensors"]:
+            return name
+        for theirs, ours, accepted in self._rows["aliases"]:
+            if (
+                accepted
+                and name.startswith(theirs)
+                and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]
+            ):
+                return str(ours + name[len(theirs) :])
+        return None
+
+    def rename(self, name: str) -> str | None:
+        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+        for theirs, ours, _ in self._rows["aliases"]:
+            if name.startswith(theirs) and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]:
+                return str(ours + name[len(theirs) :])
+        return None
+
+    def _is_beyond(self, name: str) -> bool:
+        """Return True if a layer number is past the end of its stack."""
+        pattern, numbers = find_pattern(name).split("."), iter(find_numbers(name))
+        for at, part in enumerate(pattern):
+            if part == "*":
+                number, length = next(numbers), self._size(self._profile["stacks"].get(".".join(pattern[:at])))
+                if length is not None and number >= length:
+                    return True
+        return False
+
+    def _place_unknown(self, name: str) -> Place | None:
+        """What becomes of a name that the class does not have: refused, or ignored."""
+        pattern = module = _find_module(find_pattern(name), self._rows["modules"])
+        while pattern and pattern not in self._rows["unknown"]:
+            pattern = pattern.rpartition(".")[0]
+        if (answers := self._rows["unknown"].get(pattern)) is None:
+            return None
+        if self._is_beyond(name):
+            answer = answers.get("beyond", 1)
+        elif name.endswith("rotary_emb.inv_freq"):
+            answer = answers["rotary_emb.inv_freq"]
+        else:
+            inside = find_pattern(name)[len(module) + 1 if module else 0 :]
+            answer = answers.get(inside if inside in ("bias", "weight") else "bnbfix_unknown" + _shorten(inside), 1)
+        return REFUSED if answer else IGNORED
+
+    def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
+        """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
+        numbers, out = find_numbers(parameter), dict[str, None]()
+        pattern = find_pattern(parameter)
+        for tensor in self._rows["fillers"].get(pattern, ()):
+            answer = self._answer("tensors", tensor, numbers[0] if numbers else None)
+            wanted = answer["fills"].get(pattern, ()) if isinstance(answer, dict) else ()
+            if all("*" not in part and part in parts for part in wanted):
+                continue
+            own = fill_pattern(tensor, numbers)
+            for rest in self._expand(own):
+                if any(part.replace("*", str(rest[-1]) if rest else "*") not in parts for part in wanted):
+                    out[fill_pattern(own, rest)] = None
+        return tuple(out) or (() if parts else (parameter,))
+
+
+def _shorten(inside: str) -> str:
+    """The unknown name that stands for all like this one."""
+    return "" if "." not in inside else ".bias" if inside.endswith(".bias") else ".weight"
+
+
+def _find_module(pattern: str, modules: Container[str]) -> str:
+    """The innermost module around a name that the class has."""
+    module = pattern.rpartition(".")[0]
+    while module and module not in modules:
+        module = module.rpartition(".")[0]
+    return module
+
+
+@lru_cache(64)
+def _rows_of(architecture: str, release: ReleaseRange) -> dict[str, Any]:
+    """The answers of one range of releases, by kind and pattern."""
+    profile = load_profile(architecture)
+    assert profile is not None, architecture
+    out: dict[str, Any] = {}
+    for kind in ("tensors", "parameters", "unknown"):
+        found = {key: overlapping_row(rows, release.first, release.last) for key, rows in profile[kind].items()}
+        out[kind] = {key: answer for key, answer in found.items() if answer is not None}
+    names = [*out["tensors"], *(f"{module}." for module in out["unknown"])]
+    out["modules"] = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
+    fillers: dict[str, list[str]] = {}
+    for pattern, answer in out["tensors"].items():
+        cases = answer["cases"].values() if isinstance(answer, dict) and "by" in answer else (answer,)
+        for parameter in {p for case in cases if isinstance(case, dict) for p in case["fills"]}:
+            fillers.setdefault(parameter, []).append(pattern)
+    out["fillers"] = fillers
+    aliases = [
+        (*key.split("|"), overlapping_row(rows, release.first, release.last))
+        for key, rows in profile["aliases"].items()
+    ]
+    out["aliases"] = sorted(aliases, key=lambda a: -len(a[0]))
+    return out
+
+
+def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:
+    """What a range of releases expects of a model; None where its class was not surveyed in it."""
+    profile = load_profile(model.family.architecture)
+    if profile is None or overlapping_row(profile["known"], release.first, release.last) is None:
+        return None
+    return RecordedExpectation(profile, release, model)

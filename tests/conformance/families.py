@@ -1,0 +1,375 @@
+"""The model classes that are surveyed: configs of two sizes or more for each, and what their layers may depend on.
+
+Sizes differ between the configs of a class, so that a size found in a shape tells which key of config.json it is from.
+A feature is [kind, path, ...] as bnbfix.engines.vllm.profiles evaluates it; paths are keys of config.json joined by
+dots.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
+import tiny_gemma4 as gemma4
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of models, by its configs and what its parameters may depend on."""
+
+    configs: list[Config]
+    features: dict[str, list[str]] = field(default_factory=dict)
+    renames: list[tuple[str, str]] = field(default_factory=list)  # other names to try: (part of a name, what instead)
+    processor: str | None = None  # of a processor_config.json that the class needs
+    transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
+
+
+def change(config: Config, **changes: Any) -> Config:
+    """A copy with values set at paths, written with __ for the dots."""
+    config = copy.deepcopy(config)
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        at = config
+        for parent in parents:
+            at = at[parent]
+        at[key] = value
+    return config
+
+
+def _gemma4(name: str, **changes: Any) -> list[Config]:
+    """A tiny Gemma4 in two sizes."""
+    spec = gemma4.FAMILIES[name]
+    small = gemma4._config(spec, None, False)
+    at = "text_config__" if spec.vision else ""
+    pattern = small["text_config"]["layer_types"] if spec.vision else small["layer_types"]
+    sizes: Config = {
+        "vocab_size": 576,
+        "vocab_size_per_layer_input": 576,
+        "hidden_size": 192,
+        "intermediate_size": 448,
+        "num_hidden_layers": 9,
+        "layer_types": [*(pattern * 2)[:8], "full_attention"],
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 96,
+        "global_head_dim": 160,
+    }
+    text = small["text_config"] if spec.vision else small
+    if text["num_global_key_value_heads"]:
+        sizes["num_global_key_value_heads"] = 2
+    if text["hidden_size_per_layer_input"]:
+        sizes |= {"hidden_size_per_layer_input": 80, "num_kv_shared_layers": 3}
+    if text.get("enable_moe_block"):
+        sizes |= {"num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 128}
+    large = change(small, **{at + key: value for key, value in sizes.items()}, **changes)
+    return [small, large]
+
+
+_VISION = {
+    "vision_config__hidden_size": 128,
+    "vision_config__intermediate_size": 224,
+    "vision_config__num_hidden_layers": 5,
+    "vision_config__num_attention_heads": 4,
+    "vision_config__num_key_value_heads": 4,
+    "vision_config__patch_size": 8,
+    "vision_config__position_embedding_size": 144,
+}
+_AUDIO = {
+    "audio_config__hidden_size": 128,
+    "audio_config__num_hidden_layers": 7,
+    "audio_config__num_attention_heads": 4,
+    "audio_config__output_proj_dims": 112,
+    "audio_config__conv_kernel_size": 7,
+}
+
+
+def _unlike() -> list[Config]:
+    """Models that do not exist, in which features come apart that go together in those that do."""
+    dense, small = (_gemma4(name)[0] for name in ("dense31b", "e4b"))
+    return [
+        change(dense, audio_config=small["audio_config"], text_config__attention_k_eq_v=False),
+        change(small, audio_config=None, vision_config__use_clipped_linears=False, text_config__num_kv_shared_layers=0),
+        change(dense, text_config__hidden_size_per_layer_input=48, vision_config__standardize=False),
+    ]
+
+
+_GEMMA4_TEXT = {
+    "full": ["item", "layer_types", "full_attention"],
+    "kv_shared": ["last", "num_kv_shared_layers", "num_hidden_layers"],
+    "k_eq_v": ["true", "attention_k_eq_v"],
+    "wide": ["true", "use_double_wide_mlp"],
+    "moe": ["true", "enable_moe_block"],
+    "per_layer": ["true", "hidden_size_per_layer_input"],
+}
+_GEMMA4 = {
+    **{name: [kind, f"text_config.{path}", *rest] for name, (kind, path, *rest) in _GEMMA4_TEXT.items()},
+    "kv_shared": ["last", "text_config.num_kv_shared_layers", "text_config.num_hidden_layers"],
+    "vision": ["true", "vision_config"],
+    "audio": ["true", "audio_config"],
+    "standardize": ["true", "vision_config.standardize"],
+    "clipped_vision": ["true", "vision_config.use_clipped_linears"],
+    "clipped_audio": ["true", "audio_config.use_clipped_linears"],
+}
+_K_AS_V = [(r"self_attn\.k_proj", "self_attn.v_proj")]
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+LARGE = SMALL | {
+    "vocab_size": 576,
+    "hidden_size": 192,
+    "intermediate_size": 448,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+SIGLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+SIGLIP_LARGE = SIGLIP | {
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_hidden_layers": 5,
+    "image_size": 112,
+    "patch_size": 28,
+}
+QWEN_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 128, "intermediate_size": 160}
+QWEN_VISION_LARGE = {"depth": 5, "hidden_size": 96, "num_heads": 3, "out_hidden_size": 192, "intermediate_size": 224}
+MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+MROPE_LARGE = MROPE | {"mrope_section": [8, 12, 12]}
+
+
+def _text(architecture: str, model_type: str, *variants: Config, **both: Any) -> Family:
+    """A text-only class in two sizes, and in variants of the small one."""
+    named = {"architectures": [architecture], "model_type": model_type}
+    return Family([named | SMALL | both | v for v in ({}, *variants)] + [named | LARGE | both])
+
+
+def _multimodal(
+    architecture: str,
+    model_type: str,
+    text: tuple[Config, Config],
+    vision: tuple[Config, Config],
+    features: dict[str, list[str]] | None = None,
+    *,
+    transposed_experts: bool = False,
+    **both: Any,
+) -> Family:
+    """A multimodal class in two sizes."""
+    named = {"architectures": [architecture], "model_type": model_type} | both
+    sizes = zip((SMALL | text[0], LARGE | text[1]), vision, strict=True)
+    configs = [named | {"text_config": t, "vision_config": v} for t, v in sizes]
+    return Family(configs, features or {}, transposed_experts=transposed_experts)
+
+
+_BIAS = {"attention_bias": ["true", "attention_bias"], "mlp_bias": ["true", "mlp_bias"]}
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_OTHERS: dict[str, Family] = {
+    "LlamaForCausalLM": replace(
+        _text("LlamaForCausalLM", "llama", {"attention_bias": True}, {"mlp_bias": True}), features=_BIAS
+    ),
+    "MistralForCausalLM": _text("MistralForCausalLM", "mistral"),
+    "Qwen2ForCausalLM": _text("Qwen2ForCausalLM", "qwen2"),
+    "Qwen3ForCausalLM": replace(
+        _text("Qwen3ForCausalLM", "qwen3", {"attention_bias": True}),
+        features={"attention_bias": ["true", "attention_bias"]},
+    ),
+    "Gemma2ForCausalLM": _text("Gemma2ForCausalLM", "gemma2"),
+    "Gemma3ForCausalLM": _text("Gemma3ForCausalLM", "gemma3_text", sliding_window=64),
+    "Phi3ForCausalLM": _text("Phi3ForCausalLM", "phi3"),
+    "GraniteForCausalLM": _text("GraniteForCausalLM", "granite"),
+    "Qwen3MoeForCausalLM": Family(
+        [
+            {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | size | _MOE | more
+            for size, more in (
+                (SMALL, {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+                (SMALL, {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}),
+                (
+                    LARGE,
+                    {"num_experts": 5, "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 96},
+                ),
+            )
+        ],
+        {"sparse": ["every", "decoder_sparse_step"], "dense": ["in", "mlp_only_layers"]},
+    ),
+    "Gemma3ForConditionalGeneration": _multimodal(
+        "Gemma3ForConditionalGeneration",
+        "gemma3",
+        ({"model_type": "gemma3_text", "sliding_window": 64}, {"model_type": "gemma3_text", "sliding_window": 64}),
+        (SIGLIP | {"vision_use_head": False}, SIGLIP_LARGE | {"vision_use_head": False}),
+        mm_tokens_per_image=16,
+        image_token_index=10,
+        boi_token_index=11,
+        eoi_token_index=12,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": _multimodal(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        ({"rope_parameters": MROPE}, {"rope_parameters": MROPE_LARGE}),
+        (QWEN_VISION | {"fullatt_block_indexes": [1]}, QWEN_VISION_LARGE | {"fullatt_block_indexes": [1]}),
+    ),
+    "Qwen3VLForConditionalGeneration": _multimodal(
+        "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
+        (
+            {"rope_parameters": MROPE | {"mrope_interleaved": True}},
+            {"rope_parameters": MROPE_LARGE | {"mrope_interleaved": True}},
+        ),
+        (
+            QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+            QWEN_VISION_LARGE | {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 144},
+        ),
+    ),
+    "Mistral3ForConditionalGeneration": _multimodal(
+        "Mistral3ForConditionalGeneration",
+        "mistral3",
+        ({"model_type": "mistral"}, {"model_type": "mistral"}),
+        (SIGLIP | {"model_type": "pixtral", "head_dim": 32}, SIGLIP_LARGE | {"model_type": "pixtral", "head_dim": 48}),
+        image_token_index=10,
+    ),
+    "LlavaNextForConditionalGeneration": _multimodal(
+        "LlavaNextForConditionalGeneration",
+        "llava_next",
+        ({"model_type": "mistral"}, {"model_type": "mistral"}),
+        (
+            SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 64},
+            SIGLIP_LARGE | {"model_type": "clip_vision_model", "projection_dim": 96},
+        ),
+        image_token_index=10,
+    ),
+    "Llama4ForConditionalGeneration": _multimodal(
+        "Llama4ForConditionalGeneration",
+        "llama4",
+        (
+            {
+                "intermediate_size_mlp": 320,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 1,
+                "attention_chunk_size": 64,
+            },
+            {
+                "intermediate_size_mlp": 384,
+                "num_local_experts": 5,
+                "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 2,
+                "attention_chunk_size": 64,
+            },
+        ),
+        (
+            SIGLIP
+            | {
+                "intermediate_size": 256,
+                "vision_output_dim": 64,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+                "pixel_shuffle_ratio": 0.5,
+            },
+            SIGLIP_LARGE
+            | {
+                "intermediate_size": 384,
+                "vision_output_dim": 96,
+                "projector_input_dim": 96,
+                "projector_output_dim": 96,
+                "pixel_shuffle_ratio": 0.5,
+            },
+        ),
+        {"moe": ["every", "text_config.interleave_moe_layer_step"]},
+        transposed_experts=True,
+    ),
+    "Gemma3nForConditionalGeneration": Family(
+        [
+            {
+                "architectures": ["Gemma3nForConditionalGeneration"],
+                "model_type": "gemma3n",
+                "text_config": size
+                | {
+                    "num_kv_shared_layers": shared,
+                    "layer_types": (["sliding_attention", "sliding_attention", "full_attention"] * 3)[:layers],
+                    "num_hidden_layers": layers,
+                    "vocab_size_per_layer_input": size["vocab_size"],
+                    "hidden_size_per_layer_input": per_layer,
+                    "activation_sparsity_pattern": [0.0] * layers,
+                    "laurel_rank": rank,
+                    "sliding_window": 64,
+                    "intermediate_size": [size["intermediate_size"]] * layers,
+                },
+                "audio_config": {
+                    "hidden_size": audio,
+                    "conf_num_hidden_layers": 2,
+                    "conf_num_attention_heads": 2,
+                    "vocab_size": 128,
+                    "vocab_offset": size["vocab_size"],
+                },
+            }
+            for size, layers, shared, per_layer, rank, audio in ((SMALL, 6, 2, 48, 8, 64), (LARGE, 9, 3, 80, 12, 96))
+        ],
+        {"kv_shared": ["last", "text_config.num_kv_shared_layers", "text_config.num_hidden_layers"]},
+    ),
+    "GptOssForCausalLM": replace(
+        _text("GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
+        transposed_experts=True,
+    ),
+}
+
+FAMILIES: dict[str, Family] = _OTHERS | {
+    "Gemma4ForConditionalGeneration": Family(
+        [
+            *_gemma4("dense31b", **_VISION),
+            *_gemma4("e4b", **_VISION, **_AUDIO),
+            *_gemma4("e2b", **_VISION, **_AUDIO),
+            *_gemma4("moe26b", **_VISION),
+            *_unlike(),
+        ],
+        _GEMMA4,
+        _K_AS_V,
+        "Gemma4",
+    ),
+    "Gemma4ForCausalLM": Family(
+        [
+            *_gemma4("text"),
+            *(
+                c["text_config"] | {"architectures": ["Gemma4ForCausalLM"], "dtype": "bfloat16"}
+                for c in [c for name in ("e4b", "e2b", "moe26b") for c in _gemma4(name)] + _unlike()
+            ),
+        ],
+        _GEMMA4_TEXT,
+        _K_AS_V,
+    ),
+    "Gemma4UnifiedForConditionalGeneration": Family(
+        _gemma4(
+            "unified12b",
+            vision_config__hidden_size=192,
+            vision_config__mm_embed_dim=160,
+            vision_config__mm_posemb_size=144,
+            vision_config__output_proj_dims=192,
+            vision_config__patch_size=8,
+            audio_config__audio_embed_dim=320,
+        ),
+        {k: v for k, v in _GEMMA4.items() if k in ("full", "k_eq_v", "vision", "audio")},
+        _K_AS_V,
+        "Gemma4Unified",
+    ),
+}

@@ -1,0 +1,332 @@
+"""Turns the answers of a survey into a profile: names become patterns, sizes formulas, equal releases ranges."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from families import Family
+
+from bnbfix.engines.vllm.profiles import evaluate_feature, evaluate_size, find_numbers, find_pattern, read_path
+
+MAX_FEATURES = 4  # that one answer may depend on
+Answer = Any  # JSON
+
+
+@dataclass
+class Point:
+    """One answer about one tensor or parameter of one model."""
+
+    model: int
+    layer: int | None
+    answer: Answer
+    shape: list[int] | None = None
+
+
+@dataclass
+class Models:
+    """The surveyed models of a class, by number."""
+
+    configs: list[dict[str, Any]]
+    defaults: list[dict[str, Any]]
+    features: dict[str, list[str]]
+    sizes: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def read(self, model: int, path: str) -> Any:
+        value = read_path(self.configs[model], path)
+        return read_path(self.defaults[model], path) if value is None else value
+
+    def vector(self, names: Iterable[str], p: Point) -> str:
+        return "".join(evaluate_feature(self.features[n], partial(self.read, p.model), p.layer) for n in names)
+
+    def integers(self, model: int) -> dict[str, int]:
+        """Every count in a config, by path; lists count by their lengths."""
+        if model not in self.sizes:
+            self.sizes[model] = dict(_list_integers(self.configs[model], ""))
+        return self.sizes[model]
+
+
+def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from _list_integers(value, f"{at}{key}.")
+        elif type(value) is int and value > 0 and not key.endswith(("_id", "_index")):
+            yield at + key, value
+        elif isinstance(value, list) and value and type(value[0]) is not dict:
+            yield at + key, len(value)
+
+
+def build_profile(
+    name: str, family: Family, shapes: list[dict[str, Any]], releases: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The profile of a class, from transformers' answers for its configs, and each release's."""
+    models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
+    linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
+    known = {r: answers for r, answers in releases.items() if not all(a["error"] for a in answers)}
+    by_release = {r: _describe_release(models, answers) for r, answers in known.items()}
+    paths = {path for _, path, *rest in family.features.values() for path in (path, *rest)}
+    profile: dict[str, Any] = {
+        "schema": 1,
+        "architecture": name,
+        "model_types": sorted({c["model_type"] for c in models.configs}),
+        "known": _merge_releases(dict.fromkeys(known, 1), list(releases)),
+        "features": family.features,
+        "linears": linears,
+        "stacks": _fit_stacks(models, shapes, list(known.values())),
+    }
+    for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
+        keys = sorted({key for described in by_release.values() for key in described[part]})
+        profile[part] = {
+            key: _merge_releases({r: by_release[r][part].get(key) for r in by_release}, list(releases)) for key in keys
+        }
+    used = (
+        paths
+        | {"tie_word_embeddings", "text_config.tie_word_embeddings"}
+        | set(_list_paths(profile["tensors"]))
+        | set(_list_paths(profile["stacks"]))
+    )
+    defaults = {path: read_path(models.defaults[0], path) for path in sorted(used)}
+    profile["defaults"] = {path: value for path, value in defaults.items() if isinstance(value, int)}
+    return profile
+
+
+def _list_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from (f for f in re.split(r"[*+/]", value) if f and not f.isdigit())
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _list_paths(item)
+
+
+def _merge_releases(answers: dict[str, Answer], order: list[str]) -> list[list[Any]]:
+    """Rows [first release, last release, answer], where neighbours say the same; releases without one have no row."""
+    rows: list[list[Any]] = []
+    for release in order:
+        answer = answers.get(release)
+        if rows and answer is not None and rows[-1][2] == answer:
+            rows[-1][1] = release
+        else:
+            rows.append([release, release, answer])
+    return [row for row in rows if row[2] is not None]
+
+
+def _describe_release(models: Models, answers: list[dict[str, Any]]) -> dict[str, dict[str, Answer]]:
+    tensors: dict[str, list[Point]] = {}
+    parameters: dict[str, list[Point]] = {}
+    unknown: dict[str, Answer] = {}
+    aliases: dict[str, list[tuple[str, bool]]] = {}
+    refused: dict[str, list[int]] = {}
+    stacks: dict[str, set[str]] = {}
+    for number, model in enumerate(answers):
+        if model["error"]:
+            continue
+        found = dict(zip(map(tuple, model["experiments"]), model["answers"], strict=True))
+        for name, shape in model["shapes"].items():
+            tries = [found[kind, name] for kind in ("quantized", "tensor") if (kind, name) in found]
+            numbers = find_numbers(name)
+            point = Point(number, numbers[0] if numbers else None, _describe_outcome(name, tries, model), shape)
+            tensors.setdefault(find_pattern(name), []).append(point)
+        named: dict[tuple[str, int | None], Answer] = {}
+        layers: dict[str, set[int]] = {}
+        for name, p in model["parameters"].items():
+            pattern, numbers = find_pattern(name), find_numbers(name)
+            layer = numbers[0] if numbers else None
+            answer = {}
+            if p["quantized"]:
+                answer["quantized"] = 1
+            if p["experts"]:
+                answer["experts"] = 1
+            if p["prefix"] is not None and p["prefix"] != name.rpartition(".")[0]:
+                answer["module"] = find_pattern(p["prefix"])
+            named[pattern, layer] = answer
+            if layer is not None:
+                layers.setdefault(pattern.split("*")[0], set()).add(layer)
+            stacks.setdefault(pattern, set())
+        model["named"], model["layers"] = named, layers
+        for what, answer in zip(model["experiments"], model["answers"], strict=True):
+            if what[0] == "unknown":
+                key = f"{find_pattern(what[1])}|{what[2]}"
+                unknown[key] = "error" in answer or bool(answer["fills"])
+            elif what[0] == "beyond":
+                unknown[f"{find_pattern(what[1])}.*|beyond"] = "error" in answer
+            elif what[0] == "alias":
+                _, theirs, ours, name = what
+                wanted = found.get(("quantized", name), {"fills": []})["fills"] or found["tensor", name]["fills"]
+                if wanted:
+                    aliases.setdefault(f"{theirs}|{ours}", []).append((name, answer["fills"] == wanted))
+            elif what[0].startswith("wrong") and "error" not in answer:
+                if answer["fills"]:
+                    refused.setdefault(find_pattern(what[1]), []).append(what[2])
+    for pattern in stacks:
+        points = parameters.setdefault(pattern, [])
+        for number, model in enumerate(answers):
+            if model["error"]:
+                continue
+            if "*" not in pattern:
+                points.append(Point(number, None, model["named"].get((pattern, None))))
+            else:
+                here = model["layers"].get(pattern.split("*")[0], ())
+                points += [Point(number, i, model["named"].get((pattern, i))) for i in sorted(here)]
+                if not here:
+                    points.append(Point(number, 0, None))
+    out: dict[str, dict[str, Answer]] = {
+        "tensors": {pattern: fit_cases(models, points) for pattern, points in tensors.items()},
+        "parameters": {pattern: fit_cases(models, points) for pattern, points in parameters.items()},
+        "unknown": _shorten_unknown(unknown),
+        "aliases": {},
+        "refused": {pattern: sorted(set(dims)) for pattern, dims in refused.items()},
+    }
+    for key, tries in aliases.items():
+        by_name: dict[str, bool] = {}
+        for name, ok in tries:
+            by_name[name] = by_name.get(name, False) or ok
+        out["aliases"][key] = int(all(by_name.values()))
+    return out
+
+
+def _describe_outcome(name: str, tries: list[dict[str, Any]], model: dict[str, Any]) -> Answer:
+    """What becomes of a tensor: {parameter: parts}, "ignored" or "refused"."""
+    for answer in tries:
+        if answer["fills"]:  # buffers are filled as well, and needed by nobody
+            fills = [p for p in answer["fills"] if p in model["parameters"]]
+            parts: dict[str, set[str]] = {}
+            for parameter, part in answer["parts"]:
+                parts.setdefault(parameter, set()).add(part)
+            numbers = find_numbers(name)
+            return {find_pattern(p): sorted(_part_pattern(part, numbers) for part in parts.get(p, {""})) for p in fills}
+    return "refused" if all("error" in answer for answer in tries) else "ignored"
+
+
+def _part_pattern(part: str, numbers: tuple[int, ...]) -> str:
+    """A part of the experts' parameter, with `*` for the expert's number."""
+    words = part.split(",")
+    return ",".join("*" if len(numbers) > 1 and w == str(numbers[-1]) and len(words) > 1 else w for w in words)
+
+
+def _shorten_unknown(unknown: dict[str, bool]) -> dict[str, Answer]:
+    """Refused or not, by module and name; a module of which all is as in the one around it is left out."""
+    modules: dict[str, dict[str, int]] = {}
+    for key, refused in sorted(unknown.items(), key=lambda item: item[0].partition("|")[0].count(".")):
+        module, what = key.split("|")
+        modules.setdefault(module, {})[what] = int(refused)
+    out = {}
+    for module, answers in modules.items():
+        around = module
+        while around:
+            around = around.rpartition(".")[0]
+            if around in out:
+                break
+        inherited = out.get(around, {}) if module else {}
+        if any(inherited.get(what) != refused for what, refused in answers.items()):
+            out[module] = dict(inherited) | answers
+    return out
+
+
+def fit_cases(models: Models, points: list[Point]) -> Answer:
+    """The answer, or {by, cases} where it depends on features: as few of them as tell the answers apart."""
+    names = list(models.features)
+    fallback = None
+    for count in range(min(MAX_FEATURES, len(names)) + 1):
+        for chosen in itertools.combinations(names, count):
+            groups: dict[str, list[Point]] = {}
+            for p in points:
+                groups.setdefault(models.vector(chosen, p), []).append(p)
+            if any(p.answer != group[0].answer for group in groups.values() for p in group):
+                continue
+            cases = {v: _with_shape(models, group) for v, group in groups.items()}
+            made = next(iter(cases.values())) if not chosen else {"by": list(chosen), "cases": cases}
+            if not any(isinstance(c, dict) and "shape" in c and None in c["shape"] for c in cases.values()):
+                return made
+            fallback = fallback or made
+    assert fallback is not None, (points[0], "no features tell the answers apart")
+    return fallback
+
+
+def _with_shape(models: Models, group: list[Point]) -> Answer:
+    first = group[0]
+    if first.shape is None or not isinstance(first.answer, dict):
+        return first.answer
+    if any(len(p.shape or ()) != len(first.shape) for p in group):
+        return {"fills": first.answer, "shape": [None]}
+    return {"fills": first.answer, "shape": [_fit_size(models, group, i) for i in range(len(first.shape))]}
+
+
+def _fit_size(models: Models, group: list[Point], dim: int) -> str | None:
+    """The simplest formula that gives a dimension in every model of the group."""
+    wanted: dict[int, int] = {}
+    for p in group:
+        assert p.shape is not None
+        if wanted.setdefault(p.model, p.shape[dim]) != p.shape[dim]:
+            return None
+    return fit_formula(models, wanted)
+
+
+def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
+    """The simplest formula whose values are the wanted ones, by model; None where none is, or only by chance."""
+    first = min(wanted)
+    constant = str(wanted[first])
+
+    def fits(formula: str) -> bool:
+        return all(evaluate_size(formula, partial(models.read, model)) == n for model, n in wanted.items())
+
+    for candidates in _list_formulas(models.integers(first), wanted[first]):
+        if found := [f for f in candidates if fits(f)]:
+            if fits(constant):
+                return constant if wanted[first] <= 4 or len(wanted) > 1 else found[0]
+            return min(found, key=lambda f: (_count_sections(f), f))
+    return constant if fits(constant) and (len(set(wanted)) > 1 or wanted[first] <= 4) else None
+
+
+def _count_sections(formula: str) -> int:
+    return len({path.rpartition(".")[0] for path in re.split(r"[*+/]", formula) if not path.isdigit()})
+
+
+def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
+    """Formulas that have the wanted value in one model, simplest first."""
+    counts = re.compile(r"(layers|depth|blocks|experts)$")
+    yield [p for p, v in sizes.items() if v == wanted and counts.search(p)]
+    yield [p for p, v in sizes.items() if v == wanted and not p.endswith("types")]
+    yield [f"{k}*{p}" for p, v in sizes.items() for k in (2, 3, 4) if k * v == wanted]
+    yield [f"{p}/{k}" for p, v in sizes.items() for k in (2, 4) if v == k * wanted]
+    pairs = list(itertools.combinations_with_replacement(sizes, 2))
+    yield [f"{a}*{b}" for a, b in pairs if sizes[a] * sizes[b] == wanted]
+    yield [f"{k}*{a}*{b}" for a, b in pairs for k in (2, 3, 4) if k * sizes[a] * sizes[b] == wanted]
+    yield [f"{a}*{b}/{k}" for a, b in pairs for k in (2, 4, 8, 16) if sizes[a] * sizes[b] == k * wanted]
+    squares = [
+        (a, b) for a in sizes for b in sizes if sizes[a] * sizes[b] ** 2 and wanted % (sizes[a] * sizes[b] ** 2) == 0
+    ]
+    yield [f"{k}*{a}*{b}*{b}" for a, b in squares for k in (1, 2, 3) if k * sizes[a] * sizes[b] ** 2 == wanted]
+    yield [f"{a}*{b}*{c}" for (a, b) in pairs for c in sizes if sizes[a] * sizes[b] * sizes[c] == wanted]
+    yield [
+        f"{a}*{c}+2*{b}*{c}"
+        for a in sizes
+        for b in sizes
+        for c in sizes
+        if (sizes[a] + 2 * sizes[b]) * sizes[c] == wanted
+    ]
+
+
+def _fit_stacks(
+    models: Models, shapes: list[dict[str, Any]], answers: list[list[dict[str, Any]]]
+) -> dict[str, str | None]:
+    """How many layers each stack has, in the file and in the engine, by the pattern of its name."""
+    lengths: dict[str, dict[int, int]] = {}
+    lists = [(i, s["tensors"]) for i, s in enumerate(shapes)]
+    lists += [(i, m["parameters"]) for release in answers for i, m in enumerate(release) if not m["error"]]
+    for model, names in lists:
+        for name in names:
+            if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(names[name]) == 3:
+                for prefix in ("experts", "moe.experts"):
+                    stack = find_pattern(name.rpartition(".experts.")[0]) + "." + prefix
+                    lengths.setdefault(stack, {})[model] = names[name][0]
+            parts = name.split(".")
+            for at, part in enumerate(parts):
+                if part.isdigit():
+                    stack = find_pattern(".".join(parts[:at]))
+                    known = lengths.setdefault(stack, {})
+                    known[model] = max(known.get(model, 0), int(part) + 1)
+    return {stack: fit_formula(models, wanted) for stack, wanted in sorted(lengths.items())}

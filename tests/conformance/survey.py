@@ -1,0 +1,270 @@
+"""Asks real vLLM what its classes expect of checkpoints, and writes the answers into bnbfix/engines/vllm/profiles/.
+
+    python tests/conformance/survey.py                                every release of pins.json, every class: hours
+    python tests/conformance/survey.py --releases 0.32.0 --classes LlamaForCausalLM
+    python tests/conformance/survey.py --profiles                     only writes the profiles, of what was asked before
+
+For each class (families.py) and release vLLM builds the model's skeleton, and its loader is given a tensor at a time:
+each as transformers names it, unquantized and quantized; in a wrong shape; under other names; unknown ones everywhere.
+Answers are kept in WORK/survey/RELEASE/CLASS.json and not asked for again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "examples"), str(HERE)]
+
+import tiny_gemma4
+import venvs
+from families import FAMILIES, Family
+from profile_builder import build_profile
+
+from bnbfix.checkpoint.safetensors import TensorInfo, build_header
+from bnbfix.engines.vllm.process import run_worker
+from bnbfix.engines.vllm.profiles import FOLDER, find_pattern
+
+SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
+SECONDS = 1800
+SHARD = "model.safetensors"
+TOWERS = (  # that a class without them may meet in the files of one that has them
+    *("model.vision_tower", "model.audio_tower", "model.embed_vision", "model.embed_audio", "model.vision_embedder"),
+    *("model.visual", "model.multi_modal_projector", "model.mtp", "vision_tower", "audio_tower", "embed_vision"),
+    *("embed_audio", "visual", "vision_model", "vision_embedder", "multi_modal_projector", "mm_projector", "mtp"),
+)
+SAMPLE = 8  # tensors of each top-level module are tried under other names
+UNKNOWN = ("bnbfix_unknown", "bnbfix_unknown.weight", "bnbfix_unknown.bias", "bias", "weight", "rotary_emb.inv_freq")
+Row = tuple[str, str, str, list[int], str | None]
+
+
+def describe_tensor(name: str, shape: list[int]) -> list[Row]:
+    """A tensor in full precision, as the worker takes it."""
+    return [(SHARD, name, "BF16", shape, None)]
+
+
+def describe_quantized(name: str, shape: list[int]) -> list[Row]:
+    """A tensor quantized to NF4, with its quant-state tensors."""
+    count = math.prod(shape)
+    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape})
+    suffix = ".quant_state.bitsandbytes__nf4"
+    return [
+        (SHARD, name, "U8", [(count + 1) // 2, 1], None),
+        (SHARD, name + ".absmax", "F32", [(count + 63) // 64], None),
+        (SHARD, name + ".quant_map", "F32", [16], None),
+        (SHARD, name + suffix, "U8", [len(state)], state),
+    ]
+
+
+def can_be_quantized(name: str, shape: list[int]) -> bool:
+    """Return True for what could be the weight of a linear module, and for one expert's."""
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str, list[int]]:
+    """The tensors of a model, and those that a file may have besides: what other layers have, and per-expert weights."""
+    out = dict(tensors)
+    for name, shape in tensors.items():
+        for old, new in family.renames:
+            if re.search(old, name):
+                out.setdefault(re.sub(old, new, name), shape)
+    stacks: dict[str, dict[int, dict[str, list[int]]]] = {}
+    for name, shape in out.items():
+        if m := re.match(r"(.*?)\.(\d+)\.(.*)", name):
+            stacks.setdefault(m[1], {}).setdefault(int(m[2]), {})[m[3]] = shape
+    for stack, layers in stacks.items():
+        for i, layer in layers.items():
+            for j, other in sorted(layers.items(), reverse=True):  # one that is like it in what both have
+                if j != i and all(layer.get(rest, shape) == shape for rest, shape in other.items()):
+                    for rest, shape in other.items():
+                        out.setdefault(f"{stack}.{i}.{rest}", shape)
+    for name, shape in list(out.items()):
+        if len(shape) == 3 and (m := re.fullmatch(r"(.*\.)experts\.(gate_up_proj|down_proj)", name)):
+            rows, columns = (shape[2], shape[1]) if family.transposed_experts else (shape[1], shape[2])
+            joined = m[2] == "gate_up_proj"
+            parts = dict.fromkeys(("gate_proj", "up_proj"), rows // 2) if joined else {"down_proj": rows}
+            for expert in range(shape[0]):
+                for prefix in ("experts", "moe.experts"):
+                    for part, height in parts.items():
+                        out[f"{m[1]}{prefix}.{expert}.{part}.weight"] = [height, columns]
+    return out
+
+
+def list_experiments(
+    tensors: dict[str, list[int]], others: dict[str, list[int]], seen: set[str]
+) -> Iterator[tuple[list[Any], list[Row]]]:
+    """(what is tried, the tensors to load): see the module's docstring.
+
+    `others` are tensors that only other models of the class have. What does not depend on sizes is tried once for each
+    pattern; `seen` holds those of the models before.
+    """
+    for name, shape in (tensors | others).items():
+        yield ["tensor", name], describe_tensor(name, shape)
+        if can_be_quantized(name, shape):
+            yield ["quantized", name], describe_quantized(name, shape)
+    first = {p: name for name in reversed(tensors) if (p := find_pattern(name)) not in seen}
+    for name in first.values():
+        shape = tensors[name]
+        for i in range(len(shape)):
+            wrong = [n + 8 * (i == at) for at, n in enumerate(shape)]
+            yield ["wrong", name, i], describe_tensor(name, wrong)
+            if can_be_quantized(name, shape):
+                yield ["wrong-quantized", name, i], describe_quantized(name, wrong)
+    modules = {
+        p: m for name in reversed(first.values()) for m in prefixes_of(name) if (p := find_pattern(m)) not in seen
+    }
+    if not seen:
+        modules |= {tower: tower for tower in TOWERS if not any(name.startswith(tower + ".") for name in tensors)}
+    for module in modules.values():
+        for unknown in UNKNOWN:
+            name = f"{module}.{unknown}" if module else unknown
+            if name not in tensors:
+                yield ["unknown", module, unknown], describe_tensor(name, [8])
+    for stack in {m[1] for name in first.values() if (m := re.match(r"(.*?)\.\d+\.", name))}:
+        layers = [name for name in tensors if name.startswith(stack + ".")]
+        beyond = 1 + max(int(name[len(stack) + 1 :].split(".")[0]) for name in layers)
+        example = next(name for name in layers if len(tensors[name]) == min(len(tensors[n]) for n in layers))
+        name = re.sub(r"\.\d+\.", f".{beyond}.", stack + example[len(stack) :], count=1)
+        yield ["beyond", stack], describe_tensor(name, tensors[example])
+    for theirs, ours in list_aliases(tensors):
+        for name in [n for n in first.values() if n.startswith(ours)][:SAMPLE]:
+            if (alias := theirs + name[len(ours) :]) not in tensors:
+                yield ["alias", theirs, ours, name], describe_tensor(alias, tensors[name])
+                if can_be_quantized(name, tensors[name]):
+                    yield ["alias", theirs, ours, name], describe_quantized(alias, tensors[name])
+    seen |= {*first, *modules}
+
+
+def list_aliases(tensors: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
+    """(theirs, ours): beginnings of names as other versions and tools write them, and as transformers does now."""
+    for top in dict.fromkeys(re.sub(r"^((?:model\.)?[a-z_]+\.).*", r"\1", name) for name in tensors):
+        parts = top.split(".")
+        if top.startswith("model.") and parts[1] in ("layers", "embed_tokens", "norm"):
+            top = "model."
+        inner = top.removeprefix("model.")
+        yield from (
+            (theirs, top) for theirs in {inner, "model." + top, "base_model.model." + top} - {top, "", "model."}
+        )
+        if top == "model.language_model.":
+            yield from ((theirs, top) for theirs in ("language_model.model.", "model.", "model.language_model.model."))
+        elif top == "model.":
+            yield from ((theirs, top) for theirs in ("language_model.model.", "model.language_model.", ""))
+        elif top.endswith("vision_tower."):
+            yield from ((theirs + "vision_model.", top) for theirs in (top, inner))
+        elif top == "lm_head.":
+            yield "language_model.lm_head.", top
+
+
+def prefixes_of(name: str) -> Iterator[str]:
+    """Every module that a tensor is in, the whole model first."""
+    parts = name.split(".")
+    yield from (".".join(parts[:n]) for n in range(len(parts)))
+
+
+def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dict[str, Any]]:
+    """What transformers says of a class's configs (model_shapes.py), asked once."""
+    kept, asked = work / "shapes" / f"{name}.json", json.dumps(family.configs)
+    if not kept.exists() or json.loads(kept.read_text())["asked"] != asked:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            given, answer = Path(scratch) / "in.json", Path(scratch) / "out.json"
+            given.write_text(asked)
+            subprocess.run([str(python), str(HERE / "model_shapes.py"), str(given), str(answer)], check=True)
+            kept.write_text(json.dumps({"asked": asked, "models": json.loads(answer.read_text())}))
+    return list(json.loads(kept.read_text())["models"])
+
+
+def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family) -> None:
+    """What vLLM needs to build a skeleton: config.json, a shard of holes, and a processor where the class needs it."""
+    folder.mkdir()
+    config = model["config"] | {"quantization_config": tiny_gemma4.ALL}
+    (folder / "config.json").write_text(json.dumps(config))
+    if family.processor:
+        processor = tiny_gemma4._processor_config(family.processor, config["vision_config"])
+        (folder / "processor_config.json").write_text(json.dumps(processor))
+        (folder / "tokenizer.json").write_text(json.dumps(tiny_gemma4._tokenizer()))
+        roles = tiny_gemma4.SPECIAL_TOKENS | {f"{k}_token": v for k, v in tiny_gemma4.MEDIA_TOKENS.items()}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | roles)
+        )
+    infos, at = [], 0
+    for name, shape in tensors.items():
+        infos.append(TensorInfo(name, "BF16", tuple(shape), at, at + 2 * math.prod(shape)))
+        at = infos[-1].end
+    header = build_header(infos, {"format": "pt"})
+    with (folder / SHARD).open("wb") as f:
+        f.write(header)
+        f.truncate(len(header) + at)
+    (folder / "bnbfix-tensors.json").write_text("[]")
+
+
+def survey(work: Path, release: str, python: Path, name: str, family: Family, models: list[dict[str, Any]]) -> None:
+    """Asks one release about one class, and keeps the answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders, asked, seen = [], [], set[str]()
+        complete = [complete_tensors(model["tensors"], family) for model in models]
+        examples = {
+            find_pattern(name): (name, shape) for tensors in reversed(complete) for name, shape in tensors.items()
+        }
+        for number, (model, own) in enumerate(zip(models, complete, strict=True)):
+            here = set(map(find_pattern, own))
+            others = dict(example for pattern, example in examples.items() if pattern not in here)
+            folder = Path(scratch) / f"model-{number}"
+            write_folder(folder, model, own, family)
+            experiments = list(list_experiments(own, others, seen))
+            (folder / "bnbfix-experiments.json").write_text(json.dumps([rows for _, rows in experiments]))
+            folders.append(folder)
+            asked.append({"shapes": own | others, "experiments": [what for what, _ in experiments]})
+        answers = run_worker("expect", folders, seconds=SECONDS, python=str(python))
+    kept = work / "survey" / release / f"{name}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps([a | b for a, b in zip(asked, answers, strict=True)]))
+    for answer in answers:
+        print(f"{release} {name}:", (answer["error"] or "")[:200] or f"{len(answer['answers'])} answers", flush=True)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
+    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
+    parser.add_argument("--releases", help="comma-separated")
+    parser.add_argument("--classes", help="comma-separated")
+    parser.add_argument("--profiles", action="store_true", help="ask nothing, write profiles of what is there")
+    a = parser.parse_args()
+    releases = a.releases.split(",") if a.releases else list(venvs.PINS["releases"])
+    classes = a.classes.split(",") if a.classes else list(FAMILIES)
+    folder = a.venvs or a.work / "venvs"
+    models = {
+        name: find_shapes(a.work, name, FAMILIES[name], venvs.build(SHAPES_RELEASE, folder / SHAPES_RELEASE))
+        for name in classes
+    }
+    for release in [] if a.profiles else releases:
+        for name in classes:
+            if not (a.work / "survey" / release / f"{name}.json").exists():
+                python = venvs.build(release, folder / release)
+                survey(a.work, release, python, name, FAMILIES[name], models[name])
+    FOLDER.mkdir(exist_ok=True)
+    for name in classes:
+        answers = {
+            release: json.loads(kept.read_text())
+            for release in venvs.PINS["releases"]
+            if (kept := a.work / "survey" / release / f"{name}.json").exists()
+        }
+        profile = build_profile(name, FAMILIES[name], models[name], answers)
+        text = json.dumps(profile, separators=(",", ":"), sort_keys=True)
+        (FOLDER / f"{name}.json").write_text(text + "\n")
+        print(f"{name}: {len(text):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
