@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 from .__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .api import check_before_upload, plan_repair, repair, scan, verify
+    from .api import (
+        check_before_upload,
+        explain,
+        plan_repair,
+        releases,
+        repair,
+        repair_in_place,
+        scan,
+        scan_many,
+        verify,
+    )
     from .engines.engine import ReleaseRange, Target
     from .engines.vllm.live import DryLoad, LiveVllm
     from .errors import (
@@ -37,7 +47,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from .planner.plan import Edit, Plan
-    from .rules.rule import Code, Severity
+    from .rules.rule import Code, Explanation, Severity
     from .rules.scan import Finding, ReleaseVerdict, ScanResult
     from .verifier.verify import Problem, VerifyResult
     from .writer.write import RepairResult
@@ -48,6 +58,7 @@ __all__ = [
     "DryLoad",
     "Edit",
     "EngineError",
+    "Explanation",
     "Finding",
     "FindingsRemain",
     "HeaderError",
@@ -70,17 +81,31 @@ __all__ = [
     "VerifyError",
     "VerifyResult",
     "check_before_upload",
+    "explain",
     "plan_repair",
+    "releases",
     "repair",
+    "repair_in_place",
     "scan",
+    "scan_many",
     "verify",
 ]
 
 _HOME = {
     name: module
     for module, names in {
-        "api": ("check_before_upload", "plan_repair", "repair", "scan", "verify"),
-        "rules.rule": ("Code", "Severity"),
+        "api": (
+            "check_before_upload",
+            "explain",
+            "plan_repair",
+            "releases",
+            "repair",
+            "repair_in_place",
+            "scan",
+            "scan_many",
+            "verify",
+        ),
+        "rules.rule": ("Code", "Explanation", "Severity"),
         "errors": (
             "BnbfixError",
             "EngineError",

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
-from .engines.engine import Target
-from .engines.vllm.releases import find_installed, resolve_target
-from .errors import FindingsRemain, NotApplicable, UsageError, VerifyError
+from .engines.engine import ReleaseRange, Target
+from .engines.vllm.releases import find_installed, ranges, resolve_target
+from .errors import BnbfixError, FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
 from .models.detect import read_model
-from .rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
+from .rules.rule import Code, Explanation
+from .rules.scan import RENDERERS, Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 
 if TYPE_CHECKING:
     from .engines.vllm.live import LiveVllm
-    from .hub.push import Destination, Pushed
     from .planner.plan import Plan
     from .verifier.verify import VerifyResult
     from .writer.write import RepairResult
@@ -38,6 +39,22 @@ def choose_target(vllm: str | None, live: LiveVllm | None = None) -> Target:
         raise UsageError(f"the target is {vllm!r}, but the vLLM that is asked is {target.name}")
     logger.info("target: %s, release ranges: %s", target.label, ", ".join(r.name for r in target.ranges))
     return target
+
+
+def _render_html(result: ScanResult) -> str:
+    from .report.html import render_frame
+
+    return render_frame(result)
+
+
+def _render_markdown(result: ScanResult) -> str:
+    from .report.markdown import render
+    from .report.outcome import ScanOutcome
+
+    return "".join(render([ScanOutcome(result.model, result)]))
+
+
+RENDERERS.update(html=_render_html, markdown=_render_markdown)
 
 
 def choose_live(dry_load: LiveVllm | bool) -> LiveVllm | None:
@@ -83,6 +100,45 @@ def scan(
     return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
 
 
+def scan_many(
+    models: Iterable[StrPath], vllm: str | None = None, *, dry_load: LiveVllm | bool = False
+) -> Iterator[tuple[StrPath, ScanResult | BnbfixError]]:
+    """Scans one model after another, and yields each with its result. An error takes the place of a result.
+
+    Args:
+        models: Folders and repos, as in `scan`.
+        vllm: As in `scan`.
+        dry_load: As in `scan`.
+
+    Raises:
+        UsageError: The release does not make sense.
+    """
+    live = choose_live(dry_load)
+    choose_target(vllm, live)
+    for model in models:
+        try:
+            yield model, scan(model, vllm, dry_load=live or False)
+        except BnbfixError as e:
+            yield model, e
+
+
+def explain(code: Code | str) -> Explanation:
+    """What a finding's code means: `title`, `severity` at worst, `why`, `fix`, and `upstream` issues.
+
+    Raises:
+        UsageError: There is no such code.
+    """
+    try:
+        return Code(code).explanation
+    except ValueError:
+        raise UsageError(f"{code!r} is not a finding's code") from None
+
+
+def releases() -> tuple[ReleaseRange, ...]:
+    """What each range of vLLM releases expects of a checkpoint, oldest first."""
+    return ranges()
+
+
 def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
     """Checks that a checkpoint that is about to be uploaded loads in the target.
 
@@ -122,15 +178,19 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
 
 def _findings_error(folder: str, target: Target, findings: tuple[Finding, ...]) -> FindingsRemain:
     """The error in a few words: each code once, and what to do."""
+    from .report.next_step import command_line, suggest_output
+
     codes = {f.code: len({t for g in findings if g.code is f.code for t in g.tensors}) for f in findings}
     words = ", ".join(
         f"{code.value} {code.explanation.title}" + (f" ({n} tensor{'s' if n != 1 else ''})" if n else "")
         for code, n in codes.items()
     )
-    hint = f"See `bnbfix scan {folder} --vllm {target.name}`"
+    options = ["--vllm", target.name]
+    hint, command = "See what is wrong, and the nearest repair:", command_line("scan", folder, *options)
     if all(f.reason is None for f in findings):
-        hint = f"Upload what `bnbfix repair {folder} --out DIR --vllm {target.name}` writes. {hint}"
-    return FindingsRemain(f"is not fit for {target.label}: {words}", findings, where=folder, hint=hint + ".")
+        hint = "Upload the repaired copy instead:"
+        command = command_line("repair", folder, "--out", suggest_output(folder), *options)
+    return FindingsRemain(f"is not fit for {target.label}: {words}", findings, where=folder, hint=hint, command=command)
 
 
 def plan_repair(
@@ -292,24 +352,27 @@ def verify(
     return ask_vllm(result, live)
 
 
-def push(out: StrPath, to: Destination, *, progress: Progress | None = None, quiet: bool = True) -> Pushed:
-    """Verifies a repaired folder, then uploads it to the Hub in one commit.
+def repair_in_place(
+    path: StrPath, vllm: str | None = None, *, partial_groups: str = "dequantize", dry_load: LiveVllm | bool = False
+) -> RepairResult:
+    """Repairs a folder in place, where no shard changes: config.json is replaced, and the index.
+
+    The old files stay next to the new ones, as `config.json.before-bnbfix`.
 
     Args:
-        out: The folder that `repair` wrote.
-        to: The repo to push to.
-        progress: Called with the number of bytes just hashed.
-        quiet: Keep huggingface_hub from showing its progress on stderr.
+        path: The folder.
+        vllm: As in `scan`.
+        partial_groups: As in `plan_repair`.
+        dry_load: As in `plan_repair`.
+
+    Returns:
+        What was written. `result.written` is False when there was nothing to do.
 
     Raises:
-        VerifyError: The folder does not verify; nothing is pushed.
-        HubError: The Hub refuses the upload.
+        UsageError, InputError, NotApplicable, QuantStateError, Unrepairable: As in `plan_repair`.
+        UsageError: A shard would have to change; write a copy with `repair`.
+        OutputError: A file cannot be written.
     """
-    from .hub.push import push_folder
-    from .verifier.verify import verify_output
+    from .writer.in_place import repair_in_place
 
-    result = verify_output(Path(out), None, progress=progress)
-    if not result.ok:
-        raise VerifyError(f"{result.problems[0]}; nothing was pushed", where=str(out))
-    message = f"Repair for vLLM {result.target} with bnbfix"
-    return push_folder(Path(out), to, message=message, quiet=quiet)
+    return repair_in_place(plan_repair(path, vllm, partial_groups=partial_groups, dry_load=dry_load))

@@ -22,16 +22,20 @@ from typing import Any
 class BnbfixError(Exception):
     """Base of every error that bnbfix raises on purpose.
 
-    `where` names the file, and the tensor if there is one; `hint` says what to do next. Every error can be pickled:
-    each subclass can be made of its message only, and attributes are restored after that.
+    `where` names the file, and the tensor if there is one; `hint` says what to do next, and `command` is a command line
+    that does it. Where that is only an option, such as "--overwrite", it is for the command that failed. Every error
+    can be pickled: each subclass can be made of its message only, and attributes are restored after that.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, where: str | None = None, hint: str | None = None, command: str | None = None
+    ) -> None:
         super().__init__(f"{where}: {message}" if where else message)
         self.where = where
         self.hint = hint
+        self.command = command
 
 
 class UsageError(BnbfixError):
@@ -62,9 +66,15 @@ class FindingsRemain(BnbfixError):
     exit_code = 1
 
     def __init__(
-        self, message: str, findings: tuple[Any, ...] = (), *, where: str | None = None, hint: str | None = None
+        self,
+        message: str,
+        findings: tuple[Any, ...] = (),
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        command: str | None = None,
     ) -> None:
-        super().__init__(message, where=where, hint=hint)
+        super().__init__(message, where=where, hint=hint, command=command)
         self.findings = findings  # bnbfix.Finding, a layer above this one
 
 

@@ -43,4 +43,4 @@ class CheckCheckpoints(TrainerCallback):
         except bnbfix.FindingsRemain as e:
             if self.stop:
                 raise
-            warnings.warn(f"{e}. {e.hint}", stacklevel=2)
+            warnings.warn(f"{e}. {e.hint} {e.command}", stacklevel=2)

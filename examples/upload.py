@@ -24,7 +24,7 @@ def main() -> None:
     try:
         bnbfix.check_before_upload(args.folder, vllm=args.vllm)
     except bnbfix.BnbfixError as e:
-        sys.exit(f"not uploaded: {e}\n{e.hint or ''}".rstrip())
+        sys.exit(f"not uploaded: {e}\n{e.hint or ''}\n{e.command or ''}".rstrip())
     api = HfApi()
     api.create_repo(args.repo, private=args.private, exist_ok=True)
     print(api.upload_folder(folder_path=args.folder, repo_id=args.repo, commit_message="Upload a checked model"))

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 import bnbfix
-from bnbfix import api
 from bnbfix.errors import BnbfixError
 from bnbfix.hub.push import Destination
+from bnbfix.verifier.publish import push_output
 from bnbfix.writer.write import WriteOptions, write_plan
 from tests.support.build import Make
+from tests.support.command_line import install_vllm
 
 RESULTS = [
     "Edit",
@@ -36,7 +37,7 @@ RESULTS = [
     "VerifyResult",
 ]
 ERRORS = sorted(n for n in bnbfix.__all__ if isinstance(getattr(bnbfix, n), type) and n.endswith("Error"))
-FUNCTIONS = ["check_before_upload", "plan_repair", "repair", "scan", "verify"]
+FUNCTIONS = [name for name in bnbfix.__all__ if name.islower()]
 
 
 @pytest.mark.parametrize("name", bnbfix.__all__)
@@ -97,7 +98,7 @@ def test_functions_are_annotated_and_say_what_they_raise(name: str) -> None:
     signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
-    assert "Raises" in (inspect.getdoc(function) or "")
+    assert "Raises" in (inspect.getdoc(function) or "") or not signature.parameters
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -344,4 +345,48 @@ def test_a_push_verifies_first(pristine: Make, tmp_path: Path) -> None:
     bnbfix.repair(pristine("dense31b", "skip"), out, "portable", device="cpu")
     (out / "config.json").write_text("{}")
     with pytest.raises(bnbfix.VerifyError, match="nothing was pushed"):
-        api.push(out, Destination("org/name", False, False, None))
+        push_output(out, Destination("org/name", False, False, None))
+
+
+def test_many_scans_go_on_after_an_error(pristine: Make, tmp_path: Path) -> None:
+    good, bad = pristine("e4b", "all"), pristine("dense31b", "partial")
+    found = dict(bnbfix.scan_many([good, tmp_path, str(bad)], "0.32.0"))
+    assert list(found) == [good, tmp_path, str(bad)]
+    assert isinstance(found[tmp_path], bnbfix.InputError)
+    assert found[good] == bnbfix.scan(good, "0.32.0") and found[str(bad)] == bnbfix.scan(bad, "0.32.0")
+    with pytest.raises(bnbfix.UsageError, match=r"0\.1\.0"):
+        next(bnbfix.scan_many([good], "0.1.0"))
+
+
+def test_a_code_is_explained() -> None:
+    found = bnbfix.explain("BNB107")
+    assert found == bnbfix.explain(bnbfix.Code.QUANTIZED_PIXEL_PROJECTION)
+    assert found.to_dict().keys() == {"title", "severity", "why", "fix", "upstream"}
+    assert found.severity == "degraded"
+    with pytest.raises(bnbfix.UsageError, match="'BNB999' is not a finding's code"):
+        bnbfix.explain("BNB999")
+
+
+def test_the_releases_are_the_table() -> None:
+    first, *_, last = bnbfix.releases()
+    assert (first.first, last.last) == ("0.19.0", "0.33.0")
+
+
+def test_a_notebook_shows_a_scan(pristine: Make) -> None:
+    result = bnbfix.scan(pristine("dense31b", "partial", shards=2), "portable")
+    frame, text = result._repr_html_(), result._repr_markdown_()
+    assert frame is not None and frame.startswith("<iframe srcdoc=") and frame.count("<") == 2
+    assert "BNB103" in frame and "&lt;!DOCTYPE html&gt;" in frame
+    assert text is not None and text.startswith("## bnbfix: ") and "### BNB103" in text
+
+
+def test_documents_say_what_made_them(pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pristine("e4b", "all")
+    head = {"schema": 1, "bnbfix": bnbfix.__version__, "installed": None, "commit": None, "warning": None}
+    install_vllm(monkeypatch, None)
+    for document in (bnbfix.scan(source, "0.32.0").to_dict(), bnbfix.plan_repair(source, "0.32.0").to_dict()):
+        assert dict(list(document.items())[:5]) == head
+    install_vllm(monkeypatch, "0.34.0", "0.0.3")
+    document = bnbfix.scan(source).to_dict()
+    assert document["installed"] == {"vllm": "0.34.0", "plugin": "0.0.3"}
+    assert document["target"] == "0.34.0" and "newer than this bnbfix" in document["warning"]

@@ -31,8 +31,8 @@ FOLDERS = (
     "planner",
     "writer",
     "verifier",
-    "api",
     "report",
+    "api",
     "cli",
     "__init__",
     "__main__",
@@ -47,7 +47,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "huggingface_hub": {"hub.source", "hub.client"},
     "numpy": {"kernels.reference", "kernels.native"},
     "rich": {"report.results", "report.terminal"},
-    "typer": {"cli.main", "cli.options", "cli.releases", "cli.repair", "cli.scan", "cli.verify"},
+    "typer": {f"cli.{name}" for name in ("app", "options", "releases", "repair", "scan", "verify")},
     "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe")},
     "vllm_bnb_plugin": {f"{INSIDE}.probe"},
 }

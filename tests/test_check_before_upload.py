@@ -23,14 +23,14 @@ def test_a_check_before_upload_raises_with_the_findings(pristine: Make) -> None:
     titles = [f"{c} {bnbfix.Code(c).explanation.title}" for c in ("BNB102", "BNB103", "BNB104")]
     words = f"{titles[0]} (16 tensors), {titles[1]} (5 tensors), {titles[2]} (2 tensors)"
     assert str(e) == f"{source}: is not fit for every vLLM release: {words}"
-    assert f"Upload what `bnbfix repair {source} --out DIR --vllm portable` writes." in str(e.hint)
+    assert e.command == f"bnbfix repair {source} --out {source}-repaired --vllm portable"
 
 
 def test_a_check_before_upload_proposes_no_repair_where_there_is_none(pristine: Make) -> None:
     source = pristine("moe26b", "all")
     with pytest.raises(bnbfix.FindingsRemain) as caught:
         bnbfix.check_before_upload(source, "0.22.1")
-    assert caught.value.hint == f"See `bnbfix scan {source} --vllm 0.22.1`."
+    assert caught.value.command == f"bnbfix scan {source} --vllm 0.22.1"
     assert "is not fit for vLLM 0.22.1: " in str(caught.value) and "BNB401" in str(caught.value)
 
 

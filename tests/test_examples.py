@@ -150,22 +150,6 @@ def test_a_trainer_stops_at_a_checkpoint_that_does_not_load(pristine: Make, tmp_
     assert found["good"].returncode == 0 and "is not fit" not in found["good"].stderr, found["good"].stderr
 
 
-def test_the_workflow_follows_githubs_schema() -> None:
-    path = EXAMPLES / "github-actions.yml"
-    command = ("-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path)
-    done = python(*command)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_workflow_names_options_that_exist(pristine: Make, tmp_path: Path) -> None:
-    shutil.copytree(pristine("dense31b", "partial"), tmp_path / "model")
-    lines = re.findall(r"run: bnbfix (.*)", (EXAMPLES / "github-actions.yml").read_text())
-    assert len(lines) == 3
-    codes = [python("-m", "bnbfix", *line.split(" >>")[0].split(), cwd=tmp_path).returncode for line in lines]
-    assert codes == [0, 0, 1]  # the last one fails the job, after what tells why
-    assert (tmp_path / "bnbfix.sarif").exists()
-
-
 def test_the_readme_shows_what_a_scan_prints(pristine: Make, tmp_path: Path) -> None:
     shutil.copytree(pristine("dense31b", "partial", shards=2), tmp_path / "tiny-gemma4-bnb-4bit")
     sample = (ROOT / "README.md").read_text("utf-8").split("\n$ bnbfix ")[1].split("\n```")[0]

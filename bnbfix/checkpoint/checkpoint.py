@@ -256,7 +256,7 @@ def check_not_pointer(start: bytes, where: str) -> None:
     """Raise InputError when a file begins like a Git LFS pointer, which is there in place of the file itself."""
     if start.startswith(LFS_POINTER):
         hint = "Run `git lfs pull` in the clone, or download the repo with `hf download`."
-        raise InputError("is a Git LFS pointer, not the file itself", where=where, hint=hint)
+        raise InputError("is a Git LFS pointer, not the file itself", where=where, hint=hint, command="git lfs pull")
 
 
 def _headers(source: Source, names: Sequence[str]) -> dict[str, st.Header]:

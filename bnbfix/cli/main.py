@@ -1,4 +1,4 @@
-"""The command line: its commands, its signals and its exit codes."""
+"""The command line: its signals, its errors and its exit codes. `app` has its commands."""
 
 from __future__ import annotations
 
@@ -6,44 +6,14 @@ import contextlib
 import gc
 import os
 import sys
-from typing import Annotated, Any
 
-import typer
-
-from ..__version__ import __version__
 from ..errors import BnbfixError
+from ..report.next_step import command_line, next_command
 from ..report.terminal import print_error
-from .options import Interrupted
-from .releases import explain, releases
-from .repair import repair
-from .scan import scan
-from .signals import INTERRUPTED, Signals, exit_interrupted
+from .plain_scan import parse_plain_scan
+from .run_scan import run_scan
+from .signals import INTERRUPTED, Interrupted, Signals, exit_interrupted
 from .streams import drop_output, open_streams
-from .verify import verify
-
-app = typer.Typer(
-    name="bnbfix",
-    help="Scan and repair bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers correctly.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-for command in (scan, repair, verify, releases, explain):
-    app.command()(command)
-
-
-def _version(value: bool) -> None:
-    if value:
-        print(f"bnbfix {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
 
 
 def main() -> None:
@@ -56,7 +26,7 @@ def main() -> None:
     signals = Signals()
     try:
         with signals.handled():
-            code = _run(signals)
+            code = _run(sys.argv[1:], signals)
     except KeyboardInterrupt:  # in the last moment, or while an error is being printed
         code = signals.code
     if signals.seen:
@@ -64,41 +34,44 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run(signals: Signals) -> int:
-    """Runs a command and returns its exit code, after a line on stderr about what stopped it."""
+def _run(arguments: list[str], signals: Signals) -> int:
+    """Runs a command and returns its exit code, after a line on stderr about what stopped it, and one to paste."""
+    again = command_line(*arguments)
     try:
-        code: Any = app(standalone_mode=False)
+        code = _run_command(arguments)
         sys.stdout.flush()
-        if code == INTERRUPTED:  # typer catches the interrupt itself
-            raise Interrupted
-        return code if isinstance(code, int) else 0
+        return code
     except BnbfixError as e:
-        _report(str(e), e.hint)
+        _report(str(e), e.hint, next_command(e, arguments))
         return e.exit_code
     except (KeyboardInterrupt, Interrupted) as e:
-        _report("interrupted; nothing was published", getattr(e, "hint", None))
+        _report(str(e) or "interrupted", getattr(e, "hint", None), getattr(e, "command", None) or again)
         return signals.code
+    except BrokenPipeError:  # whoever read stdout has gone
+        drop_output()
+        return 1
     except OSError as e:
         drop_output()
-        _report(f"{e.filename or 'input/output'}: {e.strerror or e}")
+        _report(f"{e.filename or 'input/output'}: {e.strerror or e}", None, again)
     except MemoryError:
-        _report("there is not enough memory", "Is it limited (ulimit -v, a container)? See also --max-memory.")
+        _report("there is not enough memory", "Is it limited (ulimit -v, a container)? See also --max-memory.", again)
     except ImportError as e:
-        _report(f"a module cannot be imported: {e}", "Is memory, or the number of open files, limited (ulimit -a)?")
-    except Exception as e:
-        return _usage_code(e)
+        hint = "Is memory, or the number of open files, limited (ulimit -a)?"
+        _report(f"a module cannot be imported: {e}", hint, again)
     return 2
 
 
-def _report(message: str, hint: str | None = None) -> None:
+def _run_command(arguments: list[str]) -> int:
+    if (plain := parse_plain_scan(arguments)) is not None:
+        return run_scan(plain)
+    from .app import run_app
+
+    code = run_app()
+    if code == INTERRUPTED:  # typer catches the interrupt itself
+        raise Interrupted
+    return code
+
+
+def _report(message: str, hint: str | None, command: str) -> None:
     with contextlib.suppress(OSError):  # of stderr itself
-        print_error(message, hint)
-
-
-def _usage_code(error: Exception) -> int:
-    """The exit code of an error that the option parser can show; any other error is a bug and is raised."""
-    show = getattr(error, "show", None)
-    if show is None:
-        raise error
-    show()
-    return int(getattr(error, "exit_code", 2))
+        print_error(message, hint, command)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ..engines.engine import LATEST, PORTABLE
+from ..engines.vllm.releases import ranges
 from ..errors import UsageError
-from ..report.terminal import show_status
 
-if TYPE_CHECKING:
-    from ..engines.vllm.live import LiveVllm
+TARGET, ASK = "Target", "Ask an installed vLLM"  # panels of the help
+OUTPUT = "Output"
+Format = Literal["table", "json"]
+
+EPILOG = (
+    "Environment: BNBFIX_VLLM, BNBFIX_FORMAT, BNBFIX_SELECT, BNBFIX_IGNORE, BNBFIX_FAIL_ON, BNBFIX_DEVICE, "
+    "BNBFIX_VERBOSE and BNBFIX_QUIET set the options of these names. HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, "
+    "HF_HUB_OFFLINE and HF_HUB_DISABLE_XET mean what they mean to huggingface_hub; HTTPS_PROXY, NO_PROXY, NO_COLOR, "
+    "FORCE_COLOR and COLUMNS what they mean elsewhere. An option takes precedence.\n\n"
+    "Exit codes: 0 clean, repaired, or nothing to repair. 1 findings remain, or an output differs from its plan. 2 bad "
+    "usage, or input that is missing or broken. 3 nothing to check. 130, 143 interrupted, terminated."
+)
 
 
-class Format(str, Enum):
-    """How a result is written to stdout."""
-
-    table = "table"
-    json = "json"
-
-
-class Interrupted(Exception):
-    """A command was interrupted and has something to say about it. The option parser catches KeyboardInterrupt."""
-
-    def __init__(self, hint: str | None = None) -> None:
-        super().__init__()
-        self.hint = hint
+def complete_targets(incomplete: str) -> list[str]:
+    """The releases that begin and end a range, and the words that mean others."""
+    releases = dict.fromkeys(version for r in ranges() for version in (r.first, r.last))
+    return [name for name in (PORTABLE, LATEST, *releases) if name.startswith(incomplete)]
 
 
 def parse_folder(text: str) -> Path:
@@ -42,7 +43,8 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors files, or a Hub repo: org/name.")
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of the Hub repo.")
+    str | None,
+    typer.Option("--revision", metavar="REV", rich_help_panel=TARGET, help="Branch, tag or commit of the Hub repo."),
 ]
 Vllm = Annotated[
     str | None,
@@ -50,21 +52,40 @@ Vllm = Annotated[
         "--vllm",
         metavar="TARGET",
         envvar="BNBFIX_VLLM",
-        help='A vLLM release (0.22.1), or "portable" for every release. '
+        autocompletion=complete_targets,
+        rich_help_panel=TARGET,
+        help="A vLLM release such as 0.22.1, latest, or portable: every release at once. "
         "Default: the vLLM installed with bnbfix, otherwise portable.",
     ),
 ]
 DryLoadOption = Annotated[
     bool,
-    typer.Option("--dry-load", help="Ask the installed vLLM too: its own loader, given names and shapes, no weights."),
+    typer.Option(
+        "--dry-load",
+        rich_help_panel=ASK,
+        help="Ask the installed vLLM too: its own loader, given names and shapes, no weights.",
+    ),
 ]
 Python = Annotated[
-    str | None, typer.Option("--python", metavar="PYTHON", help="The Python whose vLLM --dry-load asks. Default: this.")
+    str | None,
+    typer.Option(
+        "--python",
+        metavar="PYTHON",
+        rich_help_panel=ASK,
+        help="The Python of another environment, whose vLLM --dry-load asks.",
+    ),
 ]
-AsFormat = Annotated[Format, typer.Option("--format", help="Output format.")]
+AsFormat = Annotated[Format, typer.Option("--format", rich_help_panel=OUTPUT, help="How the result is written.")]
+AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="The same as --format json.")]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", help="Only print errors, and one line per scanned model."),
+    typer.Option(
+        "--quiet",
+        "-q",
+        envvar="BNBFIX_QUIET",
+        rich_help_panel=OUTPUT,
+        help="Only print errors, and one line per scanned model.",
+    ),
 ]
 Verbose = Annotated[
     int,
@@ -74,6 +95,7 @@ Verbose = Annotated[
         count=True,
         show_default=False,
         envvar="BNBFIX_VERBOSE",
+        rich_help_panel=OUTPUT,
         help="Log decisions to stderr; -vv: details too. "
         "For a scan, -v shows every tensor and the notes; -vv and -vvv log.",
     ),
@@ -83,14 +105,3 @@ Verbose = Annotated[
 def print_json(document: dict[str, Any]) -> None:
     """A document to stdout."""
     print(json.dumps(document, indent=2))
-
-
-def live_from_options(dry_load: bool, python: str | None, *, quiet: bool) -> LiveVllm | None:
-    """The vLLM that --dry-load asks; what it is doing is shown on a terminal."""
-    if not dry_load:
-        if python is not None:
-            raise UsageError("--python needs --dry-load")
-        return None
-    from ..engines.vllm.live import LiveVllm
-
-    return LiveVllm(python, status=show_status(quiet=quiet))

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check_before_upload(folder, given.vllm or "portable")
         except BnbfixError as e:
-            print_error(str(e), e.hint)
+            print_error(str(e), e.hint, e.command)
             code = max(code, e.exit_code)
     return code
 

@@ -22,6 +22,14 @@ CODES = {int(signal.SIGINT): INTERRUPTED, int(signal.SIGTERM): TERMINATED}
 SECONDS = 1.8  # for everything that an interrupted command still does
 
 
+class Interrupted(Exception):
+    """A command was interrupted and has something to say about it. The option parser catches KeyboardInterrupt."""
+
+    def __init__(self, words: str = "interrupted", hint: str | None = None, command: str | None = None) -> None:
+        super().__init__(words)
+        self.hint, self.command = hint, command
+
+
 class Signals:
     """The first signal that came: `code` is the exit code that it asks for, 130 before there is one."""
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from ..models.family import Model
 from ..models.inspection import LinearWeight
 
-PORTABLE = "portable"
+PORTABLE, LATEST = "portable", "latest"
 
 Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
@@ -65,6 +65,7 @@ class Target:
     name: str  # a release, or "portable"
     ranges: tuple[ReleaseRange, ...]
     installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
+    warning: str | None = None  # set when the release is newer than what is known
 
     @property
     def label(self) -> str:

@@ -42,7 +42,8 @@ PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
 RETRIED = (408, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10  # of one download
 MAX_ANSWER = 200_000_000  # bytes of a listing; that of a repo with 10,000 files has 3 MB
-LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
+LOGIN = "hf auth login"
+LOG_IN = f"Log in with `{LOGIN}`, or set HF_TOKEN."
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,7 +112,9 @@ def retry(work: Callable[[], T], asked: HubRequest, tries: int = TRIES) -> T:
         except UnicodeEncodeError:
             if (get_token() or "").isascii():
                 raise HubError("has a name that no address can hold", where=asked.where) from None
-            raise HubError("HF_TOKEN has characters that no token has", where=asked.where, hint=LOG_IN) from None
+            raise HubError(
+                "HF_TOKEN has characters that no token has", where=asked.where, hint=LOG_IN, command=LOGIN
+            ) from None
         except LocalEntryNotFoundError as e:
             raise no_answer_error(e.__cause__ or e, asked) from None
         if left:
@@ -166,7 +169,7 @@ def error_from_response(answer: Any, asked: HubRequest) -> HubError | RetryableE
 def hub_error(status: int, code: str | None, asked: HubRequest, wait: float | None = None) -> HubError:
     """Return the error for an HTTP status and the Hub's own X-Error-Code; `wait` is what a 429 asks for, in seconds."""
     message, hint = _describe_status(status, code, asked, wait)
-    return HubError(message, where=asked.where, hint=hint)
+    return HubError(message, where=asked.where, hint=hint, command=LOGIN if hint and LOG_IN in hint else None)
 
 
 def _describe_status(status: int, code: str | None, asked: HubRequest, wait: float | None) -> tuple[str, str | None]:
@@ -314,7 +317,7 @@ def abort_xet() -> None:
 def check_login() -> None:
     """Raise HubError when there is no token to push with."""
     if get_token() is None:
-        raise HubError("pushing needs a token, and there is none", hint=LOG_IN)
+        raise HubError("pushing needs a token, and there is none", hint=LOG_IN, command=LOGIN)
 
 
 @contextmanager
@@ -338,22 +341,23 @@ def make_repo(repo: str, *, private: bool) -> None:
 
 
 def commit(
-    folder: Path,
     repo: str,
-    files: Iterable[str],
+    added: Mapping[str, Path | bytes],
+    copied: Mapping[str, tuple[str, str]],
     removed: Iterable[str],
     message: str,
     *,
     create_pr: bool,
     parent: str | None,
 ) -> tuple[str, str]:
-    """Commit files of a folder to a repo and return (URL of the commit or pull request, sha). Raises HubError.
+    """Commit files to a repo and return (URL of the commit or pull request, sha). Raises HubError.
 
-    It is one commit, where `upload_folder` may make several: no user ever loads half of a repaired checkpoint. Files
-    that an interrupted push had uploaded are not uploaded again.
+    `copied` maps files to the (repo, revision) that the Hub copies. No user ever loads half of a repaired checkpoint.
     """
-    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]
-    operations = [CommitOperationAdd(f, str(folder / f)) for f in files]
+    operations: list[Any] = [
+        CommitOperationAdd(f, data if isinstance(data, bytes) else str(data)) for f, data in added.items()
+    ]
+    operations += [CommitOperationCopy(f, f, sha, source, "model") for f, (source, sha) in copied.items()]
     operations += [CommitOperationDelete(f) for f in removed]
     asked = describe_request(repo, parent)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.source import LocalSource, Source
@@ -75,20 +76,62 @@ def push_folder(folder: Path, to: Destination, *, message: str, quiet: bool = Tr
     Raises:
         HubError: The Hub refuses, or there is no answer.
     """
+    files = LocalSource.open(folder).with_subfolders().files
+    try:
+        return _commit_files(to, {name: folder / name for name in files}, {}, message, quiet=quiet)
+    except HubError as e:
+        e.hint = f"{e.hint or ''} The repair itself is done.".strip()
+        e.command = shlex.join(["hf", "upload", to.repo, str(folder)])
+        raise
+
+
+def push_changes(
+    origin: Mapping[str, str],
+    kept: Iterable[str],
+    changed: Mapping[str, bytes],
+    to: Destination,
+    *,
+    message: str,
+    quiet: bool = True,
+) -> Pushed:
+    """Upload only the files that a repair of a repo changes, in one commit. The others stay where they are.
+
+    To another repo the Hub copies them by itself, so they are neither downloaded nor uploaded.
+
+    Args:
+        origin: What was repaired: {"repo", "revision"}.
+        kept: The files that belong to the output and do not change.
+        changed: The bytes of those that do.
+
+    Raises:
+        HubError: The Hub refuses, or there is no answer.
+    """
+    if to.repo == origin["repo"]:
+        return _commit_files(replace(to, parent=origin["revision"]), changed, {}, message, quiet=quiet, complete=False)
+    copied = dict.fromkeys(kept, (origin["repo"], origin["revision"]))
+    return _commit_files(to, changed, copied, message, quiet=quiet)
+
+
+def _commit_files(
+    to: Destination,
+    added: Mapping[str, Path | bytes],
+    copied: Mapping[str, tuple[str, str]],
+    message: str,
+    *,
+    quiet: bool,
+    complete: bool = True,
+) -> Pushed:
+    """One commit; where the files are `complete`, weights that are not among them go."""
     from .client import commit, make_repo, silence
     from .source import HubSource  # here, since only a push needs huggingface_hub
 
-    files = LocalSource.open(folder).with_subfolders().files
-    try:
-        if not to.create_pr:
-            make_repo(to.repo, private=to.private)
-        removed = stale_files(HubSource.open(to.repo, to.parent).files, files)
-        logger.info("pushing %d files to %s, deleting %s", len(files), to.repo, removed or "none")
-        with silence() if quiet else nullcontext():
-            url, sha = commit(folder, to.repo, files, removed, message, create_pr=to.create_pr, parent=to.parent)
-    except HubError as e:
-        e.hint = f"{e.hint or ''} The repair itself is done: hf upload {to.repo} {folder}".strip()
-        raise
+    if not to.create_pr:
+        make_repo(to.repo, private=to.private)
+    there = HubSource.open(to.repo, to.parent).files if complete else ()
+    removed = stale_files(there, {*added, *copied})
+    logger.info("pushing %d files to %s, deleting %s", len(added), to.repo, removed or "none")
+    with silence() if quiet else nullcontext():
+        url, sha = commit(to.repo, added, copied, removed, message, create_pr=to.create_pr, parent=to.parent)
     return Pushed(to.repo, url, sha)
 
 

@@ -117,7 +117,8 @@ class HubSource:
             raise HubError(
                 "offline mode is on (HF_HUB_OFFLINE), and the local cache does not have it",
                 where=name,
-                hint=f"Unset HF_HUB_OFFLINE, or fetch it while online: hf download {repo}",
+                hint="Unset HF_HUB_OFFLINE, or fetch it while online.",
+                command=f"HF_HUB_OFFLINE=0 hf download {repo}",
             )
         folder = LocalSource.open(Path(found).parent).with_subfolders()
         logger.info("%s: offline, commit %s from the local cache", name, folder.path.name)

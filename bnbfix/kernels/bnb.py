@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quant_state import WIDTH, QuantState
 from ..errors import QuantStateError, UsageError
+from .packages import require_packages
 from .threads import count_threads
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def resolve_device(request: str) -> str:
     """`choose_device` with the devices torch sees. "cpu", and "auto" without a GPU driver, need no torch."""
     if request == "cpu" or (request == "auto" and not gpu_driver()):
         return "cpu"
+    require_packages(f"device {request} takes torch", ["torch"])
     import torch
 
     return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)

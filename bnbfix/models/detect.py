@@ -11,6 +11,8 @@ from ..errors import NotApplicable
 from . import gemma4
 from .family import Family, Model
 
+DRY_LOAD = "--dry-load"  # what can be asked about a model that no rule knows
+
 
 def read_model(config: Mapping[str, Any]) -> Model:
     """The model that a config.json describes.
@@ -40,7 +42,7 @@ def _detect_family(config: Mapping[str, Any]) -> Family:
         if named or model_type
         else "config names no architecture"
     )
-    raise NotApplicable(words, where=CONFIG)
+    raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
@@ -57,7 +59,7 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
             raise NotApplicable(
                 f"is a {what} with quantized bytes, but without quant states of bitsandbytes", where=where
             )
-        raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=where)
+        raise NotApplicable(f"is an unquantized {what}; there is nothing to check", where=where, command=DRY_LOAD)
     return model
 
 

@@ -11,8 +11,10 @@ from .plan import Action
 
 CARD = "README.md"
 MAX_CARD = 4_000_000  # bytes; a larger README.md is not a card, and stays unchanged
+URL = "https://pypi.org/project/bnbfix/"
 BEGIN, END = "<!-- bnbfix -->", "<!-- /bnbfix -->"
 
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n.*?\r?\n---[ \t]*\r?(?:\n|$)", re.DOTALL)
 _SECTION = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 _NEW = """---
 library_name: transformers
@@ -25,16 +27,34 @@ tags:
 def insert_section(card: str | None, section: str, *, quantized: bool) -> str:
     """Puts the section into a card: in place of the one it has, else at its end; None starts a card.
 
-    Every other character stays, line ends and front matter included.
+    Every other character stays, line ends and front matter included, except the tag `bitsandbytes` of what is no longer
+    `quantized`.
     """
     if card is None or not card.strip():
         return _NEW.format(tag="- bitsandbytes\n" if quantized else "") + section
+    if not quantized:
+        card = _drop_tag(card)
     newline = "\r\n" if "\r\n" in card else "\n"
     section = section.replace("\n", newline)
     if (old := list(_SECTION.finditer(card))) != []:
         begin, end = old[-1].span()
         return card[:begin] + section.removesuffix(newline) + card[end:]
     return card + (newline if card.endswith(newline) else newline * 2) + section
+
+
+def _drop_tag(card: str) -> str:
+    """The card without `bitsandbytes` among the tags of its front matter, in either form of a YAML list."""
+    front = _FRONT_MATTER.match(card)
+    if front is None:
+        return card
+    text = re.sub(r"(?m)^[ \t]*-[ \t]*[\"']?bitsandbytes[\"']?[ \t]*\r?\n", "", front[0])
+    text = re.sub(r"(?m)^tags:[ \t]*\[([^\]\n]*)\]", _drop_from_list, text)
+    return text + card[front.end() :]
+
+
+def _drop_from_list(tags: re.Match[str]) -> str:
+    kept = [tag for tag in tags[1].split(",") if tag.strip(" \t\"'") != "bitsandbytes"]
+    return f"tags: [{','.join(kept).strip()}]"
 
 
 def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool) -> str:
@@ -53,7 +73,7 @@ def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool) ->
         BEGIN,
         "## Repaired for vLLM",
         "",
-        f"bnbfix changed this checkpoint so that stock {_name_target(target)} loads it unmodified: {changes}. "
+        f"[bnbfix]({URL}) changed this checkpoint so that stock {_name_target(target)} loads it unmodified: {changes}. "
         "Every other tensor and file is the source's, byte for byte. "
         "`bnbfix.json` lists each change, and a SHA-256 for each file.",
         "",

@@ -16,8 +16,8 @@ from ..checkpoint.checkpoint import CONFIG, Checkpoint
 from ..engines.engine import Target
 from ..errors import UsageError
 from ..rules.rule import Code
-from ..rules.scan import SCHEMA, Finding, ScanResult
-from .layout import Quantize, ShardPlan, Slice, TensorPlan, tensors_read
+from ..rules.scan import Finding, ScanResult, describe_run
+from .layout import Dequantize, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
 
 RECORD = "bnbfix.json"
 JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
@@ -123,6 +123,20 @@ class Plan:
         return not json.loads(self.texts[CONFIG]).get("quantization_config")
 
     @property
+    def config_only(self) -> bool:
+        """Return True if it changes config.json, perhaps the index and the card, and no shard."""
+        kept = {s.name for s in self.shards if s.copied}
+        return kept == set(self.checkpoint.shards) == {s.name for s in self.shards}
+
+    @property
+    def computes(self) -> str | None:
+        """The work that needs kernels, "dequantizes" or "quantizes"; None where every tensor is copied."""
+        ops = [t.op for s in self.shards if not s.copied for t in s.tensors]
+        if any(isinstance(op, Dequantize) for op in ops):
+            return "dequantizes"
+        return "quantizes" if any(isinstance(op, Quantize) for op in ops) else None
+
+    @property
     def bytes_written(self) -> int:
         """Size of the output in bytes, without the record."""
         files = self.checkpoint.source.files
@@ -145,17 +159,17 @@ class Plan:
         return "\n".join(lines)
 
     def to_dict(self, *, needed: int | None = None, free: int | None = None) -> dict[str, Any]:
-        """The JSON document: {schema, model, target, nothing_to_do, edits, shards, config_diff, bytes_read, ...}.
+        """The JSON document of a dry run, as `bnbfix schema repair` describes it.
 
         Args:
             needed: bytes of disk that writing takes.
             free: bytes of disk that are free.
         """
-        return {
-            "schema": SCHEMA,
+        return describe_run(self.scan.commit, self.target) | {
             "model": self.checkpoint.source.name,
             "target": self.target.name,
             "nothing_to_do": self.nothing_to_do,
+            "config_only": self.config_only,
             "edits": [e.to_dict() for e in self.edits],
             "shards": [
                 {"name": s.name, "action": "copy" if s.copied else "rewrite", "tensors": len(s.tensors), "size": s.size}

@@ -40,9 +40,12 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     Raises the errors of `open_checkpoint` and `scan_checkpoint`, the first QuantStateError where a quant state is
     invalid, and Unrepairable when no change of the files fixes a finding of the target.
     """
-    options = options or Options()
-    checkpoint = open_checkpoint(source)
-    inspection = inspect_checkpoint(checkpoint)
+    return plan_inspection(inspect_checkpoint(open_checkpoint(source)), target, options or Options())
+
+
+def plan_inspection(inspection: Inspection, target: Target, options: Options) -> Plan:
+    """`plan_checkpoint` of a checkpoint that was inspected already."""
+    checkpoint = inspection.checkpoint
     if inspection.invalid:
         raise inspection.invalid[0]
     scan = scan_inspection(inspection, target)

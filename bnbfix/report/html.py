@@ -17,6 +17,7 @@ from ..__version__ import __version__
 from ..engines.vllm.releases import format_ranges
 from ..rules.scan import Finding, ScanResult
 from .layer_map import Cell, LayerMap, Section, State
+from .next_step import after_scan
 from .outcome import ScanOutcome
 from .text import (
     by_code,
@@ -51,9 +52,15 @@ def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
 
 
+def render_frame(result: ScanResult) -> str:
+    """The page in a frame of its own, for a notebook: its style stays inside."""
+    page = "".join(render([ScanOutcome(result.model, result)]))
+    return f'<iframe srcdoc="{escape(page)}" width="100%" height="600" style="border: 0"></iframe>'
+
+
 def style() -> str:
     """The page's style sheet."""
-    return resources.files(__package__).joinpath("html.css").read_text("utf-8").strip()
+    return resources.files(__package__).joinpath("assets", "html.css").read_text("utf-8").strip()
 
 
 def _page(found: Sequence[ScanOutcome]) -> Iterator[str]:
@@ -110,7 +117,10 @@ def _header(o: ScanOutcome, result: ScanResult) -> Iterator[str]:
     last = conclude(o)
     yield f"<header><h1>{_e(o.model)}</h1>\n<p>{_e(contents(result))}</p>"
     yield f'<p class="last">{_verdict(result.verdict)} {_e(last.words)}</p>'
-    yield f"<p>Repair it: <code>{_e(last.command)}</code></p></header>" if last.command else "</header>"
+    for step in after_scan(o):
+        yield f"<p>{_e(step.words)}</p>"
+        yield from (f"<pre><code>{_e(command)}</code></pre>" for command in step.commands)
+    yield "</header>"
 
 
 def _verdict(verdict: str) -> str:

@@ -1,12 +1,13 @@
 """Results as JSON documents. They grow only by new keys; `schema` changes when a key changes its meaning.
 
-README.md shows their shapes, under "JSON".
+`bnbfix schema` prints their schemas.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from ..rules.scan import SCHEMA
@@ -38,6 +39,11 @@ def outcome_document(outcome: ScanOutcome) -> dict[str, Any]:
     assert error is not None
     described = {"kind": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}
     return {"schema": SCHEMA, "model": outcome.model, "error": described}
+
+
+def schema_text(document: str) -> str:
+    """The JSON Schema of a document: scan, repair or verify."""
+    return resources.files(__package__).joinpath("assets", f"{document}.schema.json").read_text("utf-8")
 
 
 def load_document(result: LoadResult) -> dict[str, Any]:

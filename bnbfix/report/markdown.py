@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ScanResult
+from .next_step import after_scan
 from .outcome import ScanOutcome
 from .text import (
     by_code,
@@ -61,8 +62,10 @@ def _section(o: ScanOutcome) -> Iterator[str]:
     yield ""
     for same in by_code(o.result.findings):
         yield from _code(same)
-    if last.command:
-        yield f"Repair it: {code(last.command)}"
+    for step in after_scan(o):
+        yield step.words
+        yield ""
+        yield from (f"    {command}" for command in step.commands)
         yield ""
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
-from ..checkpoint.source import Source
 from ..engines.engine import Target
 from ..errors import BnbfixError, InputError, UsageError
 from ..hub.resolve import open_source
@@ -19,6 +19,7 @@ from ..rules.selection import Selection, findings_code
 
 if TYPE_CHECKING:
     from ..engines.vllm.live import LiveVllm
+    from ..planner.choices import Choice
     from .layer_map import LayerMap
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class ScanOutcome:
     left_out: int = 0  # findings that were not selected
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # the shard of each tensor that a finding names
     layer_map: LayerMap | None = field(default=None, repr=False)
+    choices: tuple[Choice, ...] = ()  # the repairs that were planned; none for what needs none
 
     def file(self, finding: Finding) -> str:
         """The file to look at for a finding: the shard of its first tensor, else config.json or the index."""
@@ -55,15 +57,25 @@ def scan_models(
     *,
     revision: str | None = None,
     with_map: bool = False,
+    with_choices: bool = False,
     live: LiveVllm | None = None,
 ) -> Iterator[ScanOutcome]:
     """The outcome of each model, in order, as soon as it is known.
 
-    `revision` applies to every repo. `live` is a vLLM to ask about each model, the one that `target` names.
+    `revision` applies to every repo. `with_choices` plans the repairs of what has findings. `live` is a vLLM to ask
+    about each model, the one that `target` names.
     """
     for model in models:
         try:
-            yield _outcome(open_source(model, revision), model, target, selection or Selection(), with_map, live)
+            checkpoint = open_checkpoint(open_source(model, revision))
+            outcome = _scan_one(checkpoint, model, target, selection or Selection(), live)
+            if with_map and outcome.result and outcome.result.releases:
+                outcome = replace(outcome, layer_map=_draw_map(checkpoint, outcome.result))
+            if with_choices and outcome.result and any(f.blocking for f in outcome.result.findings):
+                from ..planner.choices import find_choices
+
+                outcome = replace(outcome, choices=find_choices(checkpoint, target))
+            yield outcome
         except BnbfixError as e:
             yield ScanOutcome(model, error=e)
         except OSError as e:
@@ -71,32 +83,25 @@ def scan_models(
             yield ScanOutcome(model, error=error)
 
 
-def _outcome(
-    source: Source, model: str, target: Target, selection: Selection, with_map: bool, live: LiveVllm | None
+def _scan_one(
+    checkpoint: Checkpoint, model: str, target: Target, selection: Selection, live: LiveVllm | None
 ) -> ScanOutcome:
-    checkpoint = open_checkpoint(source)
     if live is None:
         result = scan_checkpoint(checkpoint, target)
     else:
         result = scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
     logger.info("%s: %s for %s, %d findings", model, result.verdict, target.name, len(result.findings))
     chosen = selection.of(result.findings)
-    layer_map = None
-    if with_map and result.releases:
-        from ..writer.record import repaired_tensors
-        from .layer_map import build_layer_map
+    files = _files(checkpoint, {name for f in chosen for name in f.tensors})
+    return ScanOutcome(model, replace(result, findings=chosen), None, len(result.findings) - len(chosen), files)
 
-        layer_map = build_layer_map(
-            checkpoint, read_model(checkpoint.config), chosen, repaired_tensors(checkpoint.source)
-        )
-    return ScanOutcome(
-        model,
-        replace(result, findings=chosen),
-        None,
-        len(result.findings) - len(chosen),
-        _files(checkpoint, {name for f in chosen for name in f.tensors}),
-        layer_map,
-    )
+
+def _draw_map(checkpoint: Checkpoint, result: ScanResult) -> LayerMap:
+    from ..writer.record import repaired_tensors
+    from .layer_map import build_layer_map
+
+    repaired = repaired_tensors(checkpoint.source)
+    return build_layer_map(checkpoint, read_model(checkpoint.config), result.findings, repaired)
 
 
 def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
@@ -106,9 +111,9 @@ def _files(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
 
 
 def read_names(text: str, where: str) -> list[str]:
-    """The models in a list, one a line, without comments; raises UsageError when there are none."""
+    """The models in a list, one per line, without comments; raises UsageError when there are none."""
     lines = (line.strip() for line in text.splitlines())
-    names = [line for line in lines if line and not line.startswith("#")]
+    names = [name for line in lines if (name := re.split(r"(?:^|\s+)#", line, maxsplit=1)[0])]
     if not names:
         raise UsageError("names no model", where=where, hint="Write one model per line; # begins a comment.")
     return names

@@ -21,7 +21,9 @@ from ..planner.plan import Action, Plan
 from ..rules.rule import Code
 from ..verifier.verify import VerifyResult
 from ..writer.write import RepairResult
-from .text import SHOWN, collapse, count, escape_control_chars, target_label
+from .next_step import Step
+from .scan_table import STYLES
+from .text import SHOWN, collapse, count, escape_control_chars, format_growth, format_size, target_label
 
 
 def show(parts: Iterable[RenderableType]) -> None:
@@ -29,7 +31,7 @@ def show(parts: Iterable[RenderableType]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text) and bool(part.no_wrap))
     text = captured.get()
     if not console.is_terminal:
         text = "".join(line.rstrip() + "\n" for line in text.splitlines())
@@ -40,16 +42,17 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     """What becomes of each shard, the change of config.json, and what the repair costs."""
     table = _table()
     table.add_column("shard", overflow="fold")
-    for column in ("becomes", "tensors", "decoded", "added", "MB"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     have = plan.checkpoint.tensors
+    added = {s.name: sum(t.info.name not in have for t in s.tensors) for s in plan.shards}
+    for column in ("becomes", "tensors", "decoded", *(["added"] if any(added.values()) else []), "size"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "becomes" else "right")
     for s in plan.shards:
-        added = sum(t.info.name not in have for t in s.tensors)
         dequantized = sum(isinstance(t.op, Dequantize) for t in s.tensors)
         size = plan.checkpoint.source.files.get(s.name)  # none for a shard that the plan adds
-        mb = _mb(s.size) if s.copied or size is None else f"{_mb(size)} > {_mb(s.size)}"
+        sizes = format_size(s.size) if s.copied or size is None else format_growth(size, s.size)
         becomes = "copied" if s.copied else "new" if size is None else "rewritten"
-        cells = (becomes, str(len(s.tensors)), str(dequantized or ""), str(added or ""), mb)
+        more = [str(added[s.name] or "")] if any(added.values()) else []
+        cells = (becomes, str(len(s.tensors)), str(dequantized or ""), *more, sizes)
         table.add_row(Text(escape_control_chars(s.name)), *cells)
     yield table
     yield from _edit_lines(plan)
@@ -61,8 +64,8 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
     if written := sorted(set(plan.texts) - {CONFIG}):
         yield Text(f"Written as well: {', '.join(map(escape_control_chars, written))}.")
     yield Text(
-        f"Reads {_mb(plan.bytes_read)} MB, writes {_mb(plan.bytes_written)} MB; "
-        f"needs {_mb(needed)} MB of disk, {_mb(free)} MB are free."
+        f"Reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)}; "
+        f"needs {format_size(needed)} of disk, {format_size(free)} are free."
     )
 
 
@@ -73,26 +76,48 @@ def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
             continue
         codes = " ".join(sorted({e.code.value for e in edits if e.code}))
         yield Text(action.describe(len(edits)) + (f" ({codes})" if codes else ""))
-        for name in collapse(e.name for e in edits)[:SHOWN]:
-            yield _indented(name)
+        yield from _name_lines(e.name for e in edits)
+
+
+def _name_lines(names: Iterable[str]) -> Iterable[RenderableType]:
+    """The first patterns of names, and how many more there are."""
+    patterns = collapse(names)
+    for pattern in patterns[:SHOWN]:
+        yield _indented(pattern)
+    if len(patterns) > SHOWN:
+        yield _indented(f"and {len(patterns) - SHOWN} more")
 
 
 def repair_report(result: RepairResult) -> Iterable[RenderableType]:
     """What a repair did, in a few lines."""
     plan = result.plan
-    label = target_label(plan.scan)
-    if not result.written:
-        yield Text(f"Nothing to do: loads unchanged in {label}.", style="bold green")
+    if plan.nothing_to_do:
+        yield from nothing_report(plan)
         return
     yield from _edit_lines(plan)
-    yield Text(
-        f"Wrote {escape_control_chars(str(result.out))}, {_mb(plan.bytes_written)} MB, for {label}.", style="bold green"
-    )
+    what = f"Wrote {result.out}, {format_size(plan.bytes_written)}"
+    if result.in_place:
+        what = f"Replaced {', '.join(sorted(result.files))} in {result.out}, and kept the old next to the new"
+    elif result.out is None:
+        what = "Changed no shard, so nothing was downloaded or written"
+    yield Text(f"{escape_control_chars(what)}, for {target_label(plan.scan)}.", style="bold green")
+
+
+def nothing_report(plan: Plan) -> Iterable[RenderableType]:
+    """That a checkpoint needs no repair."""
+    yield Text(f"Nothing to do: loads unchanged in {target_label(plan.scan)}.", style="bold green")
 
 
 def pushed_line(pushed: Pushed | None) -> str:
     """The address that a repair was pushed to, in one line; `pushed` is None when nothing was."""
     return f"Pushed: {escape_control_chars(pushed.url)}" if pushed else "Nothing was pushed."
+
+
+def step_lines(steps: Iterable[Step]) -> Iterable[RenderableType]:
+    """What to run next: commands are never wrapped, so that they can be pasted."""
+    for step in steps:
+        yield Text(step.words)
+        yield from (Text(f"  {command}", no_wrap=True) for command in step.commands)
 
 
 def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
@@ -119,8 +144,7 @@ def load_report(result: LoadResult) -> Iterable[RenderableType]:
     for words, names in (("have no quant state", result.unbound), ("were quantized while loading", result.requantized)):
         if names:
             yield Text(f"{len(names)} parameters {words}:", style="red")
-            for line in collapse(names)[:SHOWN]:
-                yield _indented(line)
+            yield from _name_lines(names)
     yield Text(
         f"{name} loads it: {result.parameters} parameters, {result.quantized} of them quantized; the forward pass ran.",
         style="bold green" if result.ok else "bold red",
@@ -190,7 +214,7 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
 def explain_report(code: Code) -> Iterable[RenderableType]:
     """The explanation of a code."""
     e = code.explanation
-    yield Text(f"{code.value}: {e.title}", style="bold")
+    yield Text(f"{code.value} {e.severity}: {e.title}", style="bold")
     yield ""
     yield Text(e.why)
     yield ""
@@ -199,13 +223,23 @@ def explain_report(code: Code) -> Iterable[RenderableType]:
         yield Text(url, style="dim")
 
 
+def codes_report(codes: Iterable[Code]) -> Iterable[RenderableType]:
+    """All findings: code, severity of the worst, title."""
+    table = _table()
+    for column in ("code", "at worst", "finding"):
+        table.add_column(column, no_wrap=column != "finding")
+    for code in codes:
+        severity = code.explanation.severity
+        table.add_row(code.value, Text(str(severity), style=STYLES[severity]), Text(code.explanation.title))
+    yield table
+    yield ""
+    yield Text("Explain one:")
+    yield Text("  bnbfix explain BNB101", no_wrap=True)
+
+
 def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
 
 
 def _indented(text: str) -> Padding:
     return Padding(Text(text, overflow="fold"), (0, 0, 0, 4), expand=False)
-
-
-def _mb(n: int) -> str:
-    return f"{n / 1e6:,.1f}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..engines.vllm.releases import format_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
+from .next_step import after_scan
 from .outcome import ScanOutcome
 from .terminal import StyledLine, StyledText, TableOptions, fold
 from .text import (
@@ -55,8 +56,11 @@ def render_table(
 ) -> Iterator[StyledLine]:
     """The report of every model as its outcome comes, and for `several` a summary at the end."""
     rows: list[Summary] = []
+    repairs: list[str] = []
     for outcome in outcomes:
         rows.append(summarize(outcome))
+        if outcome.result is not None and conclude(outcome).fixable:
+            repairs += [command for step in after_scan(outcome) for command in step.commands]
         if options.quiet:
             if several or outcome.result is not None:  # the command line itself reports a single model's error
                 yield from _quiet(rows[-1])
@@ -67,6 +71,16 @@ def render_table(
             yield from _grid(("model", "verdict", "because of"), [_summary(row) for row in rows], options)
             yield ()
         yield (StyledText(totals(rows), "bold"),)
+        if repairs and not options.quiet:
+            yield from _commands(repairs[:SHOWN])
+            if len(repairs) > SHOWN:
+                yield (StyledText(f"  # and {len(repairs) - SHOWN} more"),)
+
+
+def _commands(commands: Iterable[str]) -> Iterator[StyledLine]:
+    """Commands in whole lines, to be pasted."""
+    for command in commands:
+        yield (StyledText(f"  {command}"),)
 
 
 def _quiet(row: Summary) -> Iterator[StyledLine]:
@@ -113,10 +127,10 @@ def scan_lines(outcome: ScanOutcome, result: ScanResult, options: TableOptions) 
         yield from layer_map_lines(outcome.layer_map, options)
         yield ()
     last = conclude(outcome)
-    words = last.words + (f" Repair it: {last.command}" if last.command else "")
-    for i, text in enumerate(fold(words, options.width)):
-        end = len(last.words) if i == 0 else 0  # only the verdict is bold
-        yield StyledText(text[:end], f"bold {STYLES[last.verdict]}"), StyledText(text[end:])
+    yield from _wrapped(last.words, options, f"bold {STYLES[last.verdict]}")
+    for step in after_scan(outcome):
+        yield from _wrapped(step.words, options)
+        yield from _commands(step.commands)
 
 
 def _matrix(verdicts: Sequence[ReleaseVerdict], options: TableOptions) -> Iterator[StyledLine]:

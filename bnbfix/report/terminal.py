@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,17 @@ def fold(text: str, width: int) -> list[str]:
     return wrap(text, max(width, 8), break_on_hyphens=False) or [""]
 
 
-def print_error(message: str, hint: str | None = None) -> None:
-    """An error and what to do next, on stderr."""
+def print_error(message: str, hint: str | None = None, command: str | None = None) -> None:
+    """An error, what to do about it, and a command to paste, on stderr."""
     print(f"error: {escape_control_chars(message)}", file=sys.stderr)
-    if hint:
-        print(f"  {escape_control_chars(hint)}", file=sys.stderr)
+    for line in (hint, command):
+        if line and line not in message:
+            print(f"  {escape_control_chars(line)}", file=sys.stderr)
+
+
+def print_warning(message: str) -> None:
+    """Something to know, on stderr."""
+    print(f"warning: {escape_control_chars(message)}", file=sys.stderr)
 
 
 def show_logs(verbosity: int) -> None:
@@ -70,18 +76,40 @@ class _StderrHandler(logging.Handler):
 
 
 @contextmanager
-def progress_bar(words: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; gives a function that is called with the bytes just done."""
+def progress_bar(phases: Mapping[str, int], *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Bars on stderr, where that is a terminal; gives a function that is called with the bytes just done.
+
+    Args:
+        phases: The words for each phase, and its bytes. One follows the other; those without bytes are left out.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda n: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(words, total=total)
-        yield lambda n: bar.advance(task, n)
+        tasks = [bar.add_task(words, total=total, start=False) for words, total in phases.items() if total]
+
+        def step(n: int) -> None:
+            while tasks and n:
+                task = bar.tasks[tasks[0]]
+                if not task.started:
+                    bar.start_task(tasks[0])
+                part = n if len(tasks) == 1 else min(n, int((task.total or 0) - task.completed))
+                bar.advance(tasks[0], part)
+                n -= part
+                if len(tasks) > 1 and task.finished:
+                    tasks.pop(0)
+
+        yield step
 
 
 def show_status(*, quiet: bool) -> Callable[[str], None]:

@@ -29,6 +29,18 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' if n != 1 else ''}"
 
 
+def format_size(n: int) -> str:
+    """`19.1 GB`, `0.6 MB`, `1.4 kB`."""
+    unit, size = ("GB", 10**9) if n >= 10**9 else ("MB", 10**6) if n >= 10**5 else ("kB", 10**3)
+    return f"{n / size:,.1f} {unit}"
+
+
+def format_growth(before: int, after: int) -> str:
+    """`4.9 -> 5.3 GB`, or `900.0 MB -> 1.1 GB`."""
+    a, b = format_size(before), format_size(after)
+    return f"{a.removesuffix(b[-3:])} -> {b}"
+
+
 def contents(result: ScanResult) -> str:
     """Class, shards and forms of weights, in a line."""
     forms = ", ".join(f"{n} {form}" for form, n in result.counts)
@@ -108,11 +120,11 @@ def fix_text(finding: Finding) -> str:
 
 
 class Conclusion(NamedTuple):
-    """The last words on a model, and the command that fixes it if there is one."""
+    """The last words on a model, and whether a repair for the target fixes what counts."""
 
     verdict: Severity
     words: str
-    command: str | None = None
+    fixable: bool
 
 
 _VERDICTS = {Severity.FAILS: "Fails", Severity.WRONG: "Loads with wrong weights", Severity.DEGRADED: "Degraded"}
@@ -134,9 +146,7 @@ def conclude(outcome: ScanOutcome) -> Conclusion:
         text += f" {count(outcome.left_out, 'finding')} left out by --select or --ignore."
     remaining = [f for f in result.findings if f.counts]
     unfixable = any(f.blocking and f.reason is not None for f in remaining)
-    if unfixable or all(f.reason is not None for f in remaining):
-        return Conclusion(result.verdict, text)
-    return Conclusion(result.verdict, text, f"bnbfix repair MODEL --out DIR --vllm {result.target.name}")
+    return Conclusion(result.verdict, text, not unfixable and any(f.reason is None for f in remaining))
 
 
 def _verdict_sentences(result: ScanResult) -> list[str]:

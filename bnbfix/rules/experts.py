@@ -78,6 +78,7 @@ def check_expert_prefix(case: Case) -> Iterator[Hit]:
 @rule(
     Code.FP4_EXPERTS,
     "FP4 experts",
+    severity=Severity.WRONG,
     why='vLLM\'s bitsandbytes loader fuses the quant states of experts with a hard-coded `quant_type="nf4"`. FP4 '
     "experts load, and are decoded with the wrong table.",
     fix="They are dequantized and quantized to NF4.",

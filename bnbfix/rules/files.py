@@ -82,6 +82,7 @@ def _find_lost_weights(inspection: Inspection) -> Iterator[str]:
 @rule(
     Code.INDEX,
     "index and shards disagree",
+    severity=Severity.NOTE,
     why="The index names other tensors, other shards for them, or another total size than the headers of the shards. "
     "vLLM reads every tensor of every shard that the index names, so a stale tensor left in a file is loaded.",
     fix="The index is written anew from the headers. A repair is not made only for this.",
@@ -108,6 +109,7 @@ def check_index(case: Case) -> Iterator[Hit]:
 @rule(
     Code.DUPLICATE,
     "one tensor in two shards",
+    severity=Severity.WRONG,
     why="Two shards hold a tensor of the same name; which of them vLLM keeps depends on the order of the files.",
     fix="The one that the index names is kept.",
     release_independent=True,
@@ -121,6 +123,7 @@ def check_duplicate(case: Case) -> Iterator[Hit]:
 @rule(
     Code.PICKLES,
     "pickle files next to the weights",
+    severity=Severity.NOTE,
     why="Loading a pickle (*.bin, *.pt, *.pth, *.ckpt, *.pkl) runs whatever code its author put into it. vLLM and "
     "transformers read safetensors where there are any, so these are a second, older copy of the weights, or what "
     "a training run left. bnbfix never opens them.",
@@ -136,6 +139,7 @@ def check_pickles(case: Case) -> Iterator[Hit]:
 @rule(
     Code.CODE,
     "programs next to the weights",
+    severity=Severity.NOTE,
     why="Python files, and auto_map in config.json, are run by vLLM and transformers under trust_remote_code. No "
     "Gemma4 needs that.",
     fix="A repair copies them unchanged, without the right to be executed, and runs nothing.",

@@ -11,6 +11,7 @@ from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 @rule(
     Code.QUANTIZED_PIXEL_PROJECTION,
     "quantized pixel projection",
+    severity=Severity.DEGRADED,
     why="transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
     "quantized the dtype is uint8, and every image is silently corrupted. "
     f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers.",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange
 from ..engines.manifest import Load, load_names
@@ -126,7 +126,13 @@ class Explanation:
     why: str
     fix: str
     upstream: tuple[str, ...] = ()
+    severity: Severity = Severity.FAILS  # of its worst finding, in any release
     fix_for: FixText | None = None  # the fix in words for one model and target, where it depends on them
+
+    def to_dict(self) -> dict[str, Any]:
+        """{title, severity, why, fix, upstream}"""
+        told = {"title": self.title, "severity": str(self.severity), "why": self.why, "fix": self.fix}
+        return told | {"upstream": list(self.upstream)}
 
     def describe_fix(self, model: Model, releases: Sequence[ReleaseRange]) -> str:
         return self.fix_for(model, releases) if self.fix_for else self.fix
@@ -188,6 +194,7 @@ def rule(
     why: str,
     fix: str,
     upstream: Iterable[int] = (),
+    severity: Severity = Severity.FAILS,
     fix_for: FixText | None = None,
     release_independent: bool = False,
     after_loading: bool = False,
@@ -196,11 +203,12 @@ def rule(
 
     Args:
         upstream: numbers of vLLM issues.
+        severity: that of its worst finding.
         release_independent: it looks at the checkpoint only, so its answer is the same for every release.
         after_loading: a load does not show it, so a load that succeeds does not contradict it.
     """
     urls = tuple(f"https://github.com/vllm-project/vllm/issues/{n}" for n in upstream)
-    EXPLANATIONS[code] = Explanation(title, why, fix, urls, fix_for)
+    EXPLANATIONS[code] = Explanation(title, why, fix, urls, severity, fix_for)
     if release_independent:
         RELEASE_INDEPENDENT.add(code)
     if after_loading:

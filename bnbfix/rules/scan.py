@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..__version__ import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import ReleaseRange, Target
 from ..engines.transformers import check_skip_entries
-from ..engines.vllm.releases import ranges
+from ..engines.vllm.releases import find_installed, ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .manifest import MANIFEST
@@ -70,6 +71,14 @@ class ScanResult:
     counts: tuple[tuple[str, int], ...]  # weights by form: nf4, fp4, int8, BF16, ...
     shards: int
     dry_load: DryLoad | None = None  # what an installed vLLM said, where one was asked
+    commit: str | None = None  # of a repo
+
+    def _repr_html_(self) -> str | None:
+        """How a notebook shows it."""
+        return RENDERERS["html"](self) if "html" in RENDERERS else None
+
+    def _repr_markdown_(self) -> str | None:
+        return RENDERERS["markdown"](self) if "markdown" in RENDERERS else None
 
     @property
     def ok(self) -> bool:
@@ -77,9 +86,8 @@ class ScanResult:
         return not any(f.counts for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: {schema, model, family, target, verdict, weights, shards, releases, findings, ...}."""
-        return {
-            "schema": SCHEMA,
+        """The JSON document, as `bnbfix schema scan` describes it."""
+        return describe_run(self.commit, self.target) | {
             "model": self.model,
             "family": self.family,
             "target": self.target.name,
@@ -106,6 +114,21 @@ class ScanResult:
             ],
             "dry_load": self.dry_load.to_dict() if self.dry_load else None,
         }
+
+
+RENDERERS: dict[str, Callable[[ScanResult], str]] = {}  # "html" and "markdown", which reports bring
+
+
+def describe_run(commit: str | None, target: Target | None = None) -> dict[str, Any]:
+    """How every document begins: {schema, bnbfix, installed, commit, warning}."""
+    here = find_installed()
+    return {
+        "schema": SCHEMA,
+        "bnbfix": __version__,
+        "installed": {"vllm": here.version, "plugin": here.plugin} if here else None,
+        "commit": commit,
+        "warning": target.warning if target else None,
+    }
 
 
 def _range_dict(release: ReleaseRange) -> dict[str, str]:
@@ -153,6 +176,7 @@ def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | 
         counts=_count_forms(checkpoint),
         shards=len(checkpoint.shards),
         dry_load=dry_load,
+        commit=_commit_of(checkpoint),
     )
 
 
@@ -174,7 +198,13 @@ def scan_by_dry_load(checkpoint: Checkpoint, target: Target, dry_load: DryLoad) 
             counts=_count_forms(checkpoint),
             shards=len(checkpoint.shards),
             dry_load=dry_load,
+            commit=_commit_of(checkpoint),
         )
+
+
+def _commit_of(checkpoint: Checkpoint) -> str | None:
+    origin = checkpoint.source.origin
+    return origin["revision"] if origin else None
 
 
 def _count_forms(checkpoint: Checkpoint) -> tuple[tuple[str, int], ...]:

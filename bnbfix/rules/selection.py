@@ -45,6 +45,7 @@ def _codes(option: str, given: Iterable[str]) -> frozenset[Code]:
             raise UsageError(
                 f"{option} {prefix!r} begins no finding's code",
                 hint=f"Codes are {', '.join(c.value for c in Code)}, or a beginning such as BNB1.",
+                command="bnbfix explain",
             )
         out |= found
     return frozenset(out)

@@ -48,6 +48,7 @@ def check_nothing_quantized(case: Case) -> Iterator[Hit]:
 @rule(
     Code.SKIP_ENTRY,
     "skip entry that vLLM does not understand",
+    severity=Severity.NOTE,
     why="An entry of llm_int8_skip_modules names modules as transformers does (`model.vision_tower`). vLLM compares "
     "with its own names (`vision_tower`, `language_model.model...qkv_proj`) and never translates.",
     fix="The same modules are named in vLLM's spelling as well. The entry itself stays, transformers needs it.",
@@ -70,6 +71,7 @@ def check_skip_entry(case: Case) -> Iterator[Hit]:
 @rule(
     Code.TRANSFORMERS_REQUANTIZES,
     "unquantized weight that transformers quantizes again",
+    severity=Severity.NOTE,
     why="No entry of the skip list names this module as transformers names it, so transformers quantizes the "
     "unquantized weight when it loads the checkpoint. vLLM is not affected.",
     fix="A repair writes the skip entries in both spellings.",

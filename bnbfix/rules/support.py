@@ -110,6 +110,7 @@ def check_engine_refuses(case: Case) -> Iterator[Hit]:
 @rule(
     Code.REQUANTIZED_AT_LOAD,
     "unquantized weight that the installed vLLM quantizes",
+    severity=Severity.WRONG,
     why="The vLLM that was asked (`--dry-load`) quantizes this unquantized weight while it loads, without a message, "
     "because no skip entry names its module as vLLM does.",
     fix="A repair names the module in llm_int8_skip_modules, in vLLM's spelling.",

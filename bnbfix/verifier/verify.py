@@ -19,10 +19,11 @@ from ..checkpoint.source import LocalSource, Progress, Source, as_remote, read_f
 from ..engines.engine import Target
 from ..engines.vllm.releases import resolve_target
 from ..errors import BnbfixError
+from ..kernels.packages import require_packages
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
-from ..rules.scan import SCHEMA, scan_checkpoint
+from ..rules.scan import describe_run, scan_checkpoint
 from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
 from ..writer.record import read_record, was_edited
@@ -58,6 +59,8 @@ class VerifyResult:
     files: int  # hashed
     kept: int  # tensors compared byte for byte with the source
     decoded: int  # weights compared with an independent decode
+    source: str | None = None  # the repo that its record names, with the commit
+    bf16: bool = False  # everything was dequantized
 
     def __repr__(self) -> str:
         compared = f"files={self.files}, kept={self.kept}, decoded={self.decoded}"
@@ -68,9 +71,8 @@ class VerifyResult:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `bnbfix verify --format json`: {schema, out, target, ok, problems, files, kept, decoded}"""
-        return {
-            "schema": SCHEMA,
+        """The JSON document, as `bnbfix schema verify` describes it."""
+        return describe_run((self.source or "").partition("@")[2] or None) | {
             "out": str(self.out),
             "target": self.target,
             "ok": self.ok,
@@ -96,6 +98,8 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
         if plan.nothing_to_do:
             problems.append(Problem(RECORD, None, "the source needs no repair for this target; was it made from it?"))
         else:
+            if plan.computes:
+                require_packages(f"the repair {plan.computes}, and checking that takes numpy", ["numpy"])
             if (remote := as_remote(source)) is not None:
                 with reraise_callback_errors(progress) as download_step:
                     download_files(remote, missing_files(plan), download_step)
@@ -111,7 +115,16 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
     problems += _fresh_scan(output, target, options)
     logger.info("%s: %d files hashed, %d differences", out, len(doc["sha256"]), len(problems))
-    return VerifyResult(out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded)
+    return VerifyResult(
+        out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded, _recorded_source(doc), options.bf16
+    )
+
+
+def _recorded_source(doc: Mapping[str, Any]) -> str | None:
+    match doc.get("source"):
+        case {"repo": str(repo), "revision": str(revision)}:
+            return f"{repo}@{revision}"
+    return None
 
 
 def _hashes(output: Source, expected: dict[str, str], linked: set[str], step: Progress) -> Iterator[Problem]:
@@ -172,8 +185,6 @@ def _against_hub(listed: Mapping[str, str], plan: Plan, recorded: Mapping[str, s
 
 
 def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iterator[Problem]:
-    from .compare_weights import compare_dequantized, compare_quantized  # here, since it imports numpy
-
     source = plan.checkpoint.source
     if shard.copied:
         if (at := _difference(source, shard.name, 0, output, shard.name, 0, shard.data_start)) is not None:
@@ -189,8 +200,12 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
             where = _difference(source, origin.shard, origin.offset, output, shard.name, at, first.nbytes)
             problem = f"differs from {origin.info.name} of the source at byte {where:,}" if where is not None else None
         elif isinstance(op, Dequantize):
+            from .compare_weights import compare_dequantized  # here, since it imports numpy
+
             problem = compare_dequantized(source, op, output, shard.name, at)
         else:
+            from .compare_weights import compare_quantized
+
             problem = compare_quantized(source, op, output, shard.name, at)
         if problem is not None:
             yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)

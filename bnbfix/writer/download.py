@@ -78,6 +78,7 @@ def _compare(needed: int, free: int, download: int, where: Path) -> None:
             f"not enough disk: {needed:,} bytes are needed{what}, {free:,} are free",
             where=str(where),
             hint="With --stream (stream=True) only a part of the source is on disk at a time." if download else None,
+            command="--stream" if download else None,
         )
 
 

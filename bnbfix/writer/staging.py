@@ -48,6 +48,7 @@ def check_destination(source: Source, out: Path, *, overwrite: bool) -> None:
             "exists and is not empty",
             where=str(out),
             hint="Choose another output folder, or replace this one with --overwrite (overwrite=True).",
+            command="--overwrite",
         )
     if target.parent == target:
         raise UsageError("is the root, which cannot be replaced", where=str(out))

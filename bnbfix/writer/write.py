@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import InputError, UsageError, VerifyError
 from ..kernels.bnb import resolve_device
+from ..kernels.packages import require_packages
 from ..planner.layout import Dequantize, Quantize
 from ..planner.plan import RECORD, Plan
 from ..rules.scan import scan_checkpoint
@@ -53,6 +54,7 @@ class RepairResult:
     files: Mapping[str, str]
     linked: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    in_place: bool = False  # `out` is the source's own folder
 
     def __repr__(self) -> str:
         out = str(self.out) if self.out else None
@@ -63,12 +65,10 @@ class RepairResult:
         return self.out is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `bnbfix repair --format json`: the plan's with {out, sha256, linked, resumed}.
-
-        `out` is None when there was nothing to do.
-        """
+        """The JSON document, as `bnbfix schema repair` describes it."""
         return self.plan.to_dict() | {
             "out": str(self.out) if self.out else None,
+            "in_place": self.in_place,
             "sha256": dict(self.files),
             "linked": list(self.linked),
             "resumed": list(self.kept),
@@ -158,6 +158,8 @@ def write_plan(
         )
     if plan.nothing_to_do:
         return RepairResult(plan, None, {})
+    if plan.computes:
+        require_packages(f"this repair {plan.computes}")
     check_names({*(s.name for s in plan.shards), *plan.texts, *plan.copied, RECORD})
     if options.device != "auto":
         resolve_device(options.device)  # raises before the work begins; "auto" always works, and torch is not asked

@@ -68,23 +68,26 @@ def test_exit_code_3_nothing_here_to_check(
         (["scan", ".", "--format", "yaml"], "yaml"),
         (["scan", ".", "--nonsense"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
-        (["repair", "nowhere"], "repair needs --out DIR, or --dry-run to only see the plan"),
+        (["repair", "nowhere"], "repair needs --out DIR, --in-place, or --dry-run to only see the plan"),
         (["repair", "nowhere", "--out", "x"], "error: nowhere: no such folder"),
         (["verify", "nowhere"], "error: nowhere: no such folder"),
-        (["explain"], "Missing argument 'CODE'"),
+        (["repair"], "Missing argument 'MODEL'"),
+        (["repair", ".", "--in-place", "--out", "x"], "--in-place writes no copy"),
+        (["schema", "everything"], "everything"),
         (["explain", "BNB999"], "'BNB999' is not a finding's code"),
     ],
 )
 def test_exit_code_2_bad_usage(run: Cli, arguments: list[str], words: str) -> None:
     done = run(*arguments)
     assert done.code == 2
-    assert words in done.err and "Traceback" not in done.err
-    assert done.out == ""
+    assert words in done.error and done.out == ""
+    assert len(done.commands) == 1 and done.err.endswith(f"  {done.commands[0]}\n")
 
 
 def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
     done = run("verify", tmp_path, "--revision", "main")
-    assert (done.code, done.out, done.err) == (2, "", "error: a revision needs a source on the Hub\n")
+    assert (done.code, done.out, done.error) == (2, "", "error: a revision needs a source on the Hub")
+    assert done.commands == ["bnbfix verify --help"]
 
 
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
@@ -128,7 +131,7 @@ def test_an_error_of_the_system_ends_with_exit_code_2(
 
     monkeypatch.setattr("bnbfix.report.outcome.scan_checkpoint", refuse)
     done = run("scan", pristine("dense31b", "skip"))
-    assert (done.code, done.out, done.err) == (2, "", "error: /models/x: Permission denied\n")
+    assert (done.code, done.out, done.error) == (2, "", "error: /models/x: Permission denied")
 
 
 def test_a_bug_is_not_dressed_up_as_an_error_of_the_user(
@@ -162,7 +165,8 @@ def test_a_stdout_that_takes_nothing_ends_in_a_line_at_most(arguments: list[str]
     command = [sys.executable, "-m", "bnbfix", *arguments]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
-    words = {"gone": (1, ""), "full": (2, "error: input/output: No space left on device\n")}
+    again = f"  bnbfix {' '.join(arguments)}\n"
+    words = {"gone": (1, ""), "full": (2, f"error: input/output: No space left on device\n{again}")}
     assert (done.returncode, done.stderr) == words[what]
 
 
@@ -177,6 +181,7 @@ def test_an_interrupted_scan_ends_with_130(run: Cli, pristine: Make, monkeypatch
 
 
 def test_version(run: Cli) -> None:
+    assert run("-V") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
     assert run("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
     assert process("--version") == Run(0, f"bnbfix {bnbfix.__version__}\n", "")
 
@@ -213,12 +218,12 @@ def test_names_in_the_log_are_harmless(
     assert r"\x1b[31m" in done.err and harmless(done.err)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "--help", "-h"])
 def test_without_arguments_there_is_help(run: Cli, arguments: list[str]) -> None:
     done = run(*arguments)
-    assert done.code in ((0,) if arguments else (0, 2))  # what no arguments are is up to the option parser
-    text = done.out + done.err
-    assert "Usage: " in text
+    assert (done.code, done.err) == (0, "")
+    text = done.out
+    assert "Usage: " in text and "HF_TOKEN" in text and "Exit codes" in text
     assert all(command in text for command in ("scan", "repair", "verify", "releases", "explain"))
 
 
@@ -234,7 +239,8 @@ def test_without_arguments_there_is_help(run: Cli, arguments: list[str]) -> None
 )
 def test_every_command_has_help(run: Cli, command: str, options: list[str]) -> None:
     done = run(command, "--help")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, "") and done == run(command, "-h")
+    assert f"Example: bnbfix {command}" in done.out
     assert all(option in done.out for option in options)
 
 
@@ -244,7 +250,7 @@ from bnbfix.cli.main import main
 try:
     main()
 finally:
-    heavy = {"torch", "bitsandbytes", "numpy", "pydantic", "safetensors", "transformers"} & set(sys.modules)
+    heavy = {"torch", "bitsandbytes", "numpy", "safetensors", "transformers"} & set(sys.modules)
     print(*sorted(heavy), file=sys.stderr)
 """
 

@@ -21,7 +21,7 @@ from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Code
 from tests.cli.conftest import VERSIONS, Answer
 from tests.support.build import Make
-from tests.support.command_line import Cli, harmless, install_vllm
+from tests.support.command_line import Cli, Run, harmless, install_vllm
 
 
 def test_releases_has_a_row_for_each_range_and_fits_80_columns(run: Cli) -> None:
@@ -29,7 +29,7 @@ def test_releases_has_a_row_for_each_range_and_fits_80_columns(run: Cli) -> None
     assert (done.code, done.err) == (0, "")
     rows = [line.split()[0] for line in done.out.splitlines() if line.startswith("0.")]
     assert rows == [r.name for r in vllm_releases.ranges()]
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     assert "\u2026" not in done.out  # nothing is cut off
     assert "No vLLM is installed here." in done.words
 
@@ -52,17 +52,25 @@ def test_releases_in_json_is_the_table(run: Cli) -> None:
 def test_every_code_is_explained(run: Cli, code: Code) -> None:
     done = run("explain", code.value)
     assert (done.code, done.err) == (0, "")
-    assert done.words.startswith(f"{code.value}: {code.explanation.title}")
+    assert done.words.startswith(f"{code.value} {code.explanation.severity}: {code.explanation.title}")
     assert code.explanation.why in done.words and f"Fix: {code.explanation.fix}" in done.words
     assert all(url in done.words for url in code.explanation.upstream)
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     assert run("explain", code.value.lower()).out == done.out
 
 
-def test_explaining_an_unknown_code_lists_the_known_ones(run: Cli) -> None:
-    done = run("explain", "bnb1")
-    assert (done.code, done.out) == (2, "")
-    assert all(c.value in done.err for c in Code)
+def test_without_a_code_all_are_listed_with_their_severity(run: Cli) -> None:
+    done = run("explain")
+    assert (done.code, done.err) == (0, "") and done.width <= 80 and done.commands == ["bnbfix explain BNB101"]
+    rows = {line.split()[0]: line.split()[1] for line in done.out.splitlines() if line.startswith("BNB")}
+    assert rows == {c.value: str(c.explanation.severity) for c in Code}
+    doc = run("explain", "--json").json
+    assert [c["code"] for c in doc["codes"]] == [c.value for c in Code]
+    assert run("explain", "bnb205", "--json").json == doc["codes"][list(Code).index(Code.PICKLES)]
+
+
+def test_explaining_an_unknown_code_leads_to_the_list(run: Cli) -> None:
+    assert run("explain", "bnb1") == Run(2, "", "error: 'bnb1' is not a finding's code\n  bnbfix explain\n")
 
 
 @pytest.mark.parametrize("command", [["releases", "--probe"], ["verify", "--load"]], ids=["probe", "load"])
@@ -71,9 +79,9 @@ def test_without_a_vllm_there_is_nothing_to_ask(run: Cli, pristine: Make, tmp_pa
     bnbfix.repair(source, tmp_path / "out", "0.22.1", device="cpu")
     done = run(*command, tmp_path / "out")
     assert (done.code, done.out) == (2, "")
-    error, hint = done.err.splitlines()
-    assert error.startswith("error: no vLLM is installed")
-    assert hint == "  Run bnbfix in the environment that serves the model."
+    assert done.error.startswith("error: no vLLM is installed")
+    assert "  Run bnbfix in the environment that serves the model.\n" in done.err
+    assert done.commands == ["pip install vllm"]
 
 
 def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def test_probe_agrees_with_the_table(run: Cli, pristine: Make, answer: Answer) -
     assert "skip entry lm_head: matches 1 module" in done.words
     assert r"skip entry no\x1bsuch: matches nothing" in done.words
     assert done.words.endswith("The table agrees with this vLLM.")
-    assert max(map(len, done.out.splitlines())) <= 80 and harmless(done.out)
+    assert done.width <= 80 and harmless(done.out)
     doc = run("releases", "--probe", source, "--format", "json").json
     assert doc["disagreements"] == [] and len(doc["modules"]) > 20 and doc["release"]["first"] == "0.32.0"
 
@@ -119,7 +127,7 @@ def test_a_vllm_that_cannot_build_the_model_is_an_error(run: Cli, pristine: Make
     answer({"error": "ValueError: no such architecture"})
     done = run("releases", "--probe", pristine("dense31b", "all"))
     assert (done.code, done.out) == (2, "")
-    assert done.err.rstrip().endswith("vLLM cannot build the model: ValueError: no such architecture")
+    assert done.error.endswith("vLLM cannot build the model: ValueError: no such architecture")
 
 
 def test_a_vllm_that_is_broken_or_slow_is_an_error_in_one_line(
@@ -135,7 +143,8 @@ def test_a_vllm_that_is_broken_or_slow_is_an_error_in_one_line(
         assert "vLLM cannot build the model: ModuleNotFoundError: No module named 'vllm'" in done.err
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.01)
     done = run("releases", "--probe", source)
-    assert (done.code, done.out, done.err) == (2, "", f"error: {source}: vLLM gave no answer within 0 s\n")
+    assert (done.code, done.out, done.error) == (2, "", f"error: {source}: vLLM gave no answer within 0 s")
+    assert done.commands == [f"bnbfix releases --probe {source}"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,8 @@ def test_a_vllm_that_ends_without_an_answer_is_reported_with_its_last_line(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     done = run("releases", "--probe", source)
     assert (done.code, done.out) == (2, "")
-    assert done.err == f"error: {source}: {words}\n" + (f"  {hint}\n" if hint else "")
+    hints = [hint, f"bnbfix releases --probe {source}"] if hint else [f"bnbfix releases --probe {source}"]
+    assert done.err == f"error: {source}: {words}\n" + "".join(f"  {line}\n" for line in hints)
 
 
 @pytest.mark.parametrize(

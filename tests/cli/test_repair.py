@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bnbfix
+from bnbfix.report.text import format_growth, format_size
 from bnbfix.writer import staging
 from tests.support.build import Make
 from tests.support.command_line import Cli, harmless, process
@@ -33,17 +34,19 @@ def test_a_dry_run_shows_shards_config_and_costs_and_writes_nothing(
     done = run("repair", source, "--vllm", "portable", "--dry-run", *options)
     assert before == {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.rglob("*")]}
     assert (done.code, done.err) == (0, "")
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     plan = bnbfix.plan_repair(source, "portable")
     for shard in plan.shards:
         size = source.joinpath(shard.name).stat().st_size
         row = next(line for line in done.out.splitlines() if line.startswith(shard.name))
-        assert row.split()[1] == "rewritten" and f"{size / 1e6:.1f} > {shard.size / 1e6:.1f}" in row
+        assert row.split()[1] == "rewritten" and format_growth(size, shard.size) in row
     for line in plan.config_diff().splitlines():
         assert f"  {line}".rstrip() in done.out.splitlines()
     assert '  +      "language_model.model.layers.1.self_attn.qkv_proj",' in done.out.splitlines()
-    costs = f"Reads {plan.bytes_read / 1e6:.1f} MB, writes {plan.bytes_written / 1e6:.1f} MB; needs "
-    assert costs in done.words and "MB of disk" in done.words and "MB are free." in done.words
+    costs = f"Reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)}; needs "
+    assert costs in done.words and "MB of disk" in done.words and "GB are free." in done.words
+    target = tmp_path / "out" if out else f"{source}-repaired"
+    assert sorted(done.commands[0].split()) == sorted(f"bnbfix repair {source} --vllm portable --out {target}".split())
     assert "7 weights dequantized" in done.words and "1 key of config.json changed" in done.words
 
 
@@ -77,7 +80,9 @@ def test_a_dry_run_in_json_is_the_plan(run: Cli, pristine: Make, tmp_path: Path)
 
 def test_a_dry_run_with_nothing_to_do_says_so(run: Cli, pristine: Make) -> None:
     done = run("repair", pristine("e4b", "all"), "--vllm", "0.32.0", "--dry-run")
-    assert (done.code, done.err, done.words) == (0, "", "Nothing to do: loads unchanged in vLLM 0.32.0.")
+    assert (done.code, done.err) == (0, "")
+    assert done.words.startswith("Nothing to do: loads unchanged in vLLM 0.32.0.")
+    assert done.commands[-1] == f"vllm serve {pristine('e4b', 'all')}"
 
 
 def test_repair_verify_scan_and_repair_again(run: Cli, pristine: Make, tmp_path: Path) -> None:
@@ -85,17 +90,18 @@ def test_repair_verify_scan_and_repair_again(run: Cli, pristine: Make, tmp_path:
     done = run("repair", source, "--vllm", "portable", "--out", out)
     assert (done.code, done.err) == (0, "")
     assert f"Wrote{out}," in "".join(done.out.split()) and "for every vLLM release." in done.words
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     done = run("verify", out, "--source", source)
     assert (done.code, done.err) == (0, "")
     words = r"10 files match their hashes, 263 tensors equal the source's, 7 equal an independent decode"
-    assert words in done.words and done.words.endswith("scan for every vLLM release: clean.")
+    assert words in done.words and "scan for every vLLM release: clean." in done.words
+    assert done.commands == ["pip install vllm==0.33.0 vllm-bnb-plugin", f"vllm serve {out}"]
     done = run("verify", out)
     assert done.code == 0 and "10 files match their hashes; scan for every vLLM release: clean." in done.words
     done = run("scan", out, "--vllm", "portable")
-    assert done.code == 0 and done.words.endswith("Loads in every vLLM release.")
+    assert done.code == 0 and "Loads in every vLLM release." in done.words
     done = run("repair", out, "--vllm", "portable", "--out", tmp_path / "again")
-    assert (done.code, done.words) == (0, "Nothing to do: loads unchanged in every vLLM release.")
+    assert done.code == 0 and done.words.startswith("Nothing to do: loads unchanged in every vLLM release.")
     assert not (tmp_path / "again").exists()
 
 
@@ -181,7 +187,7 @@ def test_a_size_beyond_all_bounds_is_a_usage_error_too(run: Cli, pristine: Make)
 def test_an_invalid_size_is_a_usage_error(run: Cli, pristine: Make, text: str) -> None:
     done = run("repair", pristine("text", "single", shards=2), "--dry-run", f"--max-shard-size={text}")
     assert (done.code, done.out) == (2, "")
-    assert done.err == f"error: --max-shard-size {text!r} is not a size like 5GB or 500MB\n"
+    assert done.error == f"error: --max-shard-size {text!r} is not a size like 5GB or 500MB"
 
 
 def test_bf16_on_the_command_line(run: Cli, pristine: Make, tmp_path: Path) -> None:
@@ -192,7 +198,7 @@ def test_bf16_on_the_command_line(run: Cli, pristine: Make, tmp_path: Path) -> N
     assert (done.code, done.err) == (0, "") and len(sizes) > 4
     done = run("repair", source, *flags, "--out", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
-    assert "of config.json changed" in done.words and max(map(len, done.out.splitlines())) <= 80
+    assert "of config.json changed" in done.words and done.width <= 80
     assert [p.stat().st_size for p in sorted((tmp_path / "out").glob("*.safetensors"))] == sizes
     assert run("verify", tmp_path / "out", "--source", source).code == 0
     done = run("scan", tmp_path / "out")
@@ -203,7 +209,7 @@ def test_a_dry_run_of_bf16_fits_80_columns(run: Cli, pristine: Make) -> None:
     done = run("repair", pristine("dense31b", "partial", shards=2), "--bf16", "--dry-run", "--max-shard-size", "1MB")
     rows = [line.split() for line in done.out.splitlines() if line.startswith("model-0")]
     assert (done.code, done.err) == (0, "")
-    assert len(rows) > 2 and max(map(len, done.out.splitlines())) <= 80
+    assert len(rows) > 2 and done.width <= 80
 
 
 @pytest.mark.parametrize(("flag", "action"), [("dequantize", "dequantize"), ("quantize", "quantize")])
@@ -231,7 +237,7 @@ def test_progress_goes_to_a_terminal_on_stderr_and_never_to_stdout(
     done = run("repair", source, "--vllm", "portable", "--out", tmp_path / "a")
     assert done.code == 0 and "writing" in done.err and harmless(done.out)
     done = run("verify", tmp_path / "a")
-    assert done.code == 0 and "comparing" in done.err and harmless(done.out)
+    assert done.code == 0 and "hashing" in done.err and harmless(done.out)
     done = run("repair", source, "--vllm", "portable", "--out", tmp_path / "b", "--format", "json")
     assert (done.code, done.err) == (0, "") and done.json["out"] == str(tmp_path / "b")
 
@@ -264,10 +270,9 @@ def test_an_interrupted_repair_ends_with_130_in_clear_words_and_without_output(
     staging = tmp_path / ".out.bnbfix-partial"
     outside = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if staging not in (p, *p.parents)]
     assert outside == (["out", "out/old.txt"] if overwrite else [])
-    kept = (
-        f"  Finished files are kept in {staging}; run the same command again to resume.\n" if staging.exists() else ""
-    )
-    assert done.err == "error: interrupted; nothing was published\n" + kept
+    kept = f"  Finished files are kept in {staging}; the same command resumes:\n" if staging.exists() else ""
+    words = f"error: interrupted; {tmp_path / 'out'} was not written\n"
+    assert done.err == f"{words}{kept}  bnbfix {' '.join(map(str, command))}\n"
     again = run(*command)
     assert again.code == 0
     if kept:

@@ -47,11 +47,12 @@ def test_one_that_fails_does_not_stop_the_rest(run: Cli, pristine: Make, broken:
     bad, good, other = pristine("dense31b", "partial", shards=2), pristine("e4b", "all"), pristine("dense31b", "bf16")
     done = run("scan", broken, bad, other, good, "--vllm", "0.32.0")
     assert done.code == 2
-    assert done.out.splitlines()[-1] == "4 models: 1 loads, 1 wrong, 1 skipped, 1 error"
+    assert done.out.splitlines()[-2] == "4 models: 1 loads, 1 wrong, 1 skipped, 1 error"
+    assert done.commands[-1] == f"bnbfix repair {bad} --out {bad}-repaired --vllm 0.32.0"
     assert "error: config.json: is not valid JSON" in done.words and "Loads in vLLM 0.32.0." in done.words
     assert done.err.splitlines()[0].startswith(f"error: {broken}: config.json: is not valid JSON")
     assert "is an unquantized" in done.err
-    assert max(map(len, done.out.splitlines())) <= 80 and harmless(done.out)
+    assert done.width <= 80 and harmless(done.out)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,14 @@ def test_the_exit_code_of_several(
         "broken": broken,
         "other": pristine("dense31b", "bf16"),
     }
-    (tmp_path / "list").write_text("# models\n" + "".join(f"{models[n]}\n\n" for n in names))
+    lines = (f"{models[n]}  # {n} # is its name\n\n" for n in names)
+    (tmp_path / "list").write_text("# models\n" + "".join(lines))
     assert run("scan", "--from", tmp_path / "list", "--vllm", "0.32.0", "--quiet").code == code
 
 
 def test_the_error_of_a_single_model_is_reported_once(run: Cli) -> None:
     for options in ([], ["--quiet"]):
-        hint = "  A model is a folder, or a repo on the Hub: org/name[@revision].\n"
+        hint = "  A model is a folder, or a repo on the Hub: org/name[@revision].\n  bnbfix scan --help\n"
         assert run("scan", "nowhere", *options) == Run(2, "", "error: nowhere: no such folder\n" + hint)
     assert run("scan", "nowhere", "there", "-q").out.startswith("nowhere: error no such folder\nthere: error ")
 
@@ -168,6 +170,40 @@ def test_an_output_replaces_a_file_and_nothing_else(run: Cli, pristine: Make, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
     done = run("scan", ".", "--output", tmp_path / "x")
     assert done.code == 2 and "--output needs a --format" in done.err
+    assert done.commands == [f"bnbfix scan . --output {tmp_path / 'x'} --format json"]
+
+
+def test_several_formats_each_go_to_a_file_of_their_own(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    source, json_file, sarif_file = pristine("dense31b", "partial", shards=2), tmp_path / "a", tmp_path / "b"
+    arguments = ("scan", source, "--vllm", "portable")
+    pairs = ("--format", "json", "--output", json_file, "--format", "sarif", "--output", sarif_file)
+    done = run(*arguments, *pairs)
+    assert done == run(*arguments)
+    assert json_file.read_text("utf-8") == run(*arguments, "--json").out
+    assert sarif_file.read_text("utf-8") == run(*arguments, "--format", "sarif").out
+    done = run(*arguments, *pairs, "--format", "markdown")
+    assert done == run(*arguments, "--format", "markdown")
+    for dash in ("--json --output -", "--format json --output -"):
+        assert run(*arguments, *dash.split()) == run(*arguments, "--json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("format", ["html", "markdown"])
+def test_documents_for_people_state_what_a_repair_costs(run: Cli, pristine: Make, tmp_path: Path, format: str) -> None:
+    arguments = ("scan", pristine("dense31b", "skip"), "--vllm", "0.32.0", "--format", format)
+    for more in ([], ["--output", tmp_path / "x", "--quiet"]):
+        done = run(*arguments, *more)
+        text = (tmp_path / "x").read_text("utf-8") if more else done.out
+        assert "Repair it (only config.json changes):" in text and "--in-place --vllm 0.32.0" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--json --format sarif", "--json --output - --format sarif", "--json --output x --format sarif --output x"],
+)
+def test_two_formats_for_one_place_are_a_usage_error(run: Cli, options: str) -> None:
+    done = run("scan", ".", *options.split())
+    assert done.code == 2 and "each --format needs an --output of its own" in done.error
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "sarif", "github", "markdown", "html"])
@@ -181,7 +217,7 @@ def test_the_map_in_the_terminal(run: Cli, pristine: Make) -> None:
     done = run("scan", source, "--vllm", "portable", "--map")
     lines = done.out.splitlines()
     assert "  q      Q!QQQQ" in lines and "  v      Q!=QQ=" in lines and "  ! in conflict; a repair fixes it" in lines
-    assert max(map(len, lines)) <= 80
+    assert done.width <= 80
     assert "Q!QQQQ" not in run("scan", source, "--vllm", "portable", "--format", "html").out
     assert "Q!QQQQ" not in run("scan", source, "--vllm", "portable", "--verbose").out
 
@@ -273,6 +309,10 @@ def test_long_names_are_broken_in_the_summary() -> None:
     [
         ("bash", {"COMP_WORDS": "bnbfix sc", "COMP_CWORD": "1"}, "scan"),
         ("bash", {"COMP_WORDS": "bnbfix scan --fail", "COMP_CWORD": "2"}, "--fail-on"),
+        ("bash", {"COMP_WORDS": "bnbfix scan --vllm 0.32", "COMP_CWORD": "3"}, "0.32.0"),
+        ("bash", {"COMP_WORDS": "bnbfix repair --vllm l", "COMP_CWORD": "3"}, "latest"),
+        ("bash", {"COMP_WORDS": "bnbfix scan --select BNB101,BNB10", "COMP_CWORD": "3"}, "BNB101,BNB102"),
+        ("bash", {"COMP_WORDS": "bnbfix explain BNB2", "COMP_CWORD": "2"}, "BNB205"),
         ("fish", {"_TYPER_COMPLETE_ARGS": "bnbfix scan --format sa", FISH: "get-args"}, "sarif"),
     ],
 )
@@ -332,7 +372,7 @@ def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> Non
     os.close(leader)
     lines = data.decode().splitlines()
     assert child.returncode == 1 and len(lines) > 10
-    assert columns - 12 < max(map(len, lines)) <= columns
+    assert columns - 12 < max(len(line) for line in lines if not line.startswith("  bnbfix ")) <= columns
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)

@@ -17,7 +17,7 @@ def test_a_scan_fits_80_columns(run: Cli, pristine: Make, family: str, quant: st
     done = run("scan", pristine(family, quant, shards=2), "--vllm", "portable", *verbose)
     assert done.err == "" and done.code == 1
     assert len(done.out.splitlines()) > 10
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     assert not any(line.endswith(" ") for line in done.out.splitlines())
     assert harmless(done.out)
 
@@ -26,7 +26,7 @@ def test_a_piped_scan_fits_80_columns_too(pristine: Make) -> None:
     source = pristine("dense31b", "partial", shards=2)
     done = process("scan", source, "--vllm", "portable")
     assert (done.code, done.err) == (1, "")
-    assert max(map(len, done.out.splitlines())) <= 80
+    assert done.width <= 80
     assert harmless(done.out)
 
 
@@ -52,7 +52,8 @@ def test_a_scan_names_tensors_the_fix_and_the_command_that_fixes(run: Cli, prist
     assert "model.language_model.layers.{2,5}.self_attn.k_proj.weight x2" in done.words
     assert "Fix: " in done.words
     assert "Fails in vLLM 0.22.1." in done.words
-    assert "Repair it: bnbfix repair MODEL --out DIR --vllm 0.22.1" in done.words
+    assert "Repair it (" in done.words and " -> 1.1 MB):" in done.words
+    assert done.commands[0].startswith("bnbfix repair ") and done.commands[0].endswith("-repaired --vllm 0.22.1")
 
 
 def test_verbose_names_every_tensor_and_the_notes(run: Cli, pristine: Make) -> None:
@@ -77,7 +78,10 @@ def test_releases_that_do_not_know_the_class_do_not_count(run: Cli, pristine: Ma
 def test_a_clean_scan_says_so(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("e4b", "all", shards=2), "--vllm", "0.32.0")
     assert (done.code, done.err) == (0, "")
-    assert done.words.endswith("Loads in vLLM 0.32.0.")
+    assert "Loads in vLLM 0.32.0. Serve it:" in done.words
+    install, serve = done.commands
+    assert install == "pip install vllm==0.32.0 vllm-bnb-plugin"
+    assert done.out.endswith(f"  {serve}\n") and serve == f"vllm serve {pristine('e4b', 'all', shards=2)}"
 
 
 SCAN_KEYS = {"schema", "model", "target", "verdict", "releases", "findings"}

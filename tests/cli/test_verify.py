@@ -51,7 +51,7 @@ def test_load_reports_what_the_engine_did(
     assert (done.code, done.err) == (0 if ok else 1, "")
     assert "vLLM 0.32.0, transformers 5.14.1" in done.words and words in done.words
     assert "scan for vLLM 0.32.0: clean." in done.words
-    assert harmless(done.out) and max(map(len, done.out.splitlines())) <= 80
+    assert harmless(done.out) and done.width <= 80
     done = run("verify", tmp_path / "out", "--load", "--format", "json")
     assert (done.code, done.err, done.json["load"]["ok"]) == (0 if ok else 1, "", ok)
     assert done.json["ok"] is True and done.json["load"]["versions"] == VERSIONS

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnbfix.engines.vllm.releases import (
+    LATEST,
     PORTABLE,
     Installed,
     ReleaseRange,
@@ -21,6 +22,7 @@ from bnbfix.engines.vllm.releases import (
     format_ranges,
     ranges,
     resolve_target,
+    serving_packages,
     version_key,
 )
 from bnbfix.errors import UsageError
@@ -222,19 +224,52 @@ def test_without_a_request_and_without_vllm_the_target_is_portable() -> None:
     assert resolve_target(None) == resolve_target(PORTABLE)
 
 
-@pytest.mark.parametrize("request_", ["0.18.0", "0.34.0", "newest", "", "Portable", "0.22.1,0.32.0"])
+@pytest.mark.parametrize("request_", ["0.18.0", "newest", "", "Portable", "0.22.1,0.32.0"])
 def test_an_unknown_release_is_a_usage_error_that_names_the_known_ones(request_: str) -> None:
     with pytest.raises(UsageError, match="not a vLLM release that bnbfix knows") as caught:
         resolve_target(request_)
     assert repr(request_) in str(caught.value)
-    assert caught.value.hint == "Name a release from 0.19.0 to 0.33.0, or 'portable'; see `bnbfix releases`."
+    assert caught.value.hint == "Name a release from 0.19.0 to 0.33.0, 'latest' or 'portable'."
+    assert caught.value.command == "bnbfix releases"
 
 
-@pytest.mark.parametrize("version", ["0.99.0", "0.11.0", "unknown"])
+@pytest.mark.parametrize("version", ["0.11.0", "unknown"])
 def test_an_installed_vllm_outside_the_table_is_a_usage_error(version: str) -> None:
     with pytest.raises(UsageError, match=f"installed vLLM {version} is not in the table") as caught:
         resolve_target(None, Installed(version, None))
     assert caught.value.hint is not None and "portable" in caught.value.hint
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.99.0rc1", "1.0"])
+def test_a_release_newer_than_the_table_is_judged_as_its_newest_row_with_a_warning(version: str) -> None:
+    for target in (resolve_target(version), resolve_target(None, Installed(version, None))):
+        assert (target.name, target.ranges) == (version, ranges()[-1:])
+        assert target.warning is not None and "0.33.0" in target.warning and "--dry-load" in target.warning
+    assert resolve_target("0.33.1").warning is None, "a patch release behaves like its minor release"
+
+
+def test_latest_is_the_newest_release_of_the_table() -> None:
+    assert resolve_target(LATEST) == resolve_target(ranges()[-1].last)
+
+
+@pytest.mark.parametrize(
+    ("request_", "packages"),
+    [
+        ("portable", ["vllm==0.33.0", "vllm-bnb-plugin"]),
+        ("0.22.1", ["vllm==0.22.1", "bitsandbytes"]),
+        ("0.27.1", ["vllm==0.27.1", "bitsandbytes", "transformers<5.15"]),
+        ("0.28.0", ["vllm==0.28.0", "vllm-bnb-plugin<0.0.3"]),
+        ("v0.32.0+cpu", ["vllm==0.32.0", "vllm-bnb-plugin"]),
+    ],
+)
+def test_what_a_release_needs_to_serve_a_checkpoint(request_: str, packages: list[str]) -> None:
+    assert serving_packages(resolve_target(request_)) == packages
+
+
+def test_of_an_installed_release_only_what_is_missing_is_needed() -> None:
+    assert serving_packages(resolve_target(None, Installed("0.32.0", None))) == ["vllm-bnb-plugin"]
+    assert serving_packages(resolve_target(None, Installed("0.32.0", "0.0.3"))) == []
+    assert serving_packages(resolve_target(None, Installed("0.27.1", None))) == ["transformers<5.15"]
 
 
 def having(**versions: str) -> Callable[[str], str]:

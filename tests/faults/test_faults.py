@@ -343,7 +343,7 @@ def test_a_signal_stops_a_repair_and_says_what_was_kept(source: Path, tmp_path: 
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.startswith("error: interrupted; nothing was published")
+    assert done.stderr.startswith(f"error: interrupted; {tmp_path / 'out'} was not written")
     assert not (tmp_path / "out").exists()
     result = bnbfix.repair(source, tmp_path / "out", vllm="0.22.1", device="cpu")
     assert result.written

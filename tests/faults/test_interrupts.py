@@ -106,8 +106,8 @@ def test_a_download_ends_and_says_what_stays(held: Hub, repo: str, tmp_path: Pat
         number=number,
     )
     assert (done.code, done.out) == (code, "")
-    error, hint = done.err.splitlines()
-    assert error == "error: interrupted; nothing was published"
+    error, hint, _ = done.err.splitlines()
+    assert error == f"error: interrupted; {tmp_path / 'out'} was not written"
     assert "files (0.0 GB) are downloaded and stay in " + str(held.home / "hub") in hint
     assert os.listdir(tmp_path) == [] and len(list(snapshot.glob("*/model-*"))) == 3
 
@@ -124,7 +124,7 @@ def test_a_scan_of_many_models_ends(held: Hub, repo: str, tmp_path: Path) -> Non
     fault = held.server.fault("holds ranges", repo)
     models = [*(f"{repo}-{n}" for n in range(3)), repo, "org/last"]
     done = interrupt(held.environment, "scan", *models, when=used(fault))
-    assert done.code == 130 and done.err == "error: interrupted; nothing was published\n"
+    assert done.code == 130 and done.err.startswith("error: interrupted\n")
 
 
 def test_a_listing_ends(held: Hub, repo: str) -> None:

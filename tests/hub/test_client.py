@@ -240,15 +240,13 @@ def test_a_retry_that_is_stopped_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("cause", [NoAnswer("the line is dead"), None], ids=["no answer", "none"])
-def test_a_failed_push_is_reported_without_the_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: Exception | None
-) -> None:
+def test_a_failed_push_is_reported_without_the_token(monkeypatch: pytest.MonkeyPatch, cause: Exception | None) -> None:
     def create_commit(*args: object, **options: object) -> None:
         raise RuntimeError(f"upload failed for {TOKEN}") from cause
 
     monkeypatch.setattr(hub_client, "HfApi", lambda: SimpleNamespace(create_commit=create_commit))
     with pytest.raises(HubError) as caught:
-        commit(tmp_path, "org/parts", [], ["old"], "message", create_pr=False, parent=SHA)
+        commit("org/parts", {}, {}, ["old"], "message", create_pr=False, parent=SHA)
     said = str(caught.value)
     if cause is None:
         assert said == "org/parts: cannot be pushed: upload failed for ***"

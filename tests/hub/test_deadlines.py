@@ -39,7 +39,7 @@ def test_a_listing_that_trickles_ends(hub: Hub, repo: str) -> None:
 def test_a_listing_without_end_ends(hub: Hub, repo: str) -> None:
     hub.server.fault("never ends", "/api/models/", origin="hub")
     done = hub.process("scan", repo)
-    assert done.code == 2 and done.err == "error: the Hub's answer has more than 200,000,000 bytes\n"
+    assert done.code == 2 and done.err.startswith("error: the Hub's answer has more than 200,000,000 bytes\n")
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])

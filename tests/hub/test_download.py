@@ -135,7 +135,7 @@ def test_a_second_stream_keeps_what_the_first_fetched(hub: Hub, repo: str, tmp_p
 def test_the_root_is_not_a_destination(hub: Hub, repo: str) -> None:
     for more in ([], ["--dry-run"]):
         done = hub.run("repair", repo, "--out", "/", "--overwrite", *more)
-        assert (done.code, done.err) == (2, "error: /: is the root, which cannot be replaced\n")
+        assert (done.code, done.err) == (2, "error: /: is the root, which cannot be replaced\n  bnbfix repair --help\n")
 
 
 def test_stream_is_for_repos(hub: Hub, source: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_what_was_damaged_on_the_way_is_not_published(
     flip(source / shard)  # what is sent from now on; the listing has the hashes of before
     done = hub.run("repair", repo, "--out", tmp_path / "out", *TARGET, *stream)
     assert (done.code, done.out) == (2, ""), done.err
-    error, hint = done.err.splitlines()
+    error, hint, _ = done.err.splitlines()
     assert error.startswith(f"error: {shard}: has SHA-256 ") and "where the Hub lists " in error
     assert hint == "  Run it again." if stream else hint.startswith(f"  Delete {hub.home}")
     assert not (tmp_path / "out").exists()

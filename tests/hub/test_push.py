@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import count
 from pathlib import Path
@@ -19,9 +20,9 @@ NUMBERS = count()
 
 @pytest.fixture
 def source(hub: Hub, checkpoint: Make) -> str:
-    """A repo whose repair copies shards and edits texts, and needs no kernels; to this test its weights are new."""
+    """A repo whose repair changes a shard; to this test its weights are new."""
     n = next(NUMBERS)
-    folder = checkpoint("dense31b", "skip", shards=2)
+    folder = checkpoint("dense31b", "partial", shards=2)
     header, data = read_file(folder / "model-00001-of-00002.safetensors")
     begin, _ = header["model.language_model.embed_tokens.weight"]["data_offsets"]
     data = data[:begin] + n.to_bytes(2, "little") + data[begin + 2 :]
@@ -165,6 +166,81 @@ def test_a_folder_is_pushed_with_its_subfolders_in_one_commit(hub: Hub, to: str,
     assert stored(hub, to) == {"folder/x.txt": b"deep", "y.txt": b"top"}
 
 
+# Where no shard changes
+
+
+def light(hub: Hub, checkpoint: Make) -> tuple[str, int]:
+    """A repo whose repair for 0.32.0 changes only config.json, and the bytes of its weights."""
+    folder = checkpoint("dense31b", "skip", shards=2)
+    repo = f"org/light-{next(NUMBERS)}"
+    hub.server.add(repo, folder)
+    return repo, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def moved(hub: Hub) -> list[str]:
+    """Weights that went whole in either direction."""
+    return [s.path for s in hub.server.seen if s.origin == "cdn" and s.method != "HEAD" and s.range is None]
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "DIR"]], ids=["no --out", "--out"])
+def test_a_pull_request_moves_no_weights(hub: Hub, checkpoint: Make, tmp_path: Path, out: list[str]) -> None:
+    repo, _ = light(hub, checkpoint)
+    before, shas = stored(hub, repo), set(hub.server.repos[repo].commits)
+    options = [str(tmp_path / "out") if o == "DIR" else o for o in out]
+    done = hub.run("repair", repo, "--vllm", "0.32.0", "--create-pr", *options, token=TOKEN)
+    assert (done.code, done.err) == (0, "") and f"{repo}/discussions/1\n" in done.out
+    assert moved(hub) == [] and not (tmp_path / "out").exists()
+    after = stored(hub, repo, "refs/pr/1")
+    assert {name for name in after if before.get(name) != after[name]} == {"README.md", "bnbfix.json", "config.json"}
+    (sha,) = set(hub.server.repos[repo].commits) - shas
+    assert done.out.endswith(f"  bnbfix scan {repo}@{sha} --vllm 0.32.0\n")
+    assert hub.run("scan", f"{repo}@{sha}", "--vllm", "0.32.0").code == 0
+    for name, data in after.items():
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(data)
+    assert hub.run("verify", tmp_path / "copy", "--source", f"{repo}@main").code == 0
+
+
+def test_another_repo_gets_its_weights_from_the_hub_itself(hub: Hub, checkpoint: Make, tmp_path: Path, to: str) -> None:
+    repo, _ = light(hub, checkpoint)
+    arguments = ("repair", repo, "--vllm", "0.32.0", "--push-to", to, "--private", "--json")
+    done = hub.run(*arguments, token=TOKEN)
+    assert (done.code, done.err, moved(hub)) == (0, "", []) and hub.server.repos[to].hidden
+    assert done.json["config_only"] and done.json["out"] is None and done.json["pushed"]["repo"] == to
+    there = stored(hub, to)
+    assert set(there) == {*stored(hub, repo), "bnbfix.json"}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in there.items() if name != "bnbfix.json"}
+    assert done.json["sha256"] == json.loads(there["bnbfix.json"])["sha256"] == hashes
+    assert hub.run("scan", to, "--vllm", "0.32.0").code == 0
+
+
+def test_a_push_to_the_source_itself_keeps_its_other_files(hub: Hub, checkpoint: Make) -> None:
+    repo, _ = light(hub, checkpoint)
+    before = stored(hub, repo)
+    done = hub.run("repair", repo, "--vllm", "0.32.0", "--push-to", repo, token=TOKEN)
+    assert (done.code, done.err, moved(hub)) == (0, "", []) and set(stored(hub, repo)) == {*before, "bnbfix.json"}
+
+
+def test_a_push_needs_a_folder_where_shards_change(hub: Hub, source: str, to: str) -> None:
+    done = hub.run("repair", source, "--vllm", "0.32.0", "--push-to", to, token=TOKEN)
+    assert done.code == 2 and done.err.startswith("error: shards change, so a push needs --out DIR")
+    assert to not in hub.server.repos
+
+
+def test_a_repo_is_not_repaired_in_place(hub: Hub, checkpoint: Make) -> None:
+    repo, _ = light(hub, checkpoint)
+    done = hub.run("repair", repo, "--vllm", "0.32.0", "--in-place")
+    assert done.code == 2 and "is a repo; only a folder can be repaired in place" in done.err
+    assert done.err.endswith(f"  bnbfix repair {repo} --vllm 0.32.0 --create-pr\n")
+
+
+def test_a_refused_pull_request_says_so(hub: Hub, checkpoint: Make) -> None:
+    repo, _ = light(hub, checkpoint)
+    hub.server.fault(403, "/commit/", origin="hub")
+    done = hub.run("repair", repo, "--vllm", "0.32.0", "--create-pr", token=TOKEN)
+    assert done.code == 2 and "your token does not allow this (HTTP 403)" in done.err
+
+
 # Refusals
 
 
@@ -227,7 +303,7 @@ def test_a_push_that_is_refused_keeps_the_repair(
     done = repair(hub, source, tmp_path / "out", "--push-to", to)
     assert done.code == 2 and done.err.startswith(f"error: {to}: ") and words in done.err
     assert "Traceback" not in done.err and TOKEN not in done.err
-    assert f"The repair itself is done: hf upload {to} {tmp_path / 'out'}" in done.err
+    assert "The repair itself is done." in done.err and done.err.endswith(f"  hf upload {to} {tmp_path / 'out'}\n")
     assert hub.run("verify", tmp_path / "out").code == 0
     assert to not in hub.server.repos or stored(hub, to) == {}
 

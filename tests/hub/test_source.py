@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,9 +28,9 @@ import make_31b
 
 
 def found(folder: Path, target: str = "portable") -> dict[str, Any]:
-    """The document of a local scan, without the model's name."""
+    """The document of a local scan, without the model's name and commit."""
     doc = json.loads(json.dumps(bnbfix.scan(folder, target).to_dict()))
-    del doc["model"]
+    del doc["model"], doc["commit"]
     return doc
 
 
@@ -38,6 +39,7 @@ def scanned(hub: Hub, *arguments: str, token: str | None = None) -> dict[str, An
     done = hub.run("scan", *arguments, "--vllm", "portable", "--format", "json", token=token)
     assert done.err == ""
     doc = done.json
+    assert re.fullmatch("[0-9a-f]{40}", doc.pop("commit"))
     del doc["model"]
     return doc
 
@@ -77,7 +79,10 @@ def test_a_repo_that_is_not_a_checkpoint_ends_as_a_folder_does(hub: Hub, tmp_pat
     (tmp_path / "adapter_config.json").write_text("{}")
     hub.server.add("org/adapter", tmp_path)
     done = hub.run("scan", "org/adapter")
-    assert (done.code, done.err) == (3, "error: org/adapter: is a PEFT adapter, not a model; merge it first\n")
+    assert (done.code, done.err) == (
+        3,
+        "error: org/adapter: is a PEFT adapter, not a model; merge it first\n  bnbfix scan --help\n",
+    )
 
 
 # What it reads
@@ -193,7 +198,7 @@ def test_what_is_a_repo(text: str, repo: tuple[str, str | None] | None) -> None:
 def test_an_endpoint_that_is_not_an_address_is_reported(hub: Hub) -> None:
     for model in ("org/name", "https://huggingface.co/org/name"):
         done = hub.process("scan", model, HF_ENDPOINT="http://[")
-        assert (done.code, done.err) == (2, "error: HF_ENDPOINT is not a valid URL\n"), model
+        assert (done.code, done.err) == (2, "error: HF_ENDPOINT is not a valid URL\n  bnbfix scan --help\n"), model
 
 
 def test_a_folder_wins_over_a_repo_of_its_name(
@@ -323,3 +328,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs in this process must not reach for the real Hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
+
+
+def test_the_next_command_keeps_the_revision(hub: Hub, pristine: Make, tmp_path: Path) -> None:
+    sha = hub.server.add("org/revised", pristine("dense31b", "partial", shards=2))
+    for given in (["org/revised", "--revision", sha], [f"org/revised@{sha}"], [f"hf://org/revised@{sha}"]):
+        done = hub.run("scan", *given, "--vllm", "0.22.1")
+        assert done.out.endswith(f"  bnbfix repair org/revised@{sha} --out revised-repaired --vllm 0.22.1\n")
+    done = hub.run("repair", "org/revised", "--revision", sha, "--vllm", "0.22.1", "--out", tmp_path / "out")
+    assert f"  bnbfix verify {tmp_path / 'out'} --source org/revised@{sha}\n" in done.out

@@ -120,3 +120,30 @@ def test_a_readme_too_large_for_a_card_stays_as_it_is(checkpoint: Make, tmp_path
         bnbfix.repair(source, tmp_path / str(size), vllm="0.22.1", device="cpu")
         written = (tmp_path / str(size) / CARD).read_bytes()
         assert (written != b"#" * size) == changed and written.startswith(b"#" * size)
+
+
+FRONT = "---\nbase_model: org/bitsandbytes\ntags: {}\nlicense: mit\n---\n# bitsandbytes\n- bitsandbytes\n"
+
+
+@pytest.mark.parametrize(
+    ("tags", "kept"),
+    [
+        ("[gemma4, bitsandbytes]", "[gemma4]"),
+        ("[bitsandbytes, gemma4]", "[gemma4]"),
+        ("[a, 'bitsandbytes', \"b\"]", '[a, "b"]'),
+        ("[bitsandbytes]", "[]"),
+        ("[bitsandbytes-4bit, a]", "[bitsandbytes-4bit, a]"),
+        ("\n- a\n- bitsandbytes\n  - 'b'", "\n- a\n  - 'b'"),
+    ],
+)
+def test_full_precision_drops_the_tag_and_keeps_the_rest(tags: str, kept: str) -> None:
+    card = FRONT.format(tags)
+    assert insert_section(card, SECTION, quantized=True).startswith(card)
+    assert insert_section(card, SECTION, quantized=False).startswith(FRONT.format(kept))
+    crlf = insert_section(card.replace("\n", "\r\n"), SECTION, quantized=False)
+    assert crlf.startswith(FRONT.format(kept).replace("\n", "\r\n"))
+
+
+def test_a_card_without_front_matter_keeps_every_word() -> None:
+    card = "# bitsandbytes\n- bitsandbytes\n\n---\ntags: [bitsandbytes]\n---\n"
+    assert insert_section(card, SECTION, quantized=False).startswith(card)

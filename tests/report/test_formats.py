@@ -274,7 +274,7 @@ def test_markdown_has_the_matrix_the_findings_and_the_command(pristine: Make) ->
     assert "| 0.19.0-0.22.1 | \u274c fails | 7 | BNB103 BNB104 |" in text
     assert "### BNB104 fails: K serves as V, but V has no quant state" in text
     assert "- `model.language_model.layers.{2,5}.self_attn.k_proj.weight x2`" in text
-    assert "Repair it: `bnbfix repair MODEL --out DIR --vllm portable`" in text
+    assert f"Repair it:\n\n    bnbfix repair {source} --out {source}-repaired --vllm portable\n" in text
     assert "## Summary" not in text
     text = "".join(report_markdown.render(outcomes(source, "/nowhere", pristine("e4b", "all"), target="0.32.0")))
     assert "| `/nowhere` | \u26d4 error | no such folder |" in text

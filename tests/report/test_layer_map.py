@@ -242,7 +242,7 @@ def test_the_page_asks_nothing_from_anywhere(pristine: Make) -> None:
     p = page(*outcomes(pristine("dense31b", "partial", shards=2), "/nowhere", pristine("e4b", "all"), with_map=True))
     allowed = {"html", "head", "meta", "title", "style", "body", "main", "footer", "section", "article", "header"}
     allowed |= {"h1", "h2", "h3", "p", "span", "b", "small", "code", "abbr", "a", "ul", "li", "wbr", "div", "details"}
-    allowed |= {"summary", "table", "caption", "thead", "tbody", "tr", "th", "td"}
+    allowed |= {"pre", "summary", "table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert {tag for tag, _ in p.tags} <= allowed
     names = {name for _, attributes in p.tags for name in attributes}
     allowed = {"charset", "lang", "http-equiv", "content", "name", "class", "id", "title", "href", "scope", "open"}

@@ -171,3 +171,13 @@ def test_the_newer_config_form_is_written_in_the_older_where_it_is_not_read(
     assert "per_layer_config" not in text and "axial" not in text
     assert '"global_head_dim": 64' in text
     assert scan(tmp_path / "out").ok
+
+
+def test_no_finding_is_worse_than_its_explanation_says(pristine: Make) -> None:
+    seen = {}
+    for family, quants in MEASURED.items():
+        for quant in quants:
+            for f in scan(pristine(family, quant), "portable").findings:
+                assert f.severity <= f.code.explanation.severity, f
+                seen[f.code] = max(seen.get(f.code, f.severity), f.severity)
+    assert sum(seen[code] == code.explanation.severity for code in seen) > 8, "and as bad as it says"

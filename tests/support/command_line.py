@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,11 +33,22 @@ class Run:
         return " ".join(self.out.split())
 
     @property
+    def commands(self) -> list[str]:
+        """What can be pasted: the lines that hold a command and nothing else."""
+        lines = (self.out + self.err).splitlines()
+        return [line[2:] for line in lines if re.match("  (bnbfix|pip|vllm|hf|git) ", line)]
+
+    @property
+    def width(self) -> int:
+        """The longest line of stdout, commands aside: those are not wrapped."""
+        return max(len(line) for line in self.out.splitlines() if line[2:] not in self.commands)
+
+    @property
     def error(self) -> str:
-        """The one line that says what is wrong; a hint may follow, in a line of its own."""
-        first, *hint = self.err.splitlines()
+        """The one line that says what is wrong; a hint may follow, and a command, each in a line of its own."""
+        first, *hints = self.err.splitlines()
         assert first.startswith("error: ") and len(first) < 1000
-        assert len(hint) <= 1 and all(line.startswith("  ") for line in hint)
+        assert len(hints) <= 2 and all(line.startswith("  ") for line in hints)
         assert "Traceback" not in self.out + self.err
         return first
 

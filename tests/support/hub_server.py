@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -166,6 +166,8 @@ class FakeHub:
             Route("/api/validate-yaml", self._yaml, methods=["POST"]),
             Route(f"/api/models/{name}/preupload/{{rev}}", self._preupload, methods=["POST"]),
             Route(f"/api/models/{name}/commit/{{rev}}", self._receive_commit, methods=["POST"]),
+            Route(f"/api/models/{name}/paths-info/{{rev:path}}", self._paths_info, methods=["POST"]),
+            Route(f"/api/models/{name}/lfs-files/duplicate", self._duplicate, methods=["POST"]),
             Route(f"/{name}.git/info/lfs/objects/batch", self._batch, methods=["POST"]),
             Route(f"/api/resolve-cache/{name}/{{rev}}/{{file:path}}", self._resolve_small, methods=["GET", "HEAD"]),
             Route(f"/{name}/resolve/{{rev}}/{{file:path}}", self._resolve, methods=["GET", "HEAD"]),
@@ -230,12 +232,29 @@ class FakeHub:
         found = self._found(request)
         if isinstance(found, Response):
             return found
-        entries: list[dict[str, Any]] = []
-        for path, blob in found[2].items():
-            entries.append({"type": "file", "path": path, "size": blob.size, "oid": blob.oid[:40]})
-            if blob.lfs:
-                entries[-1]["lfs"] = {"size": blob.size, "oid": blob.oid, "pointerSize": 135}
-        return JSONResponse(entries)
+        return JSONResponse([describe(path, blob) for path, blob in found[2].items()])
+
+    async def _paths_info(self, request: Request) -> Response:
+        if fault := self._note(request, "hub"):
+            return await self._spoiled(fault)
+        found = self._found(request)
+        if isinstance(found, Response):
+            return found
+        asked = parse_qs((await request.body()).decode())["paths"]
+        return JSONResponse([describe(path, found[2][path]) for path in asked if path in found[2]])
+
+    async def _duplicate(self, request: Request) -> Response:
+        """Gives another repo what this one has stored."""
+        if fault := self._note(request, "hub"):
+            return await self._spoiled(fault)
+        if no := self._may_write(request):
+            return no
+        repo, job = self.repos["{org}/{name}".format(**request.path_params)], await request.json()
+        stored = {b.oid: b.path for files in repo.commits.values() for b in files.values()}
+        assert job["target"]["name"] in self.repos
+        failed = [f | {"error": "no such file"} for f in job["files"] if f["sha256"] not in stored]
+        self.uploaded |= {f["sha256"]: stored[f["sha256"]] for f in job["files"] if f["sha256"] in stored}
+        return JSONResponse({"failed": failed})
 
     async def _resolve(self, request: Request) -> Response:
         return await self._resolved(request, direct=False)
@@ -477,6 +496,14 @@ class FakeHub:
         if pull:
             answer["pullRequestUrl"] = f"{self.url}/{name}/discussions/{repo.pulls}"
         return JSONResponse(answer)
+
+
+def describe(path: str, blob: Blob) -> dict[str, Any]:
+    """A file as the Hub lists it."""
+    entry = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid[:40]}
+    if blob.lfs:
+        entry |= {"lfs": {"size": blob.size, "oid": blob.oid, "pointerSize": 135}, "xetHash": blob.oid}
+    return entry
 
 
 def refuse(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -19,7 +19,7 @@ from ...checkpoint.safetensors import build_header
 from ...errors import EngineError, UsageError
 from ..engine import Installed, Target
 from .process import Status, run_worker, scratch_folder
-from .releases import PLUGIN, VLLM_DISTRIBUTIONS, find_range, ranges
+from .releases import INSTALL, PLUGIN, VLLM_DISTRIBUTIONS, find_range, ranges
 
 SECONDS = 600.0
 MAX_MEMORY = 8_000_000_000  # bytes; a 31B takes 1.7 GB
@@ -70,7 +70,7 @@ class LiveVllm:
         version = next((v for name in VLLM_DISTRIBUTIONS if (v := answer["versions"].get(name))), None)
         if version is None:
             hint = "Name the Python of an environment that has vLLM, or install vLLM next to bnbfix."
-            raise UsageError("has no vLLM", where=self.python or sys.executable, hint=hint)
+            raise UsageError("has no vLLM", where=self.python or sys.executable, hint=hint, command=INSTALL)
         return Installed(version, answer["versions"].get(PLUGIN), answer["versions"].get("transformers"))
 
     @property

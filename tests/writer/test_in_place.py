@@ -1,0 +1,111 @@
+"""Repairs in place: only where no shard changes, with the old files next to the new ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import bnbfix
+from bnbfix.errors import OutputError, UsageError
+from bnbfix.writer import in_place
+from tests.support.build import Make
+from tests.support.command_line import Cli
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_config_json_is_replaced_and_the_old_one_kept(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    (source / "config.json").chmod(0o640)
+    before, plan = contents(source), bnbfix.plan_repair(source, "0.32.0")
+    result = bnbfix.repair_in_place(source, "0.32.0")
+    after = contents(source)
+    assert result.written and result.in_place and result.out == source
+    assert after.pop("config.json").decode() == plan.texts["config.json"]
+    assert after.pop("config.json.before-bnbfix") == before.pop("config.json")
+    assert json.loads(after.pop("bnbfix.json"))["target"] == "0.32.0"
+    assert after == before, "every other file is as it was"
+    assert (source / "config.json").stat().st_mode & 0o777 == 0o640
+    assert bnbfix.scan(source, "0.32.0").ok and bnbfix.verify(source).ok
+    assert not bnbfix.repair_in_place(source, "0.32.0").written
+
+
+def test_every_old_file_is_kept(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    first = (source / "config.json").read_bytes()
+    (source / "bnbfix.json").write_text("{}")
+    for _ in range(2):
+        (source / "config.json").write_bytes(first)
+        assert bnbfix.repair_in_place(source, "0.32.0").written
+    for name in ("config.json.before-bnbfix", "config.json.before-bnbfix1"):
+        assert (source / name).read_bytes() == first
+    assert (source / "bnbfix.json.before-bnbfix").read_text() == "{}"
+    assert bnbfix.verify(source).ok
+
+
+def test_an_index_is_replaced_too(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    index = source / "model.safetensors.index.json"
+    doc = json.loads(index.read_text())
+    doc["metadata"]["total_size"] = 1
+    index.write_text(json.dumps(doc))
+    assert set(bnbfix.repair_in_place(source, "0.32.0").files) == {"config.json", index.name}
+    assert json.loads(index.read_text())["metadata"]["total_size"] > 1
+    assert json.loads((source / f"{index.name}.before-bnbfix").read_text()) == doc
+
+
+def test_it_is_refused_where_shards_change(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "partial", shards=2)
+    before = contents(source)
+    with pytest.raises(UsageError, match=r"model-00001-of-00002\.safetensors and 1 more would have to be written anew"):
+        bnbfix.repair_in_place(source, "0.32.0")
+    done = run("repair", source, "--in-place", "--vllm", "0.32.0")
+    assert done.code == 2 and "cannot be repaired in place" in done.error
+    assert done.commands == [f"bnbfix repair {source} --vllm 0.32.0 --out {source}-repaired"]
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "bnbfix.json"])
+def test_a_link_is_not_replaced(checkpoint: Make, tmp_path: Path, name: str) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    target = source / "elsewhere"
+    if (source / name).exists():
+        (source / name).rename(target)
+    else:
+        target.write_text("{}")
+    (source / name).symlink_to(target.name)
+    before = contents(source)
+    with pytest.raises(UsageError, match="is a link, which is not replaced in place"):
+        bnbfix.repair_in_place(source, "0.32.0")
+    assert contents(source) == before
+
+
+def test_a_disk_that_fails_leaves_the_old_config(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    before = (source / "config.json").read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(in_place, "write_small", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        bnbfix.repair_in_place(source, "0.32.0")
+    assert (source / "config.json").read_bytes() == before
+    assert os.listdir(source).count("config.json") == 1
+
+
+def test_on_the_command_line(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    scan = run("scan", source, "--vllm", "0.32.0")
+    assert "Repair it (only config.json changes):" in scan.words
+    assert scan.commands == [f"bnbfix repair {source} --in-place --vllm 0.32.0"]
+    done = run(*scan.commands[0].split()[1:])
+    assert (done.code, done.err) == (0, "") and "Replaced config.json in " in done.words
+    verify, _, serve = done.commands
+    assert (verify, serve) == (f"bnbfix verify {source}", f"vllm serve {source}")
+    assert run(*verify.split()[1:]).code == 0
