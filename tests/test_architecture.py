@@ -42,13 +42,13 @@ NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "cli"}
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "torch": {"kernels.bnb", *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe"))},
+    "torch": {"kernels.bnb", *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe"))},
     "bitsandbytes": {"kernels.bnb", f"{INSIDE}.dry_load", f"{INSIDE}.engine"},
     "huggingface_hub": {"hub.source", "hub.client"},
     "numpy": {"kernels.reference", "kernels.native"},
     "rich": {"report.results", "report.terminal"},
     "typer": {f"cli.{name}" for name in ("app", "options", "releases", "repair", "scan", "verify")},
-    "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "load", "probe")},
+    "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe")},
     "vllm_bnb_plugin": {f"{INSIDE}.probe"},
 }
 PRINTING = {"report", "cli"}

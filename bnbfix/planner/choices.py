@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import Target
 from ..engines.vllm.releases import ranges, resolve_target
-from ..errors import BnbfixError
+from ..errors import BnbfixError, NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .plan import Options
 from .plan_repair import plan_inspection
@@ -35,7 +35,10 @@ def find_choices(checkpoint: Checkpoint, target: Target) -> tuple[Choice, ...]:
     The target's own; where that changes shards and the newest release needs only a change of config.json, that as well;
     where the target has none, the nearest that is possible: another release, the newest first, else --bf16.
     """
-    inspection = inspect_checkpoint(checkpoint)
+    try:
+        inspection = inspect_checkpoint(checkpoint)
+    except NotApplicable:  # no rule knows the model; an installed vLLM was asked about it
+        return ()
     own = _plan_choice(inspection, target)
     if own is None:
         nearest = next(_other_choices(inspection, target), None)

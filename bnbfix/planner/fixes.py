@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..rules import config, experts, files, gemma4, kv_projections, skip_list, storage, weights
+from ..rules import config, experts, files, kv_projections, skip_list, weights
 from ..rules.changes import Changes, Fix, Request
 
 REPAIR: tuple[Fix, ...] = (
@@ -16,7 +16,7 @@ REPAIR: tuple[Fix, ...] = (
     kv_projections.drop_explicit_v,
     weights.dequantize_unquantizable,
     weights.dequantize_lm_head,
-    gemma4.dequantize_pixel_projection,
+    weights.dequantize_pixel_projection,
     kv_projections.dequantize_k_eq_v,
     kv_projections.dequantize_groups_without_donor,
     weights.quantize_partial_groups,
@@ -24,10 +24,10 @@ REPAIR: tuple[Fix, ...] = (
     kv_projections.insert_v,
     kv_projections.insert_shared,
     experts.split_and_quantize_experts,
-    storage.retype_weights,
+    weights.retype_weights,
     config.write_quantization_config,
     skip_list.write_skip_list,
-    storage.set_quant_storage,
+    weights.set_quant_storage,
     config.untie_lm_head,
     config.write_legacy_config,
 )

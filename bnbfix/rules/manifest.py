@@ -65,13 +65,16 @@ def check_partly_filled(case: Case) -> Iterator[Hit]:
 )
 def check_wrong_shape(case: Case) -> Iterator[Hit]:
     load = case.load
+    found: dict[str, list[str]] = {}
     for name, wanted in load.misshapen.items() if load else ():
-        is_shape = list(case.inspection.checkpoint.weights[name].shape)[:8]
-        wanted_shape = ", ".join("?" if n is None else str(n) for n in wanted)
+        shape = list(case.inspection.checkpoint.weights[name].shape)[:8]
+        words = f"has shape {shape}; config.json asks for [{', '.join('?' if n is None else str(n) for n in wanted)}]"
+        found.setdefault(words, []).append(name)
+    for words, names in found.items():
         reason = (
             "config.json and the tensor do not fit; take config.json from the model that was saved, or save it again"
         )
-        yield Hit(Severity.FAILS, (name,), f"has shape {is_shape}; config.json asks for [{wanted_shape}]", reason)
+        yield Hit(Severity.FAILS, tuple(names), words, reason)
     if load and load.no_floats:
         reason = "the values are lost; save the model again"
         yield Hit(Severity.WRONG, load.no_floats, "holds whole numbers where the parameter has real ones", reason)

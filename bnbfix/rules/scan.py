@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..__version__ import __version__
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.quant_state import split_state_tensor
 from ..engines.engine import ReleaseRange, Target
 from ..engines.transformers import check_skip_entries
 from ..engines.vllm.releases import find_installed, ranges
@@ -238,6 +239,7 @@ def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tup
     whole = any(code in (Code.MOE_REFUSED, Code.ADAPTER) for code, _ in causes)
     experts = any(code in (Code.FUSED_EXPERTS, Code.EXPERT_PREFIX, Code.EXPERT_LINEARS) for code, _ in causes)
     explained = {case.inspection.canonical(name) for _, hit in causes for name in hit.tensors}
+    explained |= {case.inspection.canonical(split[0]) for n in explained if (split := split_state_tensor(n))}
     for code, hit in hits:
         if code in MANIFEST:
             left = [n for n in hit.tensors if case.inspection.canonical(n) not in explained]

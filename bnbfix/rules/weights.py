@@ -1,4 +1,5 @@
-"""A weight and its parameter do not fit: one is quantized and the other is not, or a fused group is mixed."""
+"""A weight and its parameter do not fit: one is quantized and the other is not, a fused group is mixed, or the quantized
+bytes are declared otherwise."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from ..checkpoint.quant_state import DTYPES
 from ..engines.engine import ReleaseRange
 from ..models.family import Model
 from ..models.inspection import LinearWeight
-from .changes import Changes, Request
+from .changes import Changes, ConfigEdit, Request
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
 
@@ -161,3 +162,85 @@ def dequantize_everything(request: Request, so_far: Changes) -> Changes:
     weights = request.inspection.checkpoint.weights.values()
     names = (w.name for w in weights if w.quantized and w.name not in so_far.drop and w.name not in joined)
     return Changes(dequantize=dict.fromkeys(names))
+
+
+@rule(
+    Code.WEIGHT_NOT_A_COLUMN,
+    "quantized weight is not a column",
+    why="vLLM's quantized parameter is a column [N, 1]. The file holds the same bytes in another shape.",
+    fix="The shape in the header is changed; the bytes stay.",
+    upstream=[15959, 21743],
+    release_independent=True,
+)
+def check_weight_not_a_column(case: Case) -> Iterator[Hit]:
+    weights = case.inspection.checkpoint.weights.values()
+    hits = [w.tensor.info for w in weights if w.state and w.tensor.info.dtype == "U8"]
+    names = tuple(info.name for info in hits if info.shape != (info.nbytes, 1))
+    if names:
+        yield Hit(Severity.FAILS, names, "quantized, but not as a column [N, 1]")
+
+
+@rule(
+    Code.QUANT_STORAGE,
+    "quantized bytes stored as another dtype",
+    why="bnb_4bit_quant_storage is not uint8 (FSDP-QLoRA stores quantized bytes as bfloat16): vLLM stops with "
+    "`Unsupported bnb_4bit_quant_storage`.",
+    fix="The same bytes are declared U8 [N, 1] in the header, and the config says uint8.",
+    release_independent=True,
+)
+def check_quant_storage(case: Case) -> Iterator[Hit]:
+    checkpoint = case.inspection.checkpoint
+    said = checkpoint.quantization.get("bnb_4bit_quant_storage") or "uint8"
+    quantized = [w for w in checkpoint.weights.values() if w.state]
+    stored = {w.name: w.tensor.info.dtype for w in quantized if w.tensor.info.dtype != "U8"}
+    if stored or (said != "uint8" and quantized):
+        what = ", ".join(sorted(set(stored.values()))) if stored else f"{said}, says config.json"
+        yield Hit(Severity.FAILS, tuple(stored), f"quantized bytes stored as {what}; vLLM takes only uint8")
+
+
+def retype_weights(request: Request, so_far: Changes) -> Changes:
+    """Declares quantized bytes as U8 [N, 1] where the file says something else."""
+    retype = {}
+    for w in request.inspection.checkpoint.weights.values():
+        if w.state is None or w.name in so_far.dequantize or w.name in so_far.experts or w.name in so_far.drop:
+            continue
+        if w.tensor.info.dtype != "U8":
+            retype[w.name] = Code.QUANT_STORAGE
+        elif w.tensor.info.shape != (w.tensor.info.nbytes, 1):
+            retype[w.name] = Code.WEIGHT_NOT_A_COLUMN
+    return Changes(retype=retype)
+
+
+def set_quant_storage(request: Request, so_far: Changes) -> Changes:
+    """Has config.json say uint8."""
+    quantization = request.inspection.checkpoint.quantization
+    said = quantization.get("bnb_4bit_quant_storage") or "uint8"
+    removed = any(edit.remove and edit.path == ("quantization_config",) for edit in so_far.config)
+    if said == "uint8" or removed or quantization.get("load_in_8bit"):
+        return Changes()
+    path = ("quantization_config", "bnb_4bit_quant_storage")
+    return Changes(config=(ConfigEdit(path, "uint8", Code.QUANT_STORAGE),))
+
+
+@rule(
+    Code.QUANTIZED_PIXEL_PROJECTION,
+    "quantized pixel projection",
+    severity=Severity.DEGRADED,
+    why="transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
+    "quantized the dtype is uint8, and every image is silently corrupted. "
+    f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers.",
+    fix="The projection, a small one, is dequantized and skipped.",
+    after_loading=True,
+)
+def check_quantized_pixel_projection(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.kind == "pixel_projection" and p.quantized for m in p.members if m.quantized]
+    if hits and case.release.casts_pixels:
+        yield Hit(Severity.DEGRADED, names_of(hits), "quantized; corrupts images with transformers older than 5.13")
+
+
+def dequantize_pixel_projection(request: Request, so_far: Changes) -> Changes:
+    """Dequantizes the pixel projection where a release of the target may corrupt images."""
+    if not any(r.casts_pixels for r in request.releases):
+        return Changes()
+    hits = [m for m in request.linears(so_far) if m.role.kind == "pixel_projection" and m.quantized]
+    return Changes(dequantize=dict.fromkeys(names_of(hits), Code.QUANTIZED_PIXEL_PROJECTION))

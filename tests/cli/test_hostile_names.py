@@ -27,8 +27,8 @@ def test_control_characters_of_a_checkpoint_never_reach_the_terminal(
         ["repair", source, "--vllm", "portable", "--out", tmp_path / "out"],
     ):
         done = run(*arguments)
-        assert done.code in (0, 1) and done.err == ""
-        assert harmless(done.out), arguments
+        assert done.code in (0, 1)
+        assert harmless(done.out) and harmless(done.err), arguments
         shown.append("".join(done.out.split()))
     assert r"model.vision_tower.\x1b[31m\x07\r\x7f\x9b2J\u202e.weight" in shown[1]
     assert bnbfix.scan(source, "portable").findings  # and the API hands names out as they are

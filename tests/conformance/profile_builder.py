@@ -14,6 +14,7 @@ from families import Family
 from bnbfix.engines.vllm.profiles import evaluate_feature, evaluate_size, find_numbers, find_pattern, read_path
 
 MAX_FEATURES = 4  # that one answer may depend on
+MAX_CONSTANT = 4  # kernels of convolutions, channels of images
 Answer = Any  # JSON
 
 
@@ -266,7 +267,10 @@ def _fit_size(models: Models, group: list[Point], dim: int) -> str | None:
 
 
 def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
-    """The simplest formula whose values are the wanted ones, by model; None where none is, or only by chance."""
+    """The simplest formula whose values are the wanted ones, by model; None where none is, or where it is not certain.
+
+    A size that is the same in every model counts as a constant only when it is small: a list of sizes may be behind it.
+    """
     first = min(wanted)
     constant = str(wanted[first])
 
@@ -276,9 +280,9 @@ def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
     for candidates in _list_formulas(models.integers(first), wanted[first]):
         if found := [f for f in candidates if fits(f)]:
             if fits(constant):
-                return constant if wanted[first] <= 4 or len(wanted) > 1 else found[0]
+                return constant if wanted[first] <= MAX_CONSTANT else None
             return min(found, key=lambda f: (_count_sections(f), f))
-    return constant if fits(constant) and (len(set(wanted)) > 1 or wanted[first] <= 4) else None
+    return constant if fits(constant) and wanted[first] <= MAX_CONSTANT else None
 
 
 def _count_sections(formula: str) -> int:

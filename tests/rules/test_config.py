@@ -96,6 +96,9 @@ def test_a_quantized_lm_head_is_left_alone_where_it_is_ignored(checkpoint: Make)
     source = checkpoint("text", "all")
     with tensors_of(source) as tensors:
         copy_weight(tensors, "model.layers.1.mlp.up_proj.weight", HEAD)
+        tensors["model.embed_tokens.weight"] = zeros(256, 128)
+    with json_of(source) as config:
+        config["vocab_size"] = 256
     assert plan(source, "0.28.0").nothing_to_do and scan(source, "0.28.0").ok
     for target in ("0.29.0", "portable"):
         edits = {(e.name, e.code) for e in plan(source, target).edits}
@@ -106,9 +109,11 @@ def test_a_quantized_lm_head_is_left_alone_where_it_is_ignored(checkpoint: Make)
 def test_embeddings_that_are_dequantized_are_another_weight_than_lm_head(target: str, checkpoint: Make) -> None:
     source = checkpoint("text", "all")
     with tensors_of(source) as tensors:
-        embeddings = tensors.pop("model.embed_tokens.weight")
+        del tensors["model.embed_tokens.weight"]
         copy_weight(tensors, "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight")
-        tensors[HEAD] = embeddings
+        tensors[HEAD] = zeros(256, 128)
+    with json_of(source) as config:
+        config["vocab_size"] = 256
     made = plan(source, target)
     assert {"model.embed_tokens.weight", "tie_word_embeddings"} <= {e.name for e in made.edits}
 

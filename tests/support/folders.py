@@ -66,10 +66,15 @@ def large_checkpoint(folder: Path) -> int:
                 if "quant_state" in suffix:
                     states.append(at)
                 at += size
-        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            name = f"model.layers.{layer}.{norm}_layernorm.weight"
+        norms = [f"{n}_layernorm" for n in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
+        for norm in (*norms, "self_attn.q_norm", "self_attn.k_norm"):
+            name = f"model.layers.{layer}.{norm}.weight"
             header[name] = {"dtype": "F32", "shape": [64], "data_offsets": [at, at + 256]}
             at += 256
+    for name, rows in (("embed_tokens", 64), ("norm", 1)):
+        shape = [rows, 64] if rows > 1 else [64]
+        header[f"model.{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 256 * rows]}
+        at += 256 * rows
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
@@ -81,7 +86,10 @@ def large_checkpoint(folder: Path) -> int:
     config = {
         "architectures": ["Gemma4ForCausalLM"],
         "num_hidden_layers": LAYERS,
-        "hidden_size": 64,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "global_head_dim", "vocab_size"), 64),
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
         "layer_types": ["sliding_attention"] * LAYERS,
         "quantization_config": {"quant_method": "bitsandbytes"},
     }

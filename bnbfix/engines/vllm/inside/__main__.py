@@ -42,7 +42,7 @@ def answer_job(what: str, folder: str, answer: str) -> NoReturn:
         result |= import_module(f".{what}", __package__).run(folder)
     except BaseException as e:
         traceback.print_exc()
-        result |= describe_error(e)
+        result |= getattr(e, "bnbfix_result", {}) | describe_error(e)
     with open(f"{answer}.part", "w") as f:
         json.dump(result, f)
     os.replace(f"{answer}.part", answer)

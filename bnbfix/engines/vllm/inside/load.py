@@ -31,9 +31,13 @@ def run(folder: str) -> dict[str, Any]:
     def look(model: Any) -> None:
         out.update(loaded=True, parameters=describe_parameters(model))
 
-    llm = start_engine(folder, look, skip_tokenizer_init=False)
-    prompt = {"prompt_token_ids": [2, 20, 21, 22]}
-    answer = llm.generate(prompt, vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=1), use_tqdm=False)[0]
-    values = [v.logprob for row in answer.outputs[0].logprobs for v in row.values()]
+    try:
+        llm = start_engine(folder, look, skip_tokenizer_init=False)
+        prompt = {"prompt_token_ids": [2, 20, 21, 22]}
+        answer = llm.generate(prompt, vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=1), use_tqdm=False)[0]
+        values = [v.logprob for row in answer.outputs[0].logprobs for v in row.values()]
+    except Exception as e:
+        e.bnbfix_result = out  # type: ignore[attr-defined]  # what was seen until then
+        raise
     out.update(forward=True, finite=bool(values) and all(math.isfinite(v) for v in values))
     return out
