@@ -396,6 +396,5 @@ def _absmax(quantized: QuantizedTensor, device: str) -> torch.Tensor:
     )
     outer = torch.frombuffer(bytearray(quantized.absmax), dtype=torch.uint8).to(device)
     # The offset stays float32 whatever torch's default dtype is: vLLM loads under bfloat16, which rounds it.
-    offset = torch.tensor(nested.offset, dtype=torch.float32, device=device)
     values: torch.Tensor = bnb.dequantize_blockwise(outer, inner)
-    return values + offset
+    return values + torch.tensor(nested.offset, dtype=torch.float32, device=device)

@@ -1,5 +1,4 @@
-"""A weight and its parameter do not fit: one is quantized and the other is not, a fused group is mixed, or the quantized
-bytes are declared otherwise."""
+"""A weight and its parameter do not fit: only one is quantized, a fused group is mixed, or the header is wrong."""
 
 from __future__ import annotations
 

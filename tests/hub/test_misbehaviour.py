@@ -24,11 +24,8 @@ def repo(hub: Hub, checkpoint: Make) -> str:
     shard = source / "model.safetensors"
     header, data = surgery.read_file(shard)
     extra = 4 << 30
-    header["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = {
-        "dtype": "BF16",
-        "shape": [extra // 2],
-        "data_offsets": [len(data), len(data) + extra],
-    }
+    name = "model.language_model.layers.0.self_attn.rotary_emb.inv_freq"
+    header[name] = {"dtype": "BF16", "shape": [extra // 2], "data_offsets": [len(data), len(data) + extra]}
     surgery.write_file(shard, header, data)
     with shard.open("r+b") as f:
         f.truncate(shard.stat().st_size + extra)
