@@ -29,11 +29,12 @@ def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
     filled: dict[str, set[str]] = {}
     for name, weight in weights.items():
         place = expectation.place(name)
-        if place is None or place.refused:
-            if (known := expectation.rename(name)) is not None:
+        if place is None or not place.fills:
+            known = expectation.rename(name)
+            if known is not None and known not in weights:
                 renamed[name] = known
                 place = expectation.place(known)
-            elif place is not None:
+            elif place is not None and place.refused:
                 refused.append(name)
             if place is None or place.refused:
                 continue
