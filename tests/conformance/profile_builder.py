@@ -304,6 +304,7 @@ def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
         (a, b) for a in sizes for b in sizes if sizes[a] * sizes[b] ** 2 and wanted % (sizes[a] * sizes[b] ** 2) == 0
     ]
     yield [f"{k}*{a}*{b}*{b}" for a, b in squares for k in (1, 2, 3) if k * sizes[a] * sizes[b] ** 2 == wanted]
+    yield [f"{k}*{a}*{b}*{a}*{b}" for a, b in pairs for k in (1, 3) if k * (sizes[a] * sizes[b]) ** 2 == wanted]
     yield [f"{a}*{b}*{c}" for (a, b) in pairs for c in sizes if sizes[a] * sizes[b] * sizes[c] == wanted]
     yield [
         f"{a}*{c}+2*{b}*{c}"
