@@ -17,7 +17,7 @@ class Load:
 
     refused: tuple[str, ...]
     renamed: Mapping[str, str]  # refused names, by the name that would be known
-    misshapen: Mapping[str, tuple[int | None, ...]]  # the shapes that the weights should have
+    wrong_shapes: Mapping[str, tuple[int | None, ...]]  # the shapes that the weights should have
     no_floats: tuple[str, ...]
     unfilled: tuple[str, ...]  # names of tensors that would fill a parameter which nothing fills
     partial: tuple[str, ...]  # and the rest of a fused one
@@ -25,7 +25,7 @@ class Load:
 
 def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
     """What a release does with these tensors by their names, dtypes and shapes."""
-    refused, renamed, misshapen, no_floats = list[str](), {}, {}, list[str]()
+    refused, renamed, wrong_shapes, no_floats = list[str](), {}, {}, list[str]()
     filled: dict[str, set[str]] = {}
     for name, weight in weights.items():
         place = expectation.place(name)
@@ -41,14 +41,14 @@ def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
         for parameter, part in place.fills:
             filled.setdefault(parameter, set()).add(part)
         if place.shape is not None and not _fits(weight.shape, place.shape):
-            misshapen[name] = place.shape
+            wrong_shapes[name] = place.shape
         elif place.fills and not weight.quantized and weight.tensor.info.dtype not in FLOATS:
             no_floats.append(name)
     unfilled, partial = list[str](), list[str]()
     for parameter in expectation.parameters:
         missing = expectation.missing(parameter, filled.get(parameter, set()))
         (partial if parameter in filled else unfilled).extend(missing)
-    return Load(tuple(refused), renamed, misshapen, tuple(no_floats), tuple(unfilled), tuple(partial))
+    return Load(tuple(refused), renamed, wrong_shapes, tuple(no_floats), tuple(unfilled), tuple(partial))
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -66,7 +66,7 @@ def check_partly_filled(case: Case) -> Iterator[Hit]:
 def check_wrong_shape(case: Case) -> Iterator[Hit]:
     load = case.load
     found: dict[str, list[str]] = {}
-    for name, wanted in load.misshapen.items() if load else ():
+    for name, wanted in load.wrong_shapes.items() if load else ():
         shape = list(case.inspection.checkpoint.weights[name].shape)[:8]
         words = f"has shape {shape}; config.json asks for [{', '.join('?' if n is None else str(n) for n in wanted)}]"
         found.setdefault(words, []).append(name)

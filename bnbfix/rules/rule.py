@@ -131,8 +131,8 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """{title, severity, why, fix, upstream}"""
-        told = {"title": self.title, "severity": str(self.severity), "why": self.why, "fix": self.fix}
-        return told | {"upstream": list(self.upstream)}
+        document = {"title": self.title, "severity": str(self.severity), "why": self.why, "fix": self.fix}
+        return document | {"upstream": list(self.upstream)}
 
     def describe_fix(self, model: Model, releases: Sequence[ReleaseRange]) -> str:
         return self.fix_for(model, releases) if self.fix_for else self.fix
