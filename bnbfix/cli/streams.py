@@ -22,7 +22,7 @@ def open_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None:  # it stays open as long as the process
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")

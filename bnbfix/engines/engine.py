@@ -44,10 +44,6 @@ class ReleaseRange:
         """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
         return model.tied and not self.uses_tied_lm_head
 
-    def quantizes(self, family: str, kind: str) -> bool:
-        """Return True if the parameter of such a tensor is quantized where no skip entry names its module."""
-        return kind in self.quantized and (family, kind) not in self.unquantized
-
 
 @dataclass(frozen=True)
 class Installed:

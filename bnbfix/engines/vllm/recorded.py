@@ -103,24 +103,18 @@ class RecordedExpectation:
 
     def canonical(self, name: str) -> str | None:
         """The name by which the release knows a tensor, as transformers writes it; None where it knows none."""
-        if find_pattern(name) in self._rows["tensors"]:
-            return name
-        for theirs, ours, accepted in self._rows["aliases"]:
-            if (
-                accepted
-                and name.startswith(theirs)
-                and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]
-            ):
-                return str(ours + name[len(theirs) :])
-        return None
+        return name if find_pattern(name) in self._rows["tensors"] else self._find_alias(name, accepted=True)
 
     def rename(self, name: str) -> str | None:
         """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
-        if self.canonical(name) is not None:
-            return None
-        for theirs, ours, _ in self._rows["aliases"]:
-            if name.startswith(theirs) and find_pattern(ours + name[len(theirs) :]) in self._rows["tensors"]:
-                return str(ours + name[len(theirs) :])
+        return self._find_alias(name, accepted=False) if self.canonical(name) is None else None
+
+    def _find_alias(self, name: str, *, accepted: bool) -> str | None:
+        """The name with another beginning that the class has: one that the release reads, or one that it does not."""
+        for theirs, ours, reads in self._rows["aliases"]:
+            other = f"{ours}{name[len(theirs) :]}"
+            if bool(reads) == accepted and name.startswith(theirs) and find_pattern(other) in self._rows["tensors"]:
+                return other
         return None
 
     def _is_beyond(self, name: str) -> bool:

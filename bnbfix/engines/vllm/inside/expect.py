@@ -30,8 +30,8 @@ def run(folder: str) -> dict[str, Any]:
     """{class, parameters, answers}: every parameter that has to be filled, and what became of each group.
 
     A parameter is {quantized, prefix, experts}; `prefix` is the name that skip entries are compared with, None where
-    the module is never quantized. An answer is {fills, parts}: names of parameters, and the [name, part] that their own
-    loaders were called for, such as q of a qkv_proj; with `error` where the loader stopped.
+    the quantization method is never asked about the module. An answer is {fills, parts}: names of parameters, and the
+    [name, part] that their own loaders were called for, such as q of a qkv_proj; with `error` where the loader stopped.
     """
     import torch
     from vllm.model_executor.model_loader import get_model_loader
