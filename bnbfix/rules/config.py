@@ -50,6 +50,7 @@ _USES = releases_where(lambda r: r.uses_tied_lm_head)
 @rule(
     Code.TIED_LM_HEAD,
     "lm_head next to tied embeddings",
+    severity=Severity.WRONG,
     why="config.json says tie_word_embeddings (which is also the default), but the file holds an lm_head of its own. "
     f"{_IGNORES} ignores it and computes with the embeddings; {_USES} uses it. Where the two differ, as after training "
     "lm_head, the older releases silently answer wrongly. bnbfix compares the bytes; of a repo on the Hub, only the "
@@ -101,6 +102,7 @@ def check_quantization_config(case: Case) -> Iterator[Hit]:
 @rule(
     Code.OTHER_CLASS,
     "text-only class, multimodal config",
+    severity=Severity.NOTE,
     why="architectures names the text-only class, and the rest of config.json is that of a multimodal model. vLLM "
     "loads the language model and ignores the towers and embedders.",
     fix="Nothing needs to be done to serve text.",
@@ -119,6 +121,7 @@ def check_other_class(case: Case) -> Iterator[Hit]:
 @rule(
     Code.FLOAT16,
     "vision tower in float16",
+    severity=Severity.NOTE,
     why="config.json says float16, in which the last step of a vision tower with `standardize` overflows: images are "
     "answered with padding, without an error. 31B and 26B-A4B have such a tower, E2B and E4B do not.",
     fix="Nothing in the files; serve it with `--dtype bfloat16`.",

@@ -116,7 +116,8 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     Code.EXPERT_LINEARS,
     "experts as a tool keeps them in memory",
     why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_projs.7.weight`), as training "
-    "tools keep them in memory. Neither vLLM nor transformers knows these names.",
+    "tools keep them in memory. Neither vLLM nor transformers knows these names: `Layer ... has no parameter ... for "
+    "checkpoint weight`.",
     fix="Nothing in the files; save the model as the tool merges it, in 16 bits. A repair then quantizes its experts.",
     release_independent=True,
 )

@@ -141,7 +141,7 @@ def check_pickles(case: Case) -> Iterator[Hit]:
     "programs next to the weights",
     severity=Severity.NOTE,
     why="Python files, and auto_map in config.json, are run by vLLM and transformers under trust_remote_code. No "
-    "Gemma4 needs that.",
+    "class that bnbfix knows needs that.",
     fix="A repair copies them unchanged, without the right to be executed, and runs nothing.",
     release_independent=True,
 )
@@ -188,6 +188,7 @@ def check_adapter(case: Case) -> Iterator[Hit]:
 @rule(
     Code.UNUSED_WEIGHTS,
     "a second set of weights",
+    severity=Severity.NOTE,
     why="The folder holds weights that the index does not name, such as model.safetensors next to the shards of "
     "another save. vLLM reads what the index names, transformers model.safetensors: the two answer differently.",
     fix="A repair leaves out what the index does not name. A repair is not made only for this.",
@@ -211,6 +212,7 @@ def unused_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
 @rule(
     Code.PROCESSOR,
     "no processor files",
+    severity=Severity.NOTE,
     why="Neither processor_config.json nor preprocessor_config.json is there. vLLM loads the weights of a multimodal "
     "model without them, and stops where it prepares the first image.",
     fix="Nothing in the weights; copy the files from the original model.",

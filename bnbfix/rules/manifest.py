@@ -15,8 +15,8 @@ MANIFEST = frozenset({Code.UNKNOWN_NAME, Code.UNFILLED, Code.WRONG_SHAPE, Code.W
     Code.UNKNOWN_NAME,
     "tensor that the release has no place for",
     why="The model that the release builds from config.json has no parameter of this name. The load stops with `There "
-    "is no module or parameter named ...`, or a shape error. Adapters that were not merged, heads of training, layers "
-    "beyond num_hidden_layers and a config.json of another model leave such tensors.",
+    "is no module or parameter named ...`, or `... has no attribute ...`. Adapters that were not merged, heads of "
+    "training, layers beyond num_hidden_layers and a config.json of another model leave such tensors.",
     fix="Nothing in the file can be fixed: save the model again without them, or with its own config.json.",
 )
 def check_unknown_name(case: Case) -> Iterator[Hit]:

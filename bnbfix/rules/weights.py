@@ -34,10 +34,7 @@ def check_quantized_in_unquantized(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, names_of(hits), "quantized in the file, an unquantized parameter in vLLM")
 
 
-_SILENT = (
-    f"{releases_where(lambda r: not r.requantizes)} stops with a bare AssertionError; "
-    f"{releases_where(lambda r: r.requantizes)} silently"
-)
+_STOPS, _SILENT = releases_where(lambda r: not r.requantizes), releases_where(lambda r: r.requantizes)
 
 
 def _describe_unquantized_fix(model: Model, releases: Sequence[ReleaseRange]) -> str:
@@ -54,8 +51,9 @@ def _describe_unquantized_fix(model: Model, releases: Sequence[ReleaseRange]) ->
     Code.UNQUANTIZED_IN_QUANTIZED,
     "unquantized weight, quantized parameter",
     why="The file holds this weight in full precision and the release makes a quantized parameter, because no skip "
-    f"entry names the module as vLLM names it. {_SILENT} quantizes the weight to NF4 at load time, and image and audio "
-    "features degrade.",
+    f"entry names the module as vLLM names it. {_STOPS} stops with `Tried to load weights of size [out, in] to a "
+    f"parameter of size [N, 1]`, or a bare AssertionError; {_SILENT} silently quantizes the weight to NF4 at load "
+    "time, and image and audio features degrade.",
     fix="Skip entries in vLLM's spelling, with fused names (`qkv_proj`, `gate_up_proj`), are added to "
     "llm_int8_skip_modules. No tensor changes, except experts, which no skip entry reaches: they are quantized to NF4.",
     fix_for=_describe_unquantized_fix,
@@ -78,7 +76,8 @@ def _describe_partial_fix(model: Model, releases: Sequence[ReleaseRange]) -> str
     Code.PARTIALLY_QUANTIZED,
     "fused group partially quantized",
     why="vLLM fuses q, k and v into qkv_proj, and gate and up into gate_up_proj. Some members are quantized in the "
-    f"file and others are not, which no parameter can hold. {_SILENT} quantizes the unquantized members.",
+    f"file and others are not, which no parameter can hold. {_STOPS} stops with a bare AssertionError; {_SILENT} "
+    "silently quantizes the unquantized members.",
     fix="The quantized members are dequantized, which loses nothing more, and the fused name is skipped. Unquantized "
     "per-expert weights are quantized instead, since no release has an unquantized parameter for them.",
     fix_for=_describe_partial_fix,
