@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import Unrepairable, UsageError
-from ..report.next_step import after_plan, after_repair, command_line, repair_commands, shell_words, suggest_output
+from ..report.next_step import (
+    after_plan,
+    after_repair,
+    command_line,
+    repair_commands,
+    shell_words,
+    suggest_output,
+    suggest_place,
+)
 from ..report.terminal import print_warning, progress_bar, show_logs
 from ..report.text import count, format_size
 from .options import (
@@ -147,13 +156,16 @@ def repair(
     if plan.target.warning and live is None:
         print_warning(plan.target.warning)
     as_json = json or format == "json"
+    push_config = to is not None and plan.config_only and source.origin is not None
     if dry_run:
-        _show_plan(plan, out, as_json=as_json)
+        place = () if out or push_config else suggest_place(source.name, config_only=plan.config_only and to is None)
+        copy = None if push_config or "--in-place" in place else out or Path(place[1])
+        _show_plan(plan, copy, place, as_json=as_json)
         return 0
     silent = quiet or as_json
     if in_place:
         result, pushed = _replace(plan), None
-    elif to is not None and plan.config_only and source.origin is not None:
+    elif to is not None and push_config:
         result, pushed = _push_config(plan, to, quiet=silent)
     else:
         result = _write(plan, out, options, overwrite=overwrite, stream=stream, quiet=silent, say=not quiet)
@@ -261,19 +273,24 @@ def _read_size(text: str | None, option: str) -> int | None:
     return int(size)
 
 
-def _show_plan(plan: Plan, out: Path | None, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, copy: Path | None, place: Sequence[str], *, as_json: bool) -> None:
+    """Shows what a repair would do, and the command that does it.
+
+    Args:
+        copy: The folder that would be written; None where only config.json is.
+        place: Options that the command lacks, which say where the result goes.
+    """
     from ..writer.download import missing_files
     from ..writer.staging import disk_space
 
-    folder = str(out or suggest_output(plan.checkpoint.source.name))
-    needed, free = disk_space(plan, Path(folder))
-    needed += sum(missing_files(plan).values())
+    needed, free = disk_space(plan, copy or Path(plan.checkpoint.source.name))
+    needed = needed + sum(missing_files(plan).values()) if copy else 0
     if as_json:
         print_json(plan.to_dict(needed=needed, free=free))
         return
     from ..report.results import nothing_report, plan_report, show, step_lines
 
-    show(nothing_report(plan) if plan.nothing_to_do else plan_report(plan, needed=needed, free=free))
-    arguments = [a for a in sys.argv[1:] if a != "--dry-run"]
-    place = [] if out or {"--in-place", "--create-pr"} & {*arguments} else ["--out", folder]
+    report = plan_report(plan, needed=needed, free=free, in_place="--in-place" in place)
+    show(nothing_report(plan) if plan.nothing_to_do else report)
+    arguments = [a for a in sys.argv[1:] if a not in ("--dry-run", "--in-place")]
     show(step_lines(after_plan(plan, command_line(*arguments, *place))))

@@ -59,9 +59,14 @@ def repair_commands(model: str, choice: Choice) -> tuple[str, ...]:
     if choice.nothing_to_do:
         return serve_commands(model, choice.target)
     options = ["--bf16"] if choice.bf16 else ["--vllm", choice.target.name]
-    in_place = choice.config_only and os.path.isdir(model) and not os.path.islink(os.path.join(model, CONFIG))
-    where = ["--in-place"] if in_place else ["--out", suggest_output(model)]
-    return (command_line("repair", model, *where, *options),)
+    return (command_line("repair", model, *suggest_place(model, config_only=choice.config_only), *options),)
+
+
+def suggest_place(model: str, *, config_only: bool) -> tuple[str, ...]:
+    """The options that say where a repair goes: in place where that is enough and possible, else next to the model."""
+    if config_only and os.path.isdir(model) and not os.path.islink(os.path.join(model, CONFIG)):
+        return ("--in-place",)
+    return ("--out", suggest_output(model))
 
 
 def suggest_output(model: str) -> str:

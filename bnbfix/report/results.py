@@ -17,6 +17,7 @@ from ..engines.vllm.probe import LoadResult, ProbeResult
 from ..engines.vllm.releases import format_ranges, resolve_target
 from ..hub.push import Pushed
 from ..planner.layout import Dequantize
+from ..planner.model_card import CARD
 from ..planner.plan import Action, Plan
 from ..rules.rule import Code
 from ..verifier.verify import VerifyResult
@@ -38,8 +39,33 @@ def show(parts: Iterable[RenderableType]) -> None:
     console.file.write(text)
 
 
-def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableType]:
-    """What becomes of each shard, the change of config.json, and what the repair costs."""
+def plan_report(plan: Plan, *, needed: int, free: int, in_place: bool = False) -> Iterable[RenderableType]:
+    """What becomes of each shard, the change of config.json, and what the repair costs.
+
+    Args:
+        needed: Bytes of disk that a copy takes; 0 where none is written.
+    """
+    if needed:
+        yield _shard_table(plan)
+    yield from _edit_lines(plan)
+    if diff := plan.config_diff():
+        yield ""
+        lines = "\n".join(map(escape_control_chars, diff.splitlines()))
+        yield Padding(Text(lines), (0, 0, 0, 2), expand=False)
+        yield ""
+    unwritten = {CONFIG, CARD} if in_place else {CONFIG}
+    if written := sorted(set(plan.texts) - unwritten):
+        yield Text(f"Written as well: {', '.join(map(escape_control_chars, written))}.")
+    if needed:
+        yield Text(
+            f"Reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)}; "
+            f"needs {format_size(needed)} of disk, {format_size(free)} are free."
+        )
+    else:
+        yield Text("No shard is read or written.")
+
+
+def _shard_table(plan: Plan) -> Table:
     table = _table()
     table.add_column("shard", overflow="fold")
     have = plan.checkpoint.tensors
@@ -54,19 +80,7 @@ def plan_report(plan: Plan, *, needed: int, free: int) -> Iterable[RenderableTyp
         more = [str(added[s.name] or "")] if any(added.values()) else []
         cells = (becomes, str(len(s.tensors)), str(dequantized or ""), *more, sizes)
         table.add_row(Text(escape_control_chars(s.name)), *cells)
-    yield table
-    yield from _edit_lines(plan)
-    if diff := plan.config_diff():
-        yield ""
-        lines = "\n".join(map(escape_control_chars, diff.splitlines()))
-        yield Padding(Text(lines), (0, 0, 0, 2), expand=False)
-        yield ""
-    if written := sorted(set(plan.texts) - {CONFIG}):
-        yield Text(f"Written as well: {', '.join(map(escape_control_chars, written))}.")
-    yield Text(
-        f"Reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)}; "
-        f"needs {format_size(needed)} of disk, {format_size(free)} are free."
-    )
+    return table
 
 
 def _edit_lines(plan: Plan) -> Iterable[RenderableType]:

@@ -234,6 +234,14 @@ def test_a_repo_is_not_repaired_in_place(hub: Hub, checkpoint: Make) -> None:
     assert done.err.endswith(f"  bnbfix repair {repo} --vllm 0.32.0 --create-pr\n")
 
 
+@pytest.mark.parametrize("options", [["--create-pr"], ["--push-to", "me/x"], ["--push-to", "me/x", "--out", "x"]])
+def test_a_dry_run_of_a_push_says_that_no_shard_is_moved(hub: Hub, checkpoint: Make, options: list[str]) -> None:
+    repo, _ = light(hub, checkpoint)
+    done = hub.run("repair", repo, "--vllm", "0.32.0", *options, "--dry-run", token=TOKEN)
+    assert done.code == 0 and "No shard is read or written." in done.out and "README.md" in done.out
+    assert done.out.endswith(f"  bnbfix repair {repo} --vllm 0.32.0 {' '.join(options)}\n") and moved(hub) == []
+
+
 def test_a_refused_pull_request_says_so(hub: Hub, checkpoint: Make) -> None:
     repo, _ = light(hub, checkpoint)
     hub.server.fault(403, "/commit/", origin="hub")

@@ -99,6 +99,25 @@ def test_a_disk_that_fails_leaves_the_old_config(checkpoint: Make, monkeypatch: 
     assert os.listdir(source).count("config.json") == 1
 
 
+@pytest.mark.parametrize("place", [["--in-place"], []], ids=["--in-place", "no place"])
+def test_a_dry_run_says_that_no_shard_is_touched(run: Cli, checkpoint: Make, place: list[str]) -> None:
+    source = checkpoint("dense31b", "skip", shards=2)
+    before = contents(source)
+    done = run("repair", source, "--vllm", "0.32.0", "--dry-run", *place)
+    assert (done.code, done.err) == (0, "") and "No shard is read or written." in done.words
+    assert "model-00001" not in done.out and "README.md" not in done.out and " of disk" not in done.words
+    assert done.commands == [f"bnbfix repair {source} --vllm 0.32.0 --in-place"]
+    assert run("repair", source, "--vllm", "0.32.0", "--dry-run", "--json", *place).json["disk_needed"] == 0
+    assert contents(source) == before
+
+
+def test_a_dry_run_in_place_leads_to_a_copy_where_shards_change(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "partial", shards=2)
+    done = run("repair", source, "--vllm", "0.32.0", "--dry-run", "--in-place")
+    assert done.code == 0 and "MB of disk" in done.words
+    assert done.commands == [f"bnbfix repair {source} --vllm 0.32.0 --out {source}-repaired"]
+
+
 def test_on_the_command_line(run: Cli, checkpoint: Make) -> None:
     source = checkpoint("dense31b", "skip", shards=2)
     scan = run("scan", source, "--vllm", "0.32.0")
