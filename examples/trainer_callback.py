@@ -3,7 +3,7 @@
     trainer = Trainer(..., callbacks=[CheckCheckpoints(vllm="portable")])
 
 It looks at every checkpoint that is saved, before it is pushed too, and stops the run with `bnbfix.FindingsRemain`;
-with `stop=False` it warns and goes on. Everything but a bitsandbytes Gemma4 checkpoint passes, an adapter for example.
+with `stop=False` it warns and goes on. Whatever is not a bitsandbytes checkpoint passes, an adapter for example.
 
 `trainer.push_to_hub()` calls its callbacks before it saves what it pushes. So at the end of a run:
 

@@ -101,3 +101,19 @@ def test_the_inputs_reach_the_scan(pristine: Make, tmp_path: Path, level: str, c
 def test_a_name_is_not_a_command(tmp_path: Path) -> None:
     code, out, _, _ = scan(tmp_path, f'$(touch {tmp_path}/x); "`touch {tmp_path}/x`"')
     assert code == 2 and "no such folder" in out and not (tmp_path / "x").exists()
+
+
+def test_a_release_names_the_repository_that_makes_it(tmp_path: Path) -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    for name in ("pyproject.toml", "README.md"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    build = load(ROOT / ".github" / "workflows" / "release.yml")["jobs"]["build"]
+    (step,) = [s for s in build["steps"] if s.get("name", "").startswith("Links lead to")]
+    github = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "me/fork", "GITHUB_REF_NAME": "v0.1.0"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", step["run"]], cwd=tmp_path, env=os.environ | github, check=True)
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    assert urls["Source"] == "https://github.com/me/fork" and set(urls) == {"Source", "Issues", "Changelog"}
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "OWNER" not in text and "uses: me/fork@v0.1.0" in text and "https://github.com/me/fork\n" in text
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 3 and all(link.startswith("https://") for link in links)
