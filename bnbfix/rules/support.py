@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..engines.engine import version_key
-from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin
+from ..engines.vllm.releases import format_ranges, plugin_bounds, ranges, unfit_plugin
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ _OLDER = "; ".join(f"before vLLM {vllm}: pip install 'vllm-bnb-plugin<{plugin}'"
     Code.UNKNOWN_CLASS,
     "model class unknown to the release",
     why="The release has no class for this architecture.",
-    fix="Nothing in the checkpoint; a newer vLLM is needed.",
+    fix="Nothing in the checkpoint; another vLLM is needed. `bnbfix releases` names those that know the class.",
 )
 def check_unknown_class(case: Case) -> Iterator[Hit]:
     name = case.inspection.model.family.architecture
     if case.expectation is None:
-        first = next(r.first for r in ranges() if name in r.classes)
-        yield Hit(Severity.FAILS, (), f"{name} is unknown to the release", f"{name} exists from vLLM {first} on")
+        known = format_ranges(r for r in ranges() if name in r.classes)
+        yield Hit(Severity.FAILS, (), f"{name} is unknown to the release", f"it is known to vLLM {known}")
 
 
 @rule(
