@@ -264,9 +264,15 @@ def check_class(model: Model) -> None:
         raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)
 
 
+def find_refusal(model: Model, release: ReleaseRange) -> str | None:
+    """Why a release loads no checkpoint of the model's class; None where it loads some, or does not know the class."""
+    found = overlapping_row(known_classes().get(model.family.architecture, ()), release.first, release.last)
+    return found if isinstance(found, str) else None
+
+
 def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:
     """What a range of releases expects of a model; None where its class was not surveyed in it."""
     profile = load_profile(model.family.architecture)
-    if profile is None or overlapping_row(profile["known"], release.first, release.last) is None:
+    if profile is None or overlapping_row(profile["known"], release.first, release.last) != 1:
         return None
     return RecordedExpectation(profile, release, model)
