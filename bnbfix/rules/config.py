@@ -137,7 +137,7 @@ def check_float16(case: Case) -> Iterator[Hit]:
 @rule(
     Code.SOFT_TOKENS,
     "vision_config without num_soft_tokens",
-    why="vLLM reads vision_config.num_soft_tokens of Gemma4Unified, which published configs leave out. The weights load, "
+    why="vLLM reads vision_config.num_soft_tokens of Gemma4Unified, which published configs leave out. They load, "
     "and it stops where it prepares the first image: `'Gemma4UnifiedVisionConfig' object has no attribute "
     "'num_soft_tokens'`.",
     fix="num_soft_tokens is set to default_output_length, the same number under the name that transformers reads.",

@@ -38,6 +38,7 @@ class RecordedExpectation:
         self._rows = _rows_of(profile["architecture"], release)
         self._vectors: dict[tuple[str, int | None], str] = {}
         self._sizes: dict[str, int | None] = {}
+        self._places: dict[str, Place | None] = {}
         self._answers: dict[tuple[str, str, int | None], Any] = {}
 
     def _read(self, path: str) -> Any:
@@ -127,6 +128,11 @@ class RecordedExpectation:
 
     def place(self, name: str) -> Place | None:
         """Where the release puts a tensor of the file; None where that was not surveyed."""
+        if name not in self._places:
+            self._places[name] = self._find_place(name)
+        return self._places[name]
+
+    def _find_place(self, name: str) -> Place | None:
         canonical = self.canonical(name)
         if canonical is None:
             return self._place_unknown(name)
