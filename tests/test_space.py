@@ -126,3 +126,6 @@ def test_users_do_not_wait_for_each_other(hub: Hub, pristine: Make, browser: Any
         two.frame_locator("iframe").get_by_text("BNB103").first.wait_for()
         one.frame_locator("iframe").get_by_text("BNB103").first.wait_for(state="detached")
         one.frame_locator("iframe").get_by_text("org/fine").first.wait_for()
+        assert re.search(
+            r"pip install .*vllm-bnb-plugin\s+.*vllm serve org/fine", one.locator(".cm-content").inner_text()
+        )

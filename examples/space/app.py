@@ -17,6 +17,8 @@ from pathlib import Path
 import gradio as gr
 
 import bnbfix
+from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.report.next_step import serve_commands
 
 SECONDS = float(os.environ.get("BNBFIX_SECONDS", "60"))
 USERS = 4  # scans at a time; more wait
@@ -54,7 +56,7 @@ STYLE = "width: 100%; height: 75vh; border: 0; border-radius: 8px"
 def repair_commands(repo: str, target: str, document: dict[str, object]) -> str:
     """What repairs the repo as a pull request, or what serves it where nothing is wrong."""
     if document["verdict"] == "loads":
-        return f"vllm serve {repo.split('@')[0]}"
+        return "\n".join(serve_commands(repo, resolve_target(target)))
     return f"pip install 'bnbfix[repair]'\nbnbfix repair {repo} --vllm {target} --create-pr --out repaired"
 
 
