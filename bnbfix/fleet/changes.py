@@ -93,5 +93,8 @@ def render_changes(changes: Iterable[Change]) -> Iterator[str]:
         return
     bad = len({c.model for c in found if c.what in BAD})
     yield f"{count(len({c.model for c in found}), 'model')} changed, {bad} for the worse.\n\n"
-    rows = [(code(escape_control_chars(c.model)), c.what, c.releases, escape(c.because)) for c in found]
+    rows = [
+        (code(escape_control_chars(c.model)), c.what, c.releases, escape(escape_control_chars(c.because)))
+        for c in found
+    ]
     yield from (f"{line}\n" for line in render_table(("model", "change", "vLLM", "because of"), rows))

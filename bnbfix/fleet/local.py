@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.managers import BaseManager
 
@@ -26,9 +27,7 @@ class _Clocks(BaseManager):
 _Clocks.register("Clock", Clock)
 
 
-def run_on_processes(
-    tasks: Sequence[Task], *, jobs: int, rate: float
-) -> Lines:
+def run_on_processes(tasks: Sequence[Task], *, jobs: int, rate: float) -> Lines:
     """Yield each task with its line, as soon as it is done. Ending the iteration ends what runs.
 
     Each process has a pool of its own, so that one that is killed takes no other model with it.
@@ -39,6 +38,8 @@ def run_on_processes(
     clocks.start(_end_with_driver)
     queue, killed = deque(tasks), Counter[Task]()
     running: dict[Future[str | None], tuple[Task, ProcessPoolExecutor]] = {}
+    make_pool = partial(ProcessPoolExecutor, 1, context, _end_with_driver)
+    pools = [make_pool() for _ in range(min(jobs, len(queue)))]
     try:
         pace = clocks.Clock(rate)  # type: ignore[attr-defined]  # it is registered above
 
@@ -46,22 +47,20 @@ def run_on_processes(
             task = queue.popleft()
             running[pool.submit(run_task, task, pace)] = task, pool
 
-        for _ in range(min(jobs, len(queue))):
-            start_next(ProcessPoolExecutor(1, context, _end_with_driver))
+        for pool in pools:
+            start_next(pool)
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task, pool = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    pool = ProcessPoolExecutor(1, context, _end_with_driver)
+                    pools.append(pool := make_pool())
                     killed[task] += 1
                     if killed[task] < TRIES:
                         queue.append(task)
                 if queue:
                     start_next(pool)
-                else:
-                    pool.shutdown(wait=False)
                 if error is None:
                     yield task, future.result()
                 elif not isinstance(error, BrokenProcessPool):
@@ -71,6 +70,8 @@ def run_on_processes(
     finally:
         for process in set(multiprocessing.active_children()) - before if running else ():
             process.kill()
+        for pool in pools:
+            pool.shutdown()
         clocks.shutdown()
 
 
