@@ -15,7 +15,7 @@ from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.managers import BaseManager
 
 from ..hub.pace import Clock
-from .task import Task, describe_loss, run_task
+from .task import Lines, Task, describe_loss, run_task
 
 TRIES = 3  # of a model whose process is killed
 
