@@ -31,7 +31,6 @@ from starlette.routing import Route
 
 TOKEN = "hf_OnlyForTheHub"
 CHUNK = 256 << 10
-PAGE = 2  # models of a listing
 HASHED = 1 << 30  # bytes; the "SHA-256" of a larger file is made up, since reading it would take too long
 
 
@@ -95,6 +94,7 @@ class FakeHub:
         self.released = threading.Event()  # ends what the fault "holds" holds
         self.quota: tuple[int, float] | None = None  # requests in a window of seconds; more get a 429
         self.refused = 0
+        self.page = 2  # models in one answer of a listing
         self._window = (0.0, 0)  # its end, and the requests in it
         # Made by hand: asyncio switches Nagle's algorithm off, 40 ms a response, where only the protocol is named.
         sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) for _ in range(2)]
@@ -241,16 +241,18 @@ class FakeHub:
         return JSONResponse({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False})
 
     async def _list(self, request: Request) -> Response:
-        """The models of an author, two on a page."""
+        """The models of an author, page by page."""
         if fault := self._note(request, "hub"):
             return await self._spoiled(fault)
         query = request.query_params
         names = sorted(n for n, r in self.repos.items() if n.split("/")[0] == query["author"] and r.access == "public")
         start = int(query.get("cursor", 0))
         shas = "sha" in query.getlist("expand")
-        page = [{"id": n} | ({"sha": self.repos[n].refs["main"]} if shas else {}) for n in names[start : start + PAGE]]
-        more = f"{self.url}/api/models?{urlencode([*query.multi_items(), ('cursor', start + PAGE)])}"
-        headers = {"Link": f'<{more}>; rel="next"'} if start + PAGE < len(names) else {}
+        page = [
+            {"id": n} | ({"sha": self.repos[n].refs["main"]} if shas else {}) for n in names[start : start + self.page]
+        ]
+        more = f"{self.url}/api/models?{urlencode([*query.multi_items(), ('cursor', start + self.page)])}"
+        headers = {"Link": f'<{more}>; rel="next"'} if start + self.page < len(names) else {}
         return JSONResponse(page, headers=headers)
 
     async def _discussions(self, request: Request) -> Response:
