@@ -1,4 +1,4 @@
-"""Scans and repairs bitsandbytes-quantized Gemma4 checkpoints so that vLLM loads them and answers correctly.
+"""Scans and repairs bitsandbytes-quantized checkpoints so that vLLM loads them and answers correctly.
 
     import bnbfix
 

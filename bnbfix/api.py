@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
 from .engines.engine import ReleaseRange, Target
+from .engines.vllm.recorded import check_class
 from .engines.vllm.releases import find_installed, ranges, resolve_target
 from .errors import BnbfixError, FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
@@ -88,7 +89,7 @@ def scan(
     Raises:
         UsageError: The path or the release does not make sense.
         InputError: A file is missing or broken.
-        NotApplicable: This is not a bitsandbytes Gemma4 checkpoint.
+        NotApplicable: This is not a bitsandbytes checkpoint of a class that bnbfix knows.
         HubError: The Hub does not serve the repo.
         EngineError: The vLLM that is asked gives no answer.
     """
@@ -156,7 +157,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
 
     Raises:
         FindingsRemain: The checkpoint would not load; `findings` says why.
-        NotApplicable: The folder has quantized Gemma4 weights, but config.json names another quantization.
+        NotApplicable: The folder has quantized weights, but config.json names another quantization.
         UsageError, InputError: As in `scan`.
     """
     source = LocalSource.open(Path(folder))
@@ -166,7 +167,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     target = choose_target(vllm)
     try:
         checkpoint = open_checkpoint(source)
-        read_model(checkpoint.config)
+        check_class(read_model(checkpoint.config))
     except NotApplicable:
         return None
     try:

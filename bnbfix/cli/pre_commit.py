@@ -2,7 +2,7 @@
 
     python -m bnbfix.cli.pre_commit [--vllm TARGET] FILE...
 
-It ends with the exit code of the worst folder. Folders without a bitsandbytes Gemma4 checkpoint pass.
+It ends with the exit code of the worst folder. Folders without a bitsandbytes checkpoint pass.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,16 @@ PORTABLE, LATEST = "portable", "latest"
 Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
 
+def version_key(version: str) -> tuple[int, int, int] | None:
+    """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
+
+    None for anything else.
+    """
+    number, label = r"(\d{1,6})", r"(?:(?:\.post|\.dev|rc|a|b)\d{1,9})"
+    m = re.fullmatch(rf"v?{number}\.{number}(?:\.{number})?{label}{{0,3}}(?:\+[\w.]+)?", version.strip(), re.ASCII)
+    return (int(m[1]), int(m[2]), int(m[3] or 0)) if m else None
+
+
 @dataclass(frozen=True)
 class ReleaseRange:
     """Releases from `first` to `last` that load bitsandbytes checkpoints alike. releases.json explains each trait."""
@@ -22,9 +33,7 @@ class ReleaseRange:
     first: str
     last: str
     evidence: Literal["run", "read"]
-    families: tuple[str, ...]
-    quantized: frozenset[str]
-    unquantized: frozenset[tuple[str, str]]
+    classes: frozenset[str]  # model classes that it loads under bitsandbytes
     requantizes: bool
     needs_v: bool
     refuses_v: bool
@@ -39,10 +48,6 @@ class ReleaseRange:
     @property
     def name(self) -> str:
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
-
-    def ignores_lm_head(self, model: Model) -> bool:
-        """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
-        return model.tied and not self.uses_tied_lm_head
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ class Target:
         """The target in words: `vLLM 0.22.1`, or `every vLLM release`."""
         return "every vLLM release" if self.name == PORTABLE else f"vLLM {self.name}"
 
-    def ranges_for(self, family: str) -> tuple[ReleaseRange, ...]:
-        """The ranges that it means for a family: of several, those that know the family."""
+    def ranges_for(self, model: Model) -> tuple[ReleaseRange, ...]:
+        """The ranges that it means for a model: of several, those that know its class."""
         if len(self.ranges) == 1:
             return self.ranges
-        return tuple(r for r in self.ranges if family in r.families)
+        return tuple(r for r in self.ranges if model.family.architecture in r.classes)
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,33 @@ class Expectation(Protocol):
     """What a release expects of a model's checkpoint. Names of tensors are the file's, of parameters the engine's."""
 
     @property
+    def tied(self) -> bool:
+        """Return True if config.json says that lm_head shares the embeddings' weight."""
+
+    @property
+    def expert_prefix(self) -> str | None:
+        """What per-expert weights begin with inside their module, such as `experts`; None where it has none."""
+
+    @property
+    def refuses_axial_rope(self) -> bool:
+        """Return True if the release does not know the name that transformers 5.19 gave the vision tower's rope."""
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Return True if the tensor of all experts is [experts, columns, rows]."""
+
+    @property
     def parameters(self) -> Mapping[str, Slot]:
         """Every parameter that has to be filled, by name."""
 
     def place(self, name: str) -> Place | None:
         """Where the release puts a tensor; None where that is not known."""
+
+    def canonical(self, name: str) -> str | None:
+        """The name that transformers writes for a tensor that the release knows; None where it knows none."""
+
+    def ignores(self, name: str) -> bool:
+        """Return True if the release drops a tensor without a word."""
 
     def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from ..checkpoint.checkpoint import CONFIG
 from ..errors import InputError
-from ..models import gemma4
 from ..models.family import Model
 from ..models.inspection import LinearWeight
+from .vllm.profiles import fill_pattern, find_numbers, find_pattern, load_profile
 
 # What an entry as a regular expression may hold before it counts as a literal prefix: the time to match it grows with
 # the module name's length to the power of its repetitions, and doubles with each alternative.
@@ -54,19 +54,27 @@ def _compile_entry(entry: str) -> Callable[[str], bool]:
     return lambda module: module.startswith(entry)
 
 
-def transformers_module(model: Model, module: str) -> str:
-    """The name that transformers gives a canonical module; text-only models leave out "language_model."."""
-    return module.replace(gemma4.TEXT, "model.", 1) if model.family.text_only else module
+def transformers_linears(linears: Iterable[LinearWeight], model: Model) -> Iterator[tuple[LinearWeight, str]]:
+    """The weights that transformers has a linear module for, and its name.
 
-
-def transformers_linears(linears: Iterable[LinearWeight], model: Model) -> Iterator[LinearWeight]:
-    """The weights that transformers has a linear module for: not k and v of shared layers, nor v where K serves."""
+    Not k and v of shared layers, nor v where K serves as V.
+    """
     for linear in linears:
         role = linear.role
-        if role.kind not in gemma4.LINEAR_KINDS - {"expert"}:
-            continue
-        if role.part in ("k_proj", "v_proj") and model.kv_shared(role.layer):
-            continue
-        if role.part == "v_proj" and model.k_serves_as_v(role.layer):
-            continue
-        yield linear
+        unused = role.part in ("k_proj", "v_proj") and model.kv_shared(role.layer)
+        unused |= role.part == "v_proj" and model.k_serves_as_v(role.layer)
+        if not unused and (module := find_module(linear.name, model.family.architecture)) is not None:
+            yield linear, module
+
+
+@lru_cache(1 << 14)
+def find_module(name: str, architecture: str) -> str | None:
+    """The linear module that transformers makes for a tensor of a class's files; None where it makes none."""
+    profile = load_profile(architecture)
+    if profile is None:
+        return None
+    aliases = (key.split("|") for key in profile["aliases"])
+    for spelling in (name, *(ours + name[len(theirs) :] for theirs, ours in aliases if name.startswith(theirs))):
+        if (module := profile["linears"].get(find_pattern(spelling))) is not None:
+            return fill_pattern(module, find_numbers(spelling))
+    return None

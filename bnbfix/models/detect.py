@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint.checkpoint import CONFIG, Checkpoint
 from ..errors import NotApplicable
 from . import gemma4
-from .family import Family, Model
+from .family import Family, Model, read_any_config
 
 DRY_LOAD = "--dry-load"  # what can be asked about a model that no rule knows
 
@@ -17,12 +17,19 @@ DRY_LOAD = "--dry-load"  # what can be asked about a model that no rule knows
 def read_model(config: Mapping[str, Any]) -> Model:
     """The model that a config.json describes.
 
-    Raises NotApplicable for a family that bnbfix does not know, InputError for a value that makes no sense.
+    Raises NotApplicable for a part of a model, or without a class; InputError for a value that makes no sense.
     """
-    return gemma4.read_config(_detect_family(config), config)
+    family = _detect_gemma4(config)
+    if family is not None:
+        return gemma4.read_config(family, config)
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        return read_any_config(architectures[0], config)
+    words = f"is {model_type!r:.100}, without a class in architectures" if model_type else "names no architecture"
+    raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
 
 
-def _detect_family(config: Mapping[str, Any]) -> Family:
+def _detect_gemma4(config: Mapping[str, Any]) -> Family | None:
     architectures = config.get("architectures") or []
     model_type = config.get("model_type")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
@@ -37,18 +44,13 @@ def _detect_family(config: Mapping[str, Any]) -> Family:
     if re.match(r"Gemma4\w*(Assistant|DSpark|MTP|Eagle)|gemma4\w*_assistant", what):
         hint = "Scan the model that it drafts for; vLLM is given both: --speculative-config."
         raise NotApplicable(f"is {what:.100}, a drafter for speculative decoding", where=CONFIG, hint=hint)
-    words = (
-        f"is {named or model_type!r:.100}, not a Gemma4 model"
-        if named or model_type
-        else "config names no architecture"
-    )
-    raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
+    return None
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:
-    """The model, if this is a bitsandbytes checkpoint of a known family; raises NotApplicable with what it is."""
+    """The model, if this is a bitsandbytes checkpoint; raises NotApplicable with what it is."""
     model = read_model(checkpoint.config)
-    what, where = model.family.architecture, checkpoint.source.name
+    what, where = model.family.architecture[:100], checkpoint.source.name
     method = checkpoint.quantization.get("quant_method")
     if method not in ("bitsandbytes", None):
         raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,12 +46,11 @@ class Model:
     first_shared: int  # layers from here on take K and V from an earlier layer
     moe: bool
     text_config: Mapping[str, Any]
-    tied: bool  # does lm_head share the embeddings' weight?
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, path: str) -> Any:
         """The value at a path of config.json's keys, joined by dots; None where there is none."""
-        if path.endswith("layer_types"):
+        if path.endswith("layer_types") and self.layer_types:
             return list(self.layer_types)
         at: Any = self.text_config if self.family.text_only else self.config
         for key in path.split("."):
@@ -69,3 +69,25 @@ class Model:
         """Layers whose k and v have the shapes of this shared layer's; first the one it really takes them from."""
         kind = self.layer_types[layer]
         return [i for i in reversed(range(self.first_shared)) if self.layer_types[i] == kind]
+
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def read_any_config(architecture: str, config: Mapping[str, Any]) -> Model:
+    """The model of a class that shares no K or V between layers or projections, which is most of them."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else config
+    counts = (inner.get(key) for key in _EXPERT_COUNTS)
+    model_type = config.get("model_type")
+    plain = isinstance(model_type, str) and re.fullmatch(r"\w{1,64}", model_type, re.ASCII)
+    name = str(model_type) if plain else architecture
+    return Model(
+        family=Family(name, architecture, (name,), text_only=inner is config),
+        layer_types=(),
+        k_eq_v=False,
+        first_shared=0,
+        moe=any(type(n) is int and n > 1 for n in counts),
+        text_config=inner,
+        config=config,
+    )

@@ -49,7 +49,6 @@ def read_config(family: Family, config: Mapping[str, Any]) -> Model:
         moe=bool(text.get("enable_moe_block")),
         text_config=text,
         config=config,
-        tied=bool(config.get("tie_word_embeddings", True)),
     )
 
 
@@ -63,6 +62,7 @@ def _read_count(text: Mapping[str, Any], key: str, default: int | None) -> int:
 
 # The kind of a tensor decides which parameter it lands in. The first pattern that matches wins.
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
+_EXPERT = r"(?:gate|up|down)_proj"
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
@@ -73,19 +73,24 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("per_layer", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
         ("router", rf"{_LAYER}router\.proj\.weight"),
         ("fused_experts", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_NUMBER}\.(?P<part>(?:gate|up|down)_proj)\.weight"),
-        ("other", rf"{_LAYER}"),
+        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight"),
         ("pixel_projection", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
         ("vision_tower", r"model\.vision_tower\..*\.weight"),
         ("audio_tower", r"model\.audio_tower\..*\.weight"),
         ("embedder", r"model\.embed_(?:vision|audio)\.embedding_projection\.weight"),
         ("patch_dense", r"model\.vision_embedder\.patch_dense\.weight"),
         ("lm_head", r"lm_head\.weight"),
+        ("fused_experts", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.experts\.(?P<part>gate_up_proj|down_proj)"),
+        (
+            "expert",
+            rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.(?P<prefix>experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight",
+        ),
+        ("linear", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
     )
 )
 LINEAR_KINDS = frozenset(
     {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
-    | {"patch_dense", "lm_head", "expert"}
+    | {"patch_dense", "lm_head", "expert", "linear"}
 )
 
 
@@ -104,7 +109,7 @@ def classify_tensor(name: str) -> TensorRole:
     """The role of a tensor, from its name alone. Whatever is not a linear weight is `other`."""
     name = canonical(name)
     for kind, pattern in KINDS:
-        if (m := pattern.fullmatch(name)) or (kind == "other" and (m := pattern.match(name))):
+        if m := pattern.fullmatch(name):
             groups = m.groupdict()
             layer = int(groups["layer"]) if groups.get("layer") else None
             return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import Target
+from ..engines.vllm.recorded import check_class
 from ..engines.vllm.releases import ranges, resolve_target
 from ..errors import BnbfixError, NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
@@ -37,6 +38,7 @@ def find_choices(checkpoint: Checkpoint, target: Target) -> tuple[Choice, ...]:
     """
     try:
         inspection = inspect_checkpoint(checkpoint)
+        check_class(inspection.model)
     except NotApplicable:  # no rule knows the model; an installed vLLM was asked about it
         return ()
     own = _plan_choice(inspection, target)

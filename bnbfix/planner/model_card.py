@@ -19,19 +19,20 @@ _SECTION = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 _NEW = """---
 library_name: transformers
 tags:
-- gemma4
+- {family}
 {tag}---
 """
 
 
-def insert_section(card: str | None, section: str, *, quantized: bool) -> str:
-    """Puts the section into a card: in place of the one it has, else at its end; None starts a card.
+def insert_section(card: str | None, section: str, *, family: str, quantized: bool) -> str:
+    """Puts the section into a card: in place of the one it has, else at its end; None starts a card,
+    with the family for a tag.
 
     Every other character stays, line ends and front matter included, except the tag `bitsandbytes` of what is no longer
     `quantized`.
     """
     if card is None or not card.strip():
-        return _NEW.format(tag="- bitsandbytes\n" if quantized else "") + section
+        return _NEW.format(family=family, tag="- bitsandbytes\n" if quantized else "") + section
     if not quantized:
         card = _drop_tag(card)
     newline = "\r\n" if "\r\n" in card else "\n"

@@ -11,6 +11,7 @@ from ..checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, check_not_pointer
 from ..checkpoint.source import Source, read_file
 from ..engines.engine import Target
 from ..errors import Unrepairable
+from ..models.family import Family
 from ..models.inspection import Inspection, inspect_checkpoint
 from ..rules.changes import Changes, Request
 from ..rules.files import is_pickle, unused_weights
@@ -52,7 +53,7 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options) ->
     blocking = [f for f in scan.findings if f.blocking and f.reason is not None]
     if options.bf16:
         blocking = [f for f in blocking if f.code not in SOLVED_BY_DEQUANTIZING]
-    releases = target.ranges_for(inspection.model.family.name)
+    releases = target.ranges_for(inspection.model)
     request = Request(inspection, releases, options.partial_groups)
     if blocking:
         raise _refusal(target, blocking)
@@ -116,9 +117,9 @@ def _complete_plan(
     source = inspection.checkpoint.source.with_subfolders()
     checkpoint = replace(inspection.checkpoint, source=source)
     edits = tuple(_list_edits(checkpoint, changes))
-    known = replace(target, ranges=target.ranges_for(inspection.model.family.name))  # what the card may promise
+    known = replace(target, ranges=target.ranges_for(inspection.model))  # what the card may promise
     texts = _write_config(checkpoint, changes) | _write_index(checkpoint, shards)
-    texts |= _write_card(source, known, edits, options)
+    texts |= _write_card(source, inspection.model.family, known, edits, options)
     left_out = {*unused_weights(checkpoint), *(f for f in source.files if is_pickle(f))}
     written = {*checkpoint.shards, *(s.name for s in shards), *texts, RECORD, JOURNAL}
     if INDEX not in texts and options.bf16:
@@ -170,7 +171,9 @@ def _write_index(checkpoint: Checkpoint, shards: tuple[ShardPlan, ...]) -> dict[
     return {INDEX: json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}
 
 
-def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: Options) -> dict[str, str]:
+def _write_card(
+    source: Source, family: Family, target: Target, edits: Sequence[Edit], options: Options
+) -> dict[str, str]:
     """README.md with its section; nothing where the file is not a text that a section could go into."""
     old = None
     if (size := source.files.get(model_card.CARD)) is not None:
@@ -181,7 +184,8 @@ def _write_card(source: Source, target: Target, edits: Sequence[Edit], options: 
         except UnicodeDecodeError:
             return {}
     section = model_card.describe_repair(target, [e.action for e in edits], bf16=options.bf16)
-    return {model_card.CARD: model_card.insert_section(old, section, quantized=not options.bf16)}
+    card = model_card.insert_section(old, section, family=family.name, quantized=not options.bf16)
+    return {model_card.CARD: card}
 
 
 def _list_edits(checkpoint: Checkpoint, changes: Changes) -> Iterator[Edit]:

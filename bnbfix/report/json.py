@@ -63,11 +63,5 @@ def _lists(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def releases_document(rows: tuple[ReleaseRange, ...]) -> dict[str, Any]:
-    """{schema, ranges, unquantized}: the release table, and what a family never quantizes, by family."""
-    never: dict[str, list[str]] = {}
-    for family, kind in sorted(rows[-1].unquantized):
-        never.setdefault(family, []).append(kind)
-    ranges = [vars(r) | {"quantized": sorted(r.quantized)} for r in rows]
-    for row in ranges:
-        del row["unquantized"]
-    return {"schema": SCHEMA, "ranges": ranges, "unquantized": never}
+    """{schema, ranges}: the release table; `classes` are the model classes that the releases load."""
+    return {"schema": SCHEMA, "ranges": [vars(r) | {"classes": sorted(r.classes)} for r in rows]}

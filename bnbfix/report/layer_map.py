@@ -76,9 +76,8 @@ class LayerMap:
 TOWERS = {"language_model": "language model", "vision_tower": "vision tower", "audio_tower": "audio tower"}
 AROUND = "around the layers"
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"
-_IN_LAYER = re.compile(
-    rf"model\.(?P<tower>{'|'.join(TOWERS)})\.(?:encoder\.)?layers\.(?P<layer>{_NUMBER})\.(?P<rest>.+)"
-)
+_IN_LAYER = re.compile(rf"(?P<stack>(?:[a-z]\w*\.)+)(?P<layer>{_NUMBER})\.(?P<rest>.+)")
+_NOT_LINEAR = re.compile(r"norm|conv1d|\.bias$|scalar|scale$|_m(?:in|ax)$", re.IGNORECASE)
 _COLUMNS: tuple[tuple[str, str], ...] = (  # column, and the rest of the name after the layer's number; in display order
     ("q", r"self_attn\.q_proj"),
     ("k", r"self_attn\.k_proj"),
@@ -140,10 +139,22 @@ def build_layer_map(
 def _place(name: str) -> _Place:
     name = gemma4.canonical(name)
     if m := _IN_LAYER.fullmatch(name):
-        column = next((c for c, pattern in _PATTERNS if pattern.fullmatch(m["rest"])), REST)
-        return TOWERS[m["tower"]], m["layer"], column
+        column = next((c for c, pattern in _PATTERNS if pattern.fullmatch(m["rest"])), None) or _column(m["rest"])
+        return _title(m["stack"]), m["layer"], column
     module = name.removesuffix(".weight").removesuffix(".linear").removeprefix("model.")
     return AROUND, re.sub(r"(?<=\.)\d+(?=\.)", "N", module), ""
+
+
+def _title(stack: str) -> str:
+    """`model.vision_tower.encoder.layers.` -> `vision tower`"""
+    modules = [m for m in stack.split(".") if m not in ("", "model", "encoder", "transformer", "layers", "blocks")]
+    return " ".join(modules).replace("_", " ") if modules else TOWERS["language_model"]
+
+
+def _column(rest: str) -> str:
+    """The column of a module that has no short name: its own last name."""
+    module = rest.removesuffix(".weight")
+    return REST if module == rest or _NOT_LINEAR.search(rest) else module.rpartition(".")[2]
 
 
 def _cell(t: _Tensors) -> Cell:
@@ -153,7 +164,8 @@ def _cell(t: _Tensors) -> Cell:
 
 
 def _sections(cells: Mapping[_Place, Cell], model: Model) -> Iterator[Section]:
-    for title in (*TOWERS.values(), AROUND):
+    titles = dict.fromkeys((*TOWERS.values(), *(section for section, _, _ in cells if section != AROUND), AROUND))
+    for title in titles:
         rows: dict[str, dict[str, Cell]] = {}
         for (section, row, column), cell in cells.items():
             if section == title:
@@ -163,7 +175,8 @@ def _sections(cells: Mapping[_Place, Cell], model: Model) -> Iterator[Section]:
         if title == AROUND:
             yield Section(title, ("",), tuple(Row(name, "", rows[name]) for name in rows))
             continue
-        columns = tuple(c for c in _ORDER if any(c in row for row in rows.values()))
+        there = dict.fromkeys(c for row in rows.values() for c in row)
+        columns = tuple(c for c in dict.fromkeys((*_ORDER[:-1], *there, REST)) if c in there)
         layers = sorted(rows, key=int)
         if title == TOWERS["language_model"]:
             yield Section(title, columns, tuple(_layer(int(n), rows[n], columns, model) for n in layers))

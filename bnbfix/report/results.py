@@ -14,7 +14,7 @@ from rich.text import Text
 from ..checkpoint.checkpoint import CONFIG
 from ..engines.engine import ReleaseRange
 from ..engines.vllm.probe import LoadResult, ProbeResult
-from ..engines.vllm.releases import resolve_target
+from ..engines.vllm.releases import format_ranges, resolve_target
 from ..hub.push import Pushed
 from ..planner.layout import Dequantize
 from ..planner.plan import Action, Plan
@@ -184,17 +184,15 @@ def _engine(versions: Mapping[str, str | None]) -> str:
 
 
 def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iterable[RenderableType]:
-    """The release table in words, with a legend."""
+    """The release table in words, and which releases load which model classes, with a legend."""
     table = _table()
-    for column in ("vLLM", "12B", "experts", "towers", "mixed", "K as V", "shared", "plugin", "seen"):
+    for column in ("vLLM", "mixed", "Gemma4's experts", "K as V", "shared", "plugin", "seen"):
         table.add_column(column, no_wrap=True)
     for r in rows:
         table.add_row(
             r.name,
-            "yes" if "gemma4_unified" in r.families else "no",
-            r.expert_prefix or "refused",
-            "yes" if "vision_tower" in r.quantized else "no",
             "wrong" if r.requantizes else "fails",
+            r.expert_prefix or "refused",
             "needs V" if r.needs_v else "no V" if r.refuses_v else "from K",
             "k v" if r.needs_shared_kv else "q",
             r.plugin,
@@ -202,11 +200,18 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
         )
     yield table
     yield ""
+    classes = _table()
+    for column in ("model class", "vLLM"):
+        classes.add_column(column, no_wrap=True)
+    for name in sorted(set().union(*(r.classes for r in rows))):
+        classes.add_row(name, format_ranges(r for r in rows if name in r.classes))
+    yield classes
+    yield ""
     yield Text(
-        "experts: prefix of per-expert 4-bit weights. towers: are vision and audio linears without a skip entry "
-        "quantized? mixed: an unquantized weight in a quantized parameter; wrong is silent re-quantization. K as V: "
-        "layers of attention_k_eq_v models; no V: an explicit v_proj is refused. shared: what kv-shared layers need "
-        "in the file. plugin: vllm-bnb-plugin. seen: in the running engine, or read in its source."
+        "mixed: an unquantized weight in a quantized parameter; wrong is silent re-quantization. Gemma4's experts: "
+        "prefix of per-expert 4-bit weights. K as V: layers of attention_k_eq_v models; no V: an explicit v_proj is "
+        "refused. shared: what kv-shared layers need in the file. plugin: vllm-bnb-plugin. seen: in the running "
+        "engine, or read in its source. Of other model classes, --dry-load asks an installed vLLM."
     )
     yield Text(f"Installed here: vLLM {installed}." if installed else "No vLLM is installed here.")
 

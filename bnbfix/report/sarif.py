@@ -45,7 +45,7 @@ def document(outcomes: list[ScanOutcome], here: Path) -> dict[str, Any]:
         "name": "bnbfix",
         "version": __version__,
         "semanticVersion": __version__,
-        "shortDescription": {"text": "Scans bitsandbytes Gemma4 checkpoints for what vLLM cannot load."},
+        "shortDescription": {"text": "Scans bitsandbytes checkpoints for what vLLM cannot load."},
         "rules": [_rule(code, worst[code]) for code in rules],
     }
     invocation: dict[str, Any] = {"executionSuccessful": all(o.error.exit_code == 3 for o in errors if o.error)}

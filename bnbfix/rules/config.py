@@ -26,11 +26,12 @@ DEFAULT_GLOBAL_HEAD_DIM = 512  # transformers' default where a config names none
 )
 def check_per_layer_config(case: Case) -> Iterator[Hit]:
     model = case.inspection.model
-    if case.release.per_layer_config == "read":
-        return
-    if has_axial_rope(case.inspection.checkpoint.config):
+    expectation = case.expectation
+    if expectation and expectation.refuses_axial_rope and has_axial_rope(case.inspection.checkpoint.config):
         words = "config.json: vision_config's rope_type \"axial\" is unknown to the release's transformers"
         yield Hit(Severity.FAILS, (), words)
+    if case.release.per_layer_config == "read":
+        return
     if model.text_config.get("per_layer_config") is None:
         return
     old = legacy_head_config(model)
@@ -60,7 +61,7 @@ _USES = releases_where(lambda r: r.uses_tied_lm_head)
 def check_tied_lm_head(case: Case) -> Iterator[Hit]:
     inspection = case.inspection
     head = inspection.lm_head
-    if head is None or not case.release.ignores_lm_head(inspection.model):
+    if head is None or not case.ignores_lm_head:
         return
     ignored = "config.json says that it is tied to the embeddings, so the release ignores it"
     if inspection.lm_head_is_copy is False:
@@ -182,13 +183,13 @@ def legacy_head_config(model: Model) -> dict[str, int] | None:
 
 def write_legacy_config(request: Request, so_far: Changes) -> Changes:
     """Writes the older form of the config where a release of the target does not read the newer one."""
-    if all(r.per_layer_config == "read" for r in request.releases):
-        return Changes()
     edits = []
     model, code = request.inspection.model, Code.PER_LAYER_CONFIG
-    if has_axial_rope(request.inspection.checkpoint.config):
+    refused = any(e.refuses_axial_rope for e in request.expectations)
+    if refused and has_axial_rope(request.inspection.checkpoint.config):
         edits.append(ConfigEdit(("vision_config", "rope_parameters", "rope_type"), "default", code))
-    if (old := legacy_head_config(model)) is not None:
+    older = any(r.per_layer_config != "read" for r in request.releases)
+    if older and (old := legacy_head_config(model)) is not None:
         at = _text_path(request.inspection.checkpoint.config)
         edits += [ConfigEdit((*at, key), value, code) for key, value in old.items()]
         edits.append(ConfigEdit((*at, "per_layer_config"), None, code, remove=True))
@@ -222,10 +223,11 @@ def untie_lm_head(request: Request, so_far: Changes) -> Changes:
     """Has config.json say that lm_head is not tied, where releases of the target would compute with other values."""
     inspection = request.inspection
     head, embeddings, config = inspection.lm_head, inspection.embeddings, inspection.checkpoint.config
-    if head is None or embeddings is None or not inspection.model.tied:
+    expectations = request.expectations
+    if head is None or embeddings is None or not any(e.tied for e in expectations):
         return Changes()
-    ignored = any(r.ignores_lm_head(inspection.model) for r in request.releases)
-    used = any(r.uses_tied_lm_head for r in request.releases)
+    ignored = any(e.ignores(head.name) for e in expectations)
+    used = not all(e.ignores(head.name) for e in expectations)
     changed = embeddings.name in so_far.dequantize or (used and head.name in so_far.dequantize)
     if changed or (ignored and inspection.lm_head_is_copy is False):
         paths = dict.fromkeys(((), _text_path(config)))

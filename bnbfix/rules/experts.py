@@ -39,7 +39,7 @@ _LINEARS = re.compile(r"\.experts\.(?:gate_up|gate|up|down)_projs\.\d+\.")
     fix=f"No 4-bit form exists for these releases; {_LOADING} can load one.",
 )
 def check_moe_refused(case: Case) -> Iterator[Hit]:
-    if case.inspection.model.moe and case.release.expert_prefix is None:
+    if case.inspection.model.moe and case.expert_prefix is None:
         words = "a mixture of experts, which the release refuses under bitsandbytes"
         reason = f"no 4-bit form exists for this release; {_LOADING} can load one, and --bf16 works everywhere"
         yield Hit(Severity.FAILS, (), words, reason)
@@ -56,9 +56,11 @@ def check_moe_refused(case: Case) -> Iterator[Hit]:
 def check_fused_experts(case: Case) -> Iterator[Hit]:
     weights = case.inspection.checkpoint.weights
     names = tuple(n for n in weights if classify_tensor(n).kind == "fused_experts")
-    if names and case.release.expert_prefix is not None:
+    if names and case.expert_prefix is not None:
         quantized = any(weights[n].quantized for n in names)
         reason = "they are quantized, and cannot be split without dequantizing; --bf16 does that" if quantized else None
+        if case.expectation is not None and case.expectation.transposed_experts:
+            reason = "bnbfix does not split experts that are stored transposed; --bf16 leaves them as they are"
         words = "all experts in one tensor; the release takes them quantized, per expert"
         yield Hit(Severity.FAILS, names, words, reason)
 
@@ -70,9 +72,9 @@ def check_fused_experts(case: Case) -> Iterator[Hit]:
     fix="They are renamed. No prefix serves all releases.",
 )
 def check_expert_prefix(case: Case) -> Iterator[Hit]:
-    hits = [m for m in _experts(case) if m.role.prefix != case.release.expert_prefix]
+    hits = [m for m in _experts(case) if m.role.prefix != case.expert_prefix]
     if hits:
-        yield Hit(Severity.FAILS, names_of(hits), f"the release looks for {case.release.expert_prefix}.N")
+        yield Hit(Severity.FAILS, names_of(hits), f"the release looks for {case.expert_prefix}.N")
 
 
 @rule(
@@ -129,7 +131,7 @@ def check_expert_linears(case: Case) -> Iterator[Hit]:
 
 def _experts(case: Case) -> list[LinearWeight]:
     """Per-expert weights, where the release loads any."""
-    if case.release.expert_prefix is None:
+    if case.expert_prefix is None:
         return []
     return [m for m in case.inspection.linears if m.role.kind == "expert"]
 
@@ -139,14 +141,15 @@ def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
 
     Raises Unrepairable for an expert that would have to be quantized and cannot be.
     """
-    prefixes = {r.expert_prefix for r in request.releases}
+    prefixes = {e.expert_prefix for e in request.expectations}
     prefix = prefixes.pop()
     if not request.inspection.model.moe or prefixes or prefix is None:
         return Changes()
+    transposed = any(e.transposed_experts for e in request.expectations)
     out = {}
     for name, weight in request.inspection.checkpoint.weights.items():
         role = classify_tensor(name)
-        if role.kind == "fused_experts" and _is_splittable(weight):
+        if role.kind == "fused_experts" and not transposed and _is_splittable(weight):
             detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
             out[name] = ExpertChange("quantize", prefix, Code.FUSED_EXPERTS, detail)
         elif role.kind == "expert" and weight.form == "fp4":
@@ -200,6 +203,8 @@ def join_experts(request: Request, so_far: Changes) -> Changes:
             continue
         stem, index, part, _ = _EXPERTS.sub(".experts.", name, count=1).rsplit(".", 3)
         fused = f"{stem}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
+        if not any(e.canonical(fused) for e in request.expectations):
+            continue  # transformers writes this class's experts one by one
         same = found.setdefault(fused, {}).setdefault((int(index), int(part == "up_proj")), weight)
         if same is not weight:
             raise Unrepairable(f"{same.name} and {name} are the same expert")

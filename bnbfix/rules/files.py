@@ -74,7 +74,7 @@ def _find_lost_weights(inspection: Inspection) -> Iterator[str]:
         role = classify_tensor(split[0])
         unused = role.part == "v_proj" and model.k_serves_as_v(role.layer)
         unused |= role.part in ("k_proj", "v_proj") and model.kv_shared(role.layer)
-        beyond = role.layer is not None and role.layer >= len(model.layer_types)
+        beyond = role.layer is not None and 0 < len(model.layer_types) <= role.layer
         if role.kind in LINEAR_KINDS - {"audio_tower"} and not (unused or beyond):
             yield split[0]
 

@@ -149,6 +149,16 @@ class Case:
     installed: Installed | None = None
     dry_load: DryLoad | None = None  # what the installed release itself says
 
+    @property
+    def expert_prefix(self) -> str | None:
+        """What the release looks for before an expert's number; None where it does not load the model's experts."""
+        return self.expectation.expert_prefix if self.expectation else None
+
+    @cached_property
+    def ignores_lm_head(self) -> bool:
+        """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
+        return self.expectation is not None and ignores_lm_head(self.inspection, self.expectation)
+
     @cached_property
     def load(self) -> Load | None:
         """What becomes of the tensors by their names and shapes; None where the release does not know the class."""
@@ -168,6 +178,11 @@ class Case:
         expectation = expect(inspection.model, release)
         params = parameters(inspection.linears, expectation, skip) if expectation else ()
         return cls(inspection, release, expectation, tuple(params), installed, dry_load)
+
+
+def ignores_lm_head(inspection: Inspection, expectation: Expectation) -> bool:
+    """Return True if a release does not use the file's lm_head, since config.json says that it is tied."""
+    return expectation.tied and inspection.lm_head is not None and expectation.ignores(inspection.lm_head.name)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quant_state import split_state_tensor
 from ..engines.engine import ReleaseRange, Target
 from ..engines.transformers import check_skip_entries
+from ..engines.vllm.recorded import check_class
 from ..engines.vllm.releases import find_installed, ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
@@ -148,6 +149,7 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
 def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | None = None) -> ScanResult:
     """`scan_checkpoint` of a checkpoint that was inspected already, perhaps with the target's own answer to it."""
     checkpoint, model = inspection.checkpoint, inspection.model
+    check_class(model)
     check_skip_entries(checkpoint.skip_modules)
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
@@ -159,7 +161,7 @@ def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | 
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(release)
         verdicts.append(_judge_release(release, hits))
-    wanted = target.ranges_for(model.family.name)
+    wanted = target.ranges_for(model)
     findings = []
     for (code, hit), found in merged.items():
         if any(r in wanted for r in found):

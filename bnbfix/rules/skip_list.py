@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..engines.engine import Matches, matching_entries
-from ..engines.transformers import transformers_linears, transformers_module, transformers_skips
+from ..engines.transformers import find_module, transformers_linears, transformers_skips
 from ..engines.vllm.parameters import find_slot, vllm_skips
 from ..models import gemma4
 from ..models.inspection import LinearWeight
@@ -55,14 +55,13 @@ def check_nothing_quantized(case: Case) -> Iterator[Hit]:
 )
 def check_skip_entry(case: Case) -> Iterator[Hit]:
     unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
+    theirs = {find_module(m.name, case.inspection.model.family.architecture) or "" for m in unquantized}
     modules = {p.module for p in case.params}
     unknown = tuple(
         entry
         for entry in case.inspection.checkpoint.skip_modules
         if not any(vllm_skips(entry, module) for module in modules)
-        and any(
-            transformers_skips(entry, transformers_module(case.inspection.model, m.role.module)) for m in unquantized
-        )
+        and any(transformers_skips(entry, module) for module in theirs)
     )
     if unknown:
         yield Hit(Severity.NOTE, unknown, "skip entry only in transformers' spelling; vLLM does not match it")
@@ -81,10 +80,8 @@ def check_transformers_requantizes(case: Case) -> Iterator[Hit]:
     entries, model = case.inspection.checkpoint.skip_modules, case.inspection.model
     hits = [
         m
-        for m in transformers_linears(case.inspection.linears, model)
-        if not m.quantized
-        and m.role.kind != "lm_head"
-        and not matching_entries(entries, transformers_module(model, m.role.module), transformers_skips)
+        for m, module in transformers_linears(case.inspection.linears, model)
+        if not m.quantized and m.role.kind != "lm_head" and not matching_entries(entries, module, transformers_skips)
     ]
     if hits:
         yield Hit(Severity.NOTE, names_of(hits), "transformers would quantize this weight again; no entry names it")
@@ -114,8 +111,9 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
             if slot is not None and slot.quantized and not slot.experts:
                 names[slot.module] = quantized
         spellings.append((names, vllm_skips))
-    theirs = {m.role for m in transformers_linears((m for m, _ in after), model)}
-    names = {transformers_module(model, m.role.module): quantized for m, quantized in after if m.role in theirs}
+    quantized_after = {m.name: quantized for m, quantized in after}
+    theirs = transformers_linears((m for m, _ in after), model)
+    names = {module: quantized_after[m.name] for m, module in theirs}
     spellings.append((names, transformers_skips))
 
     def matches_quantized(entry: str) -> bool:

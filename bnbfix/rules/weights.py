@@ -9,7 +9,7 @@ from ..engines.engine import ReleaseRange
 from ..models.family import Model
 from ..models.inspection import LinearWeight
 from .changes import Changes, ConfigEdit, Request
-from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
+from .rule import Case, Code, Hit, Severity, ignores_lm_head, names_of, releases_where, rule
 
 
 @rule(
@@ -26,7 +26,7 @@ def check_quantized_in_unquantized(case: Case) -> Iterator[Hit]:
     hits = [
         m
         for p in case.params
-        if not p.quantizable and p.kind != "lm_head" and not (p.kind == "expert" and case.release.expert_prefix is None)
+        if not p.quantizable and p.kind != "lm_head" and not (p.kind == "expert" and case.expert_prefix is None)
         for m in p.members
         if m.quantized
     ]
@@ -102,7 +102,7 @@ def _unskipped(case: Case, hits: list[LinearWeight], message: str) -> Hit:
 )
 def check_quantized_lm_head(case: Case) -> Iterator[Hit]:
     hits = [m for m in case.inspection.linears if m.role.kind == "lm_head" and m.quantized]
-    if hits and not case.release.ignores_lm_head(case.inspection.model):
+    if hits and not case.ignores_lm_head:
         yield Hit(Severity.FAILS, names_of(hits), "quantized; no release quantizes lm_head")
 
 
@@ -117,7 +117,7 @@ def dequantize_unquantizable(request: Request, so_far: Changes) -> Changes:
 
 def dequantize_lm_head(request: Request, so_far: Changes) -> Changes:
     """Dequantizes lm_head where a release of the target uses it."""
-    if all(r.ignores_lm_head(request.inspection.model) for r in request.releases):
+    if all(ignores_lm_head(request.inspection, e) for e in request.expectations):
         return Changes()
     hits = [m for m in request.linears(so_far) if m.role.kind == "lm_head" and m.quantized]
     return Changes(dequantize=dict.fromkeys(names_of(hits), Code.QUANTIZED_LM_HEAD))

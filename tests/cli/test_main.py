@@ -36,7 +36,7 @@ def test_exit_code_1_findings_remain_and_exit_zero(run: Cli, pristine: Make) -> 
         ("bf16", "is an unquantized Gemma4ForConditionalGeneration"),
         ("adapter", "is a PEFT adapter"),
         ("empty", "has no safetensors files"),
-        ("llama", "is 'LlamaForCausalLM', not a Gemma4 model"),
+        ("mamba", "is an unquantized MambaForCausalLM"),
     ],
 )
 def test_exit_code_3_nothing_here_to_check(
@@ -47,9 +47,9 @@ def test_exit_code_3_nothing_here_to_check(
         source = checkpoint("dense31b", "bf16")
     else:
         source.mkdir()
-        config = "{}" if quant == "empty" else '{"architectures": ["LlamaForCausalLM"]}'
+        config = "{}" if quant == "empty" else '{"architectures": ["MambaForCausalLM"]}'
         (source / ("adapter_config.json" if quant == "adapter" else "config.json")).write_text(config)
-    if quant == "llama":
+    if quant == "mamba":
         (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     done = run(*command, source)
     assert (done.code, done.out) == (3, "")

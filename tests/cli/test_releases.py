@@ -16,6 +16,7 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.vllm import probe
 from bnbfix.engines.vllm import releases as vllm_releases
 from bnbfix.engines.vllm.parameters import parameters
+from bnbfix.engines.vllm.profiles import known_classes
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Code
@@ -29,6 +30,8 @@ def test_releases_has_a_row_for_each_range_and_fits_80_columns(run: Cli) -> None
     assert (done.code, done.err) == (0, "")
     rows = [line.split()[0] for line in done.out.splitlines() if line.startswith("0.")]
     assert rows == [r.name for r in vllm_releases.ranges()]
+    for name in known_classes():
+        assert name in done.out
     assert done.width <= 80
     assert "\u2026" not in done.out  # nothing is cut off
     assert "No vLLM is installed here." in done.words
@@ -43,9 +46,9 @@ def test_releases_in_json_is_the_table(run: Cli) -> None:
     done = run("releases", "--format", "json")
     assert (done.code, done.err, done.json["schema"]) == (0, "", 1)
     path = Path(vllm_releases.__file__).with_name("releases.json")
-    want = [row | {"quantized": sorted(row["quantized"])} for row in json.loads(path.read_text())["ranges"]]
-    assert done.json["ranges"] == want
-    assert done.json["unquantized"] == {"gemma4_unified": ["embedder"]}
+    for row, wanted in zip(done.json["ranges"], json.loads(path.read_text())["ranges"], strict=True):
+        assert "Gemma4ForConditionalGeneration" in row["classes"]
+        assert row == wanted | {"classes": row["classes"]}
 
 
 @pytest.mark.parametrize("code", list(Code), ids=lambda c: c.value)

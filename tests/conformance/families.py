@@ -100,6 +100,7 @@ def _unlike() -> list[Config]:
 
 
 _GEMMA4_TEXT = {
+    "tied": ["true", "tie_word_embeddings"],
     "full": ["item", "layer_types", "full_attention"],
     "kv_shared": ["last", "num_kv_shared_layers", "num_hidden_layers"],
     "k_eq_v": ["true", "attention_k_eq_v"],
@@ -109,6 +110,7 @@ _GEMMA4_TEXT = {
 }
 _GEMMA4 = {
     **{name: [kind, f"text_config.{path}", *rest] for name, (kind, path, *rest) in _GEMMA4_TEXT.items()},
+    "tied": ["true", "tie_word_embeddings"],
     "kv_shared": ["last", "text_config.num_kv_shared_layers", "text_config.num_hidden_layers"],
     "vision": ["true", "vision_config"],
     "audio": ["true", "audio_config"],
@@ -140,6 +142,9 @@ LARGE = SMALL | {
     "num_key_value_heads": 3,
     "head_dim": 64,
 }
+DERIVED = {key: value for key, value in SMALL.items() if key != "head_dim"}  # classes without a head_dim
+DERIVED_LARGE = {k: v for k, v in LARGE.items() if k in DERIVED} | {"hidden_size": 256, "num_attention_heads": 4}
+DERIVED_LARGE["num_key_value_heads"] = 1
 SIGLIP = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -159,12 +164,18 @@ QWEN_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size":
 QWEN_VISION_LARGE = {"depth": 5, "hidden_size": 96, "num_heads": 3, "out_hidden_size": 192, "intermediate_size": 224}
 MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
 MROPE_LARGE = MROPE | {"mrope_section": [8, 12, 12]}
+UNTIED = {"tie_word_embeddings": False}
+TIED = {"tied": ["true", "tie_word_embeddings"]}
+TIED_MULTIMODAL = TIED | {"tied_text": ["true", "text_config.tie_word_embeddings"]}
 
 
-def _text(architecture: str, model_type: str, *variants: Config, **both: Any) -> Family:
+def _text(
+    architecture: str, model_type: str, *variants: Config, sizes: tuple[Config, Config] = (SMALL, LARGE), **both: Any
+) -> Family:
     """A text-only class in two sizes, and in variants of the small one."""
     named = {"architectures": [architecture], "model_type": model_type}
-    return Family([named | SMALL | both | v for v in ({}, *variants)] + [named | LARGE | both])
+    small = [named | sizes[0] | UNTIED | both | v for v in ({}, {"tie_word_embeddings": True}, *variants)]
+    return Family([*small, named | sizes[1] | UNTIED | both], TIED)
 
 
 def _multimodal(
@@ -174,27 +185,29 @@ def _multimodal(
     vision: tuple[Config, Config],
     features: dict[str, list[str]] | None = None,
     *,
+    sizes: tuple[Config, Config] = (SMALL, LARGE),
     transposed_experts: bool = False,
     **both: Any,
 ) -> Family:
-    """A multimodal class in two sizes."""
-    named = {"architectures": [architecture], "model_type": model_type} | both
-    sizes = zip((SMALL | text[0], LARGE | text[1]), vision, strict=True)
-    configs = [named | {"text_config": t, "vision_config": v} for t, v in sizes]
-    return Family(configs, features or {}, transposed_experts=transposed_experts)
+    """A multimodal class in two sizes, and small with embeddings that are tied by either key."""
+    named = {"architectures": [architecture], "model_type": model_type} | both | UNTIED
+    texts = (sizes[0] | UNTIED | text[0], sizes[1] | UNTIED | text[1])
+    small, large = (named | {"text_config": t, "vision_config": v} for t, v in zip(texts, vision, strict=True))
+    configs = [small, change(small, tie_word_embeddings=True), change(small, text_config__tie_word_embeddings=True)]
+    return Family([*configs, large], TIED_MULTIMODAL | (features or {}), transposed_experts=transposed_experts)
 
 
 _BIAS = {"attention_bias": ["true", "attention_bias"], "mlp_bias": ["true", "mlp_bias"]}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _OTHERS: dict[str, Family] = {
     "LlamaForCausalLM": replace(
-        _text("LlamaForCausalLM", "llama", {"attention_bias": True}, {"mlp_bias": True}), features=_BIAS
+        _text("LlamaForCausalLM", "llama", {"attention_bias": True}, {"mlp_bias": True}), features=TIED | _BIAS
     ),
     "MistralForCausalLM": _text("MistralForCausalLM", "mistral"),
-    "Qwen2ForCausalLM": _text("Qwen2ForCausalLM", "qwen2"),
+    "Qwen2ForCausalLM": _text("Qwen2ForCausalLM", "qwen2", sizes=(DERIVED, DERIVED_LARGE)),
     "Qwen3ForCausalLM": replace(
         _text("Qwen3ForCausalLM", "qwen3", {"attention_bias": True}),
-        features={"attention_bias": ["true", "attention_bias"]},
+        features=TIED | {"attention_bias": ["true", "attention_bias"]},
     ),
     "Gemma2ForCausalLM": _text("Gemma2ForCausalLM", "gemma2"),
     "Gemma3ForCausalLM": _text("Gemma3ForCausalLM", "gemma3_text", sliding_window=64),
@@ -202,17 +215,20 @@ _OTHERS: dict[str, Family] = {
     "GraniteForCausalLM": _text("GraniteForCausalLM", "granite"),
     "Qwen3MoeForCausalLM": Family(
         [
-            {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | size | _MOE | more
+            {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | UNTIED | size | _MOE | more
             for size, more in (
                 (SMALL, {"num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}),
-                (SMALL, {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}),
+                (
+                    SMALL,
+                    {"num_experts": 4, "decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True},
+                ),
                 (
                     LARGE,
                     {"num_experts": 5, "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 96},
                 ),
             )
         ],
-        {"sparse": ["every", "decoder_sparse_step"], "dense": ["in", "mlp_only_layers"]},
+        TIED | {"sparse": ["every", "decoder_sparse_step"], "dense": ["in", "mlp_only_layers"]},
     ),
     "Gemma3ForConditionalGeneration": _multimodal(
         "Gemma3ForConditionalGeneration",
@@ -228,7 +244,11 @@ _OTHERS: dict[str, Family] = {
         "Qwen2_5_VLForConditionalGeneration",
         "qwen2_5_vl",
         ({"rope_parameters": MROPE}, {"rope_parameters": MROPE_LARGE}),
-        (QWEN_VISION | {"fullatt_block_indexes": [1]}, QWEN_VISION_LARGE | {"fullatt_block_indexes": [1]}),
+        (
+            QWEN_VISION | {"fullatt_block_indexes": [1]},
+            QWEN_VISION_LARGE | {"fullatt_block_indexes": [1], "out_hidden_size": 256},
+        ),
+        sizes=(DERIVED, DERIVED_LARGE),
     ),
     "Qwen3VLForConditionalGeneration": _multimodal(
         "Qwen3VLForConditionalGeneration",
@@ -368,7 +388,7 @@ FAMILIES: dict[str, Family] = _OTHERS | {
             vision_config__patch_size=8,
             audio_config__audio_embed_dim=320,
         ),
-        {k: v for k, v in _GEMMA4.items() if k in ("full", "k_eq_v", "vision", "audio")},
+        {k: v for k, v in _GEMMA4.items() if k in ("full", "k_eq_v", "tied", "vision", "audio")},
         _K_AS_V,
         "Gemma4Unified",
     ),

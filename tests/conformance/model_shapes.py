@@ -2,8 +2,9 @@
 
     VENV/bin/python tests/conformance/model_shapes.py IN.json OUT.json
 
-IN.json holds configs; OUT.json, for each of them, {config, tensors, linears, defaults}: the whole config, shapes by
-name, the modules that quantization replaces, and the config class's defaults. One that this transformers cannot build
+IN.json holds configs; OUT.json, for each of them, {config, tensors, linears, defaults, axial}: the whole config,
+shapes by name, the modules that quantization replaces, the config class's defaults, and the vision tower's rope as
+transformers 5.19 names it. One that this transformers cannot build
 is {error}.
 """
 
@@ -36,11 +37,17 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
             weight = f"{module}.weight"
             renamed = [weight] if weight in on_disk else revert_weight_conversion(model, {weight: state[weight]})
             linears[next(iter(renamed))] = module
+    whole = read.to_dict()
+    rope = (whole.get("vision_config") or {}).get("rope_parameters") or {}
+    axial = dict(rope) if rope.get("rope_type") == "axial" else None
+    if axial:  # a name of transformers 5.19, which older ones may refuse
+        rope["rope_type"] = "default"
     return {
-        "config": config if "dtype" in config else read.to_dict() | {"architectures": [name], "dtype": "bfloat16"},
+        "config": config if "dtype" in config else whole | {"architectures": [name], "dtype": "bfloat16"},
         "tensors": {n: list(t.shape) for n, t in on_disk.items()},
         "linears": linears,
         "defaults": type(read)().to_dict(),
+        "axial": axial,
     }
 
 

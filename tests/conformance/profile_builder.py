@@ -11,7 +11,14 @@ from typing import Any
 
 from families import Family
 
-from bnbfix.engines.vllm.profiles import evaluate_feature, evaluate_size, find_numbers, find_pattern, read_path
+from bnbfix.engines.vllm.profiles import (
+    derive_size,
+    evaluate_feature,
+    evaluate_size,
+    find_numbers,
+    find_pattern,
+    read_path,
+)
 
 MAX_FEATURES = 4  # that one answer may depend on
 MAX_CONSTANT = 4  # kernels of convolutions, channels of images
@@ -39,7 +46,8 @@ class Models:
 
     def read(self, model: int, path: str) -> Any:
         value = read_path(self.configs[model], path)
-        return read_path(self.defaults[model], path) if value is None else value
+        value = read_path(self.defaults[model], path) if value is None else value
+        return derive_size(path, partial(self.read, model)) if value is None else value
 
     def vector(self, names: Iterable[str], p: Point) -> str:
         return "".join(evaluate_feature(self.features[n], partial(self.read, p.model), p.layer) for n in names)
@@ -47,7 +55,13 @@ class Models:
     def integers(self, model: int) -> dict[str, int]:
         """Every count in a config, by path; lists count by their lengths."""
         if model not in self.sizes:
-            self.sizes[model] = dict(_list_integers(self.configs[model], ""))
+            sizes = dict(_list_integers(self.configs[model], ""))
+            for path in [p for p in sizes if p.endswith("num_attention_heads")]:
+                at = path.removesuffix("num_attention_heads")
+                for key in ("head_dim", "num_key_value_heads"):
+                    if (size := self.read(model, at + key)) is not None:
+                        sizes.setdefault(at + key, size)
+            self.sizes[model] = sizes
         return self.sizes[model]
 
 
@@ -62,7 +76,11 @@ def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]
 
 
 def build_profile(
-    name: str, family: Family, shapes: list[dict[str, Any]], releases: dict[str, list[dict[str, Any]]]
+    name: str,
+    family: Family,
+    shapes: list[dict[str, Any]],
+    releases: dict[str, list[dict[str, Any]]],
+    refuses_axial: dict[str, bool],
 ) -> dict[str, Any]:
     """The profile of a class, from transformers' answers for its configs, and each release's."""
     models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
@@ -79,6 +97,12 @@ def build_profile(
         "linears": linears,
         "stacks": _fit_stacks(models, shapes, list(known.values())),
     }
+    if any(refuses_axial.values()):
+        profile["refuses_axial"] = _merge_releases(
+            {r: 1 if no else None for r, no in refuses_axial.items()}, list(releases)
+        )
+    if family.transposed_experts:
+        profile["transposed_experts"] = 1
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
         keys = sorted({key for described in by_release.values() for key in described[part]})
         profile[part] = {
@@ -91,7 +115,8 @@ def build_profile(
         | set(_list_paths(profile["stacks"]))
     )
     defaults = {path: read_path(models.defaults[0], path) for path in sorted(used)}
-    profile["defaults"] = {path: value for path, value in defaults.items() if isinstance(value, int)}
+    derived = {path: derive_size(path, partial(read_path, models.defaults[0])) for path in defaults}
+    profile["defaults"] = {p: v for p, v in defaults.items() if isinstance(v, int) and v != derived[p]}
     return profile
 
 

@@ -27,12 +27,12 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent.parent / "examples"), s
 
 import tiny_gemma4
 import venvs
-from families import FAMILIES, Family
+from families import FAMILIES, Family, change
 from profile_builder import build_profile
 
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header
 from bnbfix.engines.vllm.process import run_worker
-from bnbfix.engines.vllm.profiles import FOLDER, find_pattern
+from bnbfix.engines.vllm.profiles import FOLDER, INDEX, find_pattern
 
 SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
 SECONDS = 1800
@@ -232,6 +232,25 @@ def survey(work: Path, release: str, python: Path, name: str, family: Family, mo
         print(f"{release} {name}:", (answer["error"] or "")[:200] or f"{len(answer['answers'])} answers", flush=True)
 
 
+def write_index() -> None:
+    """Lists every profile, with the releases that load its class."""
+    profiles = sorted(path for path in FOLDER.glob("*.json") if path.name != INDEX)
+    known = {path.stem: json.loads(path.read_text("utf-8"))["known"] for path in profiles}
+    (FOLDER / INDEX).write_text(json.dumps(known, indent=1) + "\n")
+
+
+def survey_axial(work: Path, release: str, python: Path, name: str, family: Family, model: dict[str, Any]) -> None:
+    """Asks whether a release builds the class with the vision tower's rope as transformers 5.19 names it."""
+    config = change(model["config"], vision_config__rope_parameters=model["axial"])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_folder(folder, {"config": config}, model["tensors"], family)
+        (folder / "bnbfix-experiments.json").write_text("[]")
+        (answer,) = run_worker("expect", [folder], seconds=SECONDS, python=str(python))
+    (work / "survey" / release / f"{name}.axial.json").write_text(json.dumps({"error": answer["error"]}))
+    print(f"{release} {name}: axial:", answer["error"] or "builds", flush=True)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,6 +272,9 @@ def main() -> None:
             if not (a.work / "survey" / release / f"{name}.json").exists():
                 python = venvs.build(release, folder / release)
                 survey(a.work, release, python, name, FAMILIES[name], models[name])
+            if models[name][0]["axial"] and not (a.work / "survey" / release / f"{name}.axial.json").exists():
+                python = venvs.build(release, folder / release)
+                survey_axial(a.work, release, python, name, FAMILIES[name], models[name][0])
     FOLDER.mkdir(exist_ok=True)
     for name in classes:
         answers = {
@@ -260,10 +282,16 @@ def main() -> None:
             for release in venvs.PINS["releases"]
             if (kept := a.work / "survey" / release / f"{name}.json").exists()
         }
-        profile = build_profile(name, FAMILIES[name], models[name], answers)
+        refused = {
+            release: json.loads(kept.read_text())["error"] is not None
+            for release in answers
+            if (kept := a.work / "survey" / release / f"{name}.axial.json").exists()
+        }
+        profile = build_profile(name, FAMILIES[name], models[name], answers, refused)
         text = json.dumps(profile, separators=(",", ":"), sort_keys=True)
         (FOLDER / f"{name}.json").write_text(text + "\n")
         print(f"{name}: {len(text):,} bytes")
+    write_index()
 
 
 if __name__ == "__main__":

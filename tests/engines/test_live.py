@@ -125,11 +125,11 @@ def test_what_a_vllm_says_against_it_is_a_finding(
 def test_a_class_that_no_rule_knows_gets_the_engines_answer(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("text", "all")
     config = json.loads((source / "config.json").read_text())
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = ["MambaForCausalLM"]
     (source / "config.json").write_text(json.dumps(config))
     assert run("scan", source).code == 3
     done = run("scan", source, "--dry-load", "--python", fake_python(tmp_path))
-    assert (done.code, done.err) == (0, "") and "LlamaForCausalLM" in done.out and "Loads in vLLM 0.32.0." in done.words
+    assert (done.code, done.err) == (0, "") and "MambaForCausalLM" in done.out and "Loads in vLLM 0.32.0." in done.words
     done = run("scan", source, "--dry-load", "--python", fake_python(tmp_path, error="ValueError: no"))
     assert done.code == 1 and "BNB501 fails" in done.out and "vLLM 0.32.0 stops: ValueError: no" in done.words
     assert "no rules for this model" in done.words and "Repair it" not in done.words

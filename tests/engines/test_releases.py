@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnbfix.engines.vllm.profiles import known_classes
 from bnbfix.engines.vllm.releases import (
     LATEST,
     PORTABLE,
@@ -26,7 +27,6 @@ from bnbfix.engines.vllm.releases import (
     version_key,
 )
 from bnbfix.errors import UsageError
-from bnbfix.models.gemma4 import FAMILIES, KINDS
 
 NAMES = [
     "0.19.0-0.22.1",
@@ -76,16 +76,9 @@ def test_rows_are_sorted_and_leave_no_minor_release_out() -> None:
 @pytest.mark.parametrize("row", ranges(), ids=NAMES)
 def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
     assert {name: getattr(row, name) in values for name, values in VALUES.items()} == dict.fromkeys(VALUES, True)
-    assert set(VALUES) | {"first", "last", "families", "quantized", "unquantized"} == {
-        f.name for f in fields(ReleaseRange)
-    }
-    assert set(row.families) <= {f.name for f in FAMILIES}
-    assert row.quantized <= {kind for kind, _ in KINDS}
-    assert ("expert" in row.quantized) == (row.expert_prefix is not None)
+    assert set(VALUES) | {"first", "last", "classes"} == {f.name for f in fields(ReleaseRange)}
+    assert row.classes and row.classes <= set(known_classes())
     assert not (row.needs_v and row.refuses_v)
-    assert row.unquantized == {("gemma4_unified", "embedder")}, "data, not a name in the code"
-    assert {"attention", "mlp", "per_layer"} <= row.quantized
-    assert not row.quantized & {"router", "lm_head", "other", "fused_experts"}, "no release quantizes these"
 
 
 @pytest.mark.parametrize("trait", sorted(set(VALUES) - {"evidence"}))

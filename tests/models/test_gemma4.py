@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bnbfix.engines.vllm.recorded import check_class
 from bnbfix.errors import InputError, NotApplicable
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING, Model, TensorRole
@@ -57,20 +58,21 @@ def test_without_architectures_the_model_type_says_the_family(model_type: str) -
 @pytest.mark.parametrize(
     ("doc", "words"),
     [
-        ({}, "config names no architecture"),
-        ({"architectures": []}, "config names no architecture"),
-        ({"architectures": "Gemma4ForCausalLM"}, "config names no architecture"),
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "gemma4"}, "is 'LlamaForCausalLM', not a Gemma4 model"),
-        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "is 'Gemma3ForConditionalGeneration'"),
-        ({"architectures": [{"a": 1}]}, "is {'a': 1}"),
-        ({"model_type": "gemma3"}, "is 'gemma3'"),
-        ({"model_type": ["gemma4"]}, "not a Gemma4 model"),
-        ({"model_type": "x" * 10**6}, "xxx, not a Gemma4 model"),
+        ({}, "names no architecture"),
+        ({"architectures": []}, "names no architecture"),
+        ({"architectures": "Gemma4ForCausalLM"}, "names no architecture"),
+        ({"architectures": [{"a": 1}]}, "names no architecture"),
+        ({"model_type": "gemma3"}, "is 'gemma3', without a class in architectures"),
+        ({"model_type": ["gemma4"]}, "is ['gemma4'], without a class in architectures"),
+        ({"model_type": "x" * 10**6}, "xxx, without a class in architectures"),
+        ({"architectures": ["MambaForCausalLM"]}, "is a MambaForCausalLM, which bnbfix does not know"),
+        ({"architectures": ["x" * 10**6], "model_type": "gemma4"}, "xxx, which bnbfix does not know"),
+        ({"architectures": ["../../setup"]}, "is a ../../setup, which bnbfix does not know"),
     ],
 )
 def test_another_model_is_not_applicable(doc: dict[str, Any], words: str) -> None:
     with pytest.raises(NotApplicable) as caught:
-        read_model(doc)
+        check_class(read_model(doc))
     assert str(caught.value).startswith("config.json: ") and words in str(caught.value)
     assert len(str(caught.value)) < 200, "an error is one line"
 
@@ -156,15 +158,15 @@ NAMES = {  # real names: (role, layer, part)
     "model.language_model.per_layer_model_projection.weight": ("per_layer", None, None),
     "model.language_model.per_layer_projection_norm.weight": ("other", None, None),
     L + "router.proj.weight": ("router", 11, None),
-    L + "router.scale": ("other", 11, None),
+    L + "router.scale": ("other", None, None),
     L + "experts.gate_up_proj": ("fused_experts", 11, "gate_up_proj"),
     L + "experts.down_proj": ("fused_experts", 11, "down_proj"),
     L + "experts.127.gate_proj.weight": ("expert", 11, "gate_proj"),
     L + "moe.experts.0.down_proj.weight": ("expert", 11, "down_proj"),
-    L + "self_attn.q_norm.weight": ("other", 11, None),
-    L + "self_attn.k_norm.weight": ("other", 11, None),
-    L + "input_layernorm.weight": ("other", 11, None),
-    L + "layer_scalar": ("other", 11, None),
+    L + "self_attn.q_norm.weight": ("other", None, None),
+    L + "self_attn.k_norm.weight": ("other", None, None),
+    L + "input_layernorm.weight": ("other", None, None),
+    L + "layer_scalar": ("other", None, None),
     "model.language_model.embed_tokens.weight": ("other", None, None),
     "model.language_model.embed_tokens_per_layer.weight": ("other", None, None),
     "model.language_model.norm.weight": ("other", None, None),
@@ -211,7 +213,25 @@ def test_a_text_only_checkpoint_has_the_same_roles(name: str) -> None:
 
 
 def test_every_role_is_among_the_names_above() -> None:
-    assert {role for role, _, _ in NAMES.values()} == {kind for kind, _ in KINDS}
+    assert {role for role, _, _ in NAMES.values()} == {kind for kind, _ in KINDS} - {"linear"} | {"other"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layer", "part"),
+    [
+        ("model.layers.3.mlp.experts.gate_up_proj", "fused_experts", 3, "gate_up_proj"),
+        ("model.layers.3.mlp.experts.7.down_proj.weight", "expert", 3, "down_proj"),
+        ("language_model.model.layers.3.feed_forward.experts.down_proj", "fused_experts", 3, "down_proj"),
+        ("model.layers.3.self_attn.qkv_proj.weight", "linear", None, None),
+        ("model.visual.blocks.0.attn.qkv.weight", "linear", None, None),
+        ("model.visual.blocks.0.norm1.weight", "other", None, None),
+        ("model.visual.patch_embed.proj.bias", "other", None, None),
+        ("model.layers.3.self_attn.k_proj.weight", "attention", 3, "k_proj"),
+    ],
+)
+def test_names_of_other_classes(name: str, kind: str, layer: int | None, part: str | None) -> None:
+    role = classify_tensor(name)
+    assert (role.kind, role.layer, role.part) == (kind, layer, part)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +263,9 @@ def test_the_prefix_of_an_expert_is_kept(name: str, prefix: str | None) -> None:
         "",
     ],
 )
-def test_what_no_model_has_is_other(name: str) -> None:
-    assert classify_tensor(name).kind == "other"
+def test_what_no_model_has_is_in_no_layer(name: str) -> None:
+    role = classify_tensor(name)
+    assert role.kind in ("other", "linear") and role.layer is None
 
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b", "moe26b", "unified12b", "text"])

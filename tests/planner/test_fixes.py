@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import matching_entries
-from bnbfix.engines.transformers import transformers_linears, transformers_module, transformers_skips
+from bnbfix.engines.transformers import transformers_linears, transformers_skips
 from bnbfix.engines.vllm.parameters import find_slot, parameters
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import ranges, resolve_target
@@ -180,8 +180,8 @@ def assert_both_readers_agree(plan: Plan) -> None:
         if (expectation := expect(model, release)) is not None:
             for p in parameters(linears, expectation, new):
                 assert {m.quantized for m in p.members} == {p.quantized}, (release.name, p.module)
-    for m in transformers_linears(linears, model):
-        entries = matching_entries(new, transformers_module(model, m.role.module), transformers_skips)
+    for m, module in transformers_linears(linears, model):
+        entries = matching_entries(new, module, transformers_skips)
         assert bool(entries) != m.quantized or (m.role.kind == "lm_head" and not new), (m.weight.name, entries)
     assert len(set(new)) == len(new)
 
@@ -369,7 +369,7 @@ def test_what_is_added_to_a_skip_list(family: str, quant: str, target: str, adde
     ("family", "target", "expected"),
     [
         ("dense31b", "0.22.1", ["model.embed_vision", "model.vision_tower", "lm_head"]),
-        ("unified12b", "0.32.0", ["model.embed_audio", "model.embed_vision", "lm_head"]),
+        ("unified12b", "0.32.0", ["model.embed_audio", "model.embed_vision.multimodal_embedder", "lm_head"]),
         ("moe26b", "0.32.0", [*(f"{L}{n}.router" for n in range(6)), "lm_head"]),
         ("e4b", "0.32.0", []),
     ],

@@ -33,29 +33,29 @@ FRONT = "---\nlicense: gemma\ntags: [a, b]\n---\n"
     ],
 )
 def test_a_section_is_added_at_the_end(card: str) -> None:
-    out = insert_section(card, SECTION, quantized=True)
+    out = insert_section(card, SECTION, family="gemma4", quantized=True)
     assert out.startswith(card) and out.endswith("\n" + SECTION)
     assert out[len(card) :].strip("\n") == SECTION.strip("\n")
-    assert insert_section(out, SECTION, quantized=True) == out
+    assert insert_section(out, SECTION, family="gemma4", quantized=True) == out
     newer = SECTION.replace("new", "newer")
-    assert insert_section(out, newer, quantized=True) == out.replace(SECTION, newer)
+    assert insert_section(out, newer, family="gemma4", quantized=True) == out.replace(SECTION, newer)
 
 
 def test_a_section_is_replaced_where_it_stands() -> None:
     card = f"{FRONT}# Model\n\n{BEGIN}\nold\n{END}\n\nMore text, as it was.  \n"
-    assert insert_section(card, SECTION, quantized=True) == card.replace("old", "new")
+    assert insert_section(card, SECTION, family="gemma4", quantized=True) == card.replace("old", "new")
 
 
 def test_line_ends_stay() -> None:
-    out = insert_section("# Model\r\n", SECTION, quantized=True)
+    out = insert_section("# Model\r\n", SECTION, family="gemma4", quantized=True)
     assert out == "# Model\r\n\r\n" + SECTION.replace("\n", "\r\n")
-    assert insert_section(out, SECTION, quantized=True) == out
+    assert insert_section(out, SECTION, family="gemma4", quantized=True) == out
 
 
 @pytest.mark.parametrize("card", [None, "", " \n"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_card_is_made_where_there_is_none(card: str | None, quantized: bool) -> None:
-    out = insert_section(card, SECTION, quantized=quantized)
+    out = insert_section(card, SECTION, family="gemma4", quantized=quantized)
     m = re.fullmatch(r"---\n(.*?)---\n" + re.escape(SECTION), out, re.DOTALL)
     assert m is not None and ("- bitsandbytes" in m[1]) == quantized
     assert m[1].startswith("library_name: transformers\ntags:\n- gemma4\n")
@@ -138,12 +138,12 @@ FRONT = "---\nbase_model: org/bitsandbytes\ntags: {}\nlicense: mit\n---\n# bitsa
 )
 def test_full_precision_drops_the_tag_and_keeps_the_rest(tags: str, kept: str) -> None:
     card = FRONT.format(tags)
-    assert insert_section(card, SECTION, quantized=True).startswith(card)
-    assert insert_section(card, SECTION, quantized=False).startswith(FRONT.format(kept))
-    crlf = insert_section(card.replace("\n", "\r\n"), SECTION, quantized=False)
+    assert insert_section(card, SECTION, family="gemma4", quantized=True).startswith(card)
+    assert insert_section(card, SECTION, family="gemma4", quantized=False).startswith(FRONT.format(kept))
+    crlf = insert_section(card.replace("\n", "\r\n"), SECTION, family="gemma4", quantized=False)
     assert crlf.startswith(FRONT.format(kept).replace("\n", "\r\n"))
 
 
 def test_a_card_without_front_matter_keeps_every_word() -> None:
     card = "# bitsandbytes\n- bitsandbytes\n\n---\ntags: [bitsandbytes]\n---\n"
-    assert insert_section(card, SECTION, quantized=False).startswith(card)
+    assert insert_section(card, SECTION, family="gemma4", quantized=False).startswith(card)

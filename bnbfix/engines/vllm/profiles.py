@@ -14,8 +14,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .releases import version_key
+from ..engine import version_key
 
+INDEX = "index.json"
 FOLDER = Path(__file__).with_name("profiles")
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
 
@@ -41,11 +42,18 @@ def fill_pattern(pattern: str, numbers: Iterable[int]) -> str:
     return pattern
 
 
+@cache
+def known_classes() -> dict[str, list[list[Any]]]:
+    """The classes that have a profile, with rows [first release, last release, 1] of where vLLM loads them."""
+    return dict(json.loads((FOLDER / INDEX).read_text("utf-8")))
+
+
 @lru_cache(16)
 def load_profile(architecture: str) -> dict[str, Any] | None:
     """The profile of a class; None where it was not surveyed."""
-    path = FOLDER / f"{architecture}.json"
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if architecture not in known_classes():
+        return None
+    return dict(json.loads((FOLDER / f"{architecture}.json").read_text("utf-8")))
 
 
 def read_path(config: Mapping[str, Any], path: str) -> Any:
@@ -54,6 +62,16 @@ def read_path(config: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         at = at.get(key) if isinstance(at, Mapping) else None
     return at
+
+
+def derive_size(path: str, read: Callable[[str], Any]) -> int | None:
+    """What a key that config.json leaves out comes to, from the keys next to it; None for other keys."""
+    at, dot, key = path.rpartition(".")
+    heads = read(f"{at}{dot}num_attention_heads") if key in ("head_dim", "num_key_value_heads") else None
+    if type(heads) is not int or heads < 1 or key == "num_key_value_heads":
+        return heads if type(heads) is int else None
+    width = read(f"{at}{dot}hidden_size")
+    return width // heads if type(width) is int else None
 
 
 def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | None) -> str:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
+from ...checkpoint.checkpoint import CONFIG
+from ...errors import InputError, NotApplicable
+from ...models.detect import DRY_LOAD
 from ...models.family import Model
 from ..engine import Place, ReleaseRange, Slot
 from .profiles import (
+    derive_size,
     evaluate_feature,
     evaluate_size,
     fill_pattern,
     find_numbers,
     find_pattern,
+    known_classes,
     load_profile,
     overlapping_row,
 )
 
 REFUSED, IGNORED = Place(refused=True), Place()
+TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
+MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
+_EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
 
 class RecordedExpectation:
@@ -33,7 +42,9 @@ class RecordedExpectation:
 
     def _read(self, path: str) -> Any:
         value = self._model.read(path)
-        return self._profile["defaults"].get(path) if value is None else value
+        if value is None:
+            value = self._profile["defaults"].get(path)
+        return derive_size(path, self._read) if value is None else value
 
     def _size(self, formula: str | None) -> int | None:
         if formula is None:
@@ -59,13 +70,34 @@ class RecordedExpectation:
         return self._vectors[name, layer]
 
     @cached_property
+    def tied(self) -> bool:
+        """Return True if config.json says that lm_head shares the embeddings' weight."""
+        return any(self._feature(name, None) == "1" for name in TIED if name in self._profile["features"])
+
+    @property
+    def expert_prefix(self) -> str | None:
+        """What per-expert weights begin with inside their module; None where the release has no place for any."""
+        prefix: str | None = self._rows["expert_prefix"]
+        return prefix
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Return True if the tensor of all experts is [experts, columns, rows]."""
+        return bool(self._profile.get("transposed_experts"))
+
+    @property
+    def refuses_axial_rope(self) -> bool:
+        """Return True if the release does not know the name that transformers 5.19 gave the vision tower's rope."""
+        return bool(self._rows["refuses_axial"])
+
+    @cached_property
     def parameters(self) -> Mapping[str, Slot]:
         """Every parameter that has to be filled, by name."""
         out = {}
         for pattern in self._rows["parameters"]:
             for numbers in self._expand(pattern):
                 answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
-                if pattern.endswith("lm_head.weight") and self._model.tied:
+                if pattern.endswith("lm_head.weight") and self.tied:
                     continue  # the embeddings take its place
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
@@ -80,6 +112,8 @@ class RecordedExpectation:
         for at, part in enumerate(parts):
             if part == "*":
                 length = self._size(self._profile["stacks"].get(find_pattern(".".join(parts[:at]))))
+                if len(out) * (length or 0) > MAX_PARAMETERS:
+                    raise InputError(f"asks for {length:,} of {'.'.join(parts[:at])}, which no model has", where=CONFIG)
                 out = [(*numbers, n) for numbers in out for n in range(length or 0)]
         return out
 
@@ -100,6 +134,10 @@ class RecordedExpectation:
             )
             return Place(parts, tuple(map(self._size, answer["shape"])))
         return {"refused": REFUSED, "ignored": IGNORED}.get(answer)
+
+    def ignores(self, name: str) -> bool:
+        """Return True if the release drops a tensor without a word."""
+        return self.place(name) == IGNORED
 
     def canonical(self, name: str) -> str | None:
         """The name by which the release knows a tensor, as transformers writes it; None where it knows none."""
@@ -184,17 +222,30 @@ def _rows_of(architecture: str, release: ReleaseRange) -> dict[str, Any]:
     names = [*out["tensors"], *(f"{module}." for module in out["unknown"])]
     out["modules"] = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
     fillers: dict[str, list[str]] = {}
+    prefixes = set()
     for pattern, answer in out["tensors"].items():
         cases = answer["cases"].values() if isinstance(answer, dict) and "by" in answer else (answer,)
-        for parameter in {p for case in cases if isinstance(case, dict) for p in case["fills"]}:
+        taken = [case["fills"] for case in cases if isinstance(case, dict)]
+        if any(taken) and (m := _EXPERT.search(pattern)):
+            prefixes.add(m[1])
+        for parameter in {p for fills in taken for p in fills}:
             fillers.setdefault(parameter, []).append(pattern)
     out["fillers"] = fillers
+    out["refuses_axial"] = overlapping_row(profile.get("refuses_axial", ()), release.first, release.last)
+    # Where weights load under both, quant states are looked for under the engine's own, the longer one.
+    out["expert_prefix"] = max(prefixes, key=len, default=None)
     aliases = [
         (*key.split("|"), overlapping_row(rows, release.first, release.last))
         for key, rows in profile["aliases"].items()
     ]
     out["aliases"] = sorted(aliases, key=lambda a: -len(a[0]))
     return out
+
+
+def check_class(model: Model) -> None:
+    """Raises NotApplicable where no release is known to load the model's class."""
+    if (name := model.family.architecture) not in known_classes():
+        raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)
 
 
 def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:

@@ -7,14 +7,14 @@ A new release costs a row.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import UsageError
-from ..engine import LATEST, PORTABLE, Installed, ReleaseRange, Target
+from ..engine import LATEST, PORTABLE, Installed, ReleaseRange, Target, version_key
+from .profiles import known_classes, overlapping_row
 
 PLUGIN = "vllm-bnb-plugin"
 INSTALL, LIST = "pip install vllm", "bnbfix releases"  # what an error proposes to run
@@ -30,11 +30,10 @@ def _table() -> dict[str, Any]:
 def ranges() -> tuple[ReleaseRange, ...]:
     """The table, oldest range first."""
     types = get_type_hints(ReleaseRange)
-    never = {family: kinds for family, kinds in _table()["unquantized"].items() if family != "comment"}
-    shared = {"unquantized": frozenset((family, kind) for family, kinds in never.items() for kind in kinds)}
     rows = []
     for row in _table()["ranges"]:
-        values = row | shared | {"families": tuple(row["families"]), "quantized": frozenset(row["quantized"])}
+        found = (name for name, known in known_classes().items() if overlapping_row(known, row["first"], row["last"]))
+        values = row | {"classes": frozenset(found)}
         for name, kind in types.items():
             allowed = get_args(kind) if get_origin(kind) is Literal else None
             if name not in values or (allowed and values[name] not in allowed):
@@ -90,16 +89,6 @@ def serving_packages(target: Target) -> list[str]:
     if limit and (version_key(there or "") or (9,)) >= (version_key(limit) or ()):
         packages.append(f"transformers<{limit.removesuffix('.0')}")
     return packages
-
-
-def version_key(version: str) -> tuple[int, int, int] | None:
-    """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
-
-    None for anything else.
-    """
-    number, label = r"(\d{1,6})", r"(?:(?:\.post|\.dev|rc|a|b)\d{1,9})"
-    m = re.fullmatch(rf"v?{number}\.{number}(?:\.{number})?{label}{{0,3}}(?:\+[\w.]+)?", version.strip(), re.ASCII)
-    return (int(m[1]), int(m[2]), int(m[3] or 0)) if m else None
 
 
 def find_range(version: str) -> ReleaseRange | None:

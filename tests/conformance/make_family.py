@@ -1,0 +1,78 @@
+"""Makes tiny bitsandbytes checkpoints of a class with transformers, random weights and all.
+
+    VENV/bin/python tests/conformance/make_family.py IN.json
+
+IN.json is {config, out, forms}: a config.json, a folder, and which of FORMS to write to OUT/FORM.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FORMS = ("all", "skip", "partial", "fp4", "int8")
+_LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp|feed_forward)\.")
+_TOWER = re.compile(r"vision|visual|audio|tower")
+
+
+def make_model(config: dict[str, Any]) -> Any:
+    """A model with random weights in bfloat16, each of the scale of real ones."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        read = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(7)
+    model = getattr(transformers, config["architectures"][0])(read).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape) / p[0].numel() ** 0.5)
+    return model
+
+
+def list_skipped(model: Any, form: str) -> list[str] | None:
+    """The skip list of a form, in transformers' spelling: linear modules outside of the language model's layers."""
+    import torch
+
+    if form not in ("skip", "partial", "fp4"):
+        return None
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    skipped = [name for name in linears if not _LANGUAGE.search(name) or _TOWER.search(name)]
+    if form == "partial":
+        skipped += [name for name in linears if name not in skipped and name.endswith("layers.1.self_attn.q_proj")]
+    return skipped
+
+
+def main() -> None:
+    """See the module's docstring."""
+    import torch
+    import transformers
+
+    given = json.loads(Path(sys.argv[1]).read_text())
+    out, name = Path(given["out"]), given["config"]["architectures"][0]
+    model = make_model(given["config"])
+    model.save_pretrained(out / "bf16")
+    for form in given["forms"]:
+        bits = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True}
+        if form != "int8":
+            bits |= {
+                "bnb_4bit_quant_type": "fp4" if form == "fp4" else "nf4",
+                "bnb_4bit_use_double_quant": form != "fp4",
+            }
+        how = transformers.BitsAndBytesConfig(
+            **bits, bnb_4bit_compute_dtype="bfloat16", llm_int8_skip_modules=list_skipped(model, form)
+        )
+        quantized = getattr(transformers, name).from_pretrained(
+            out / "bf16", quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
+        )
+        quantized.save_pretrained(out / form)
+
+
+if __name__ == "__main__":
+    main()
