@@ -42,22 +42,21 @@ from families import FAMILIES
 from packaging.requirements import Requirement
 from profile_builder import build_profile
 from run import CELLS, NEW_CONFIG, environment, make
-from survey import SHAPES_RELEASE, find_shapes, survey
+from survey import SHAPES_RELEASE, find_shapes, survey, survey_axial, write_index
 
 import bnbfix
-from bnbfix.engines.engine import Parameter, Place, ReleaseRange
+from bnbfix.engines.engine import Place, ReleaseRange
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
-from bnbfix.engines.vllm.parameters import parameters
-from bnbfix.engines.vllm.profiles import FOLDER, load_profile
+from bnbfix.engines.vllm.profiles import FOLDER, INDEX, load_profile
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import find_range, ranges, version_key
-from bnbfix.models import gemma4
+from bnbfix.models.detect import read_model
 from bnbfix.models.family import Model
-from bnbfix.models.inspection import Inspection, inspect_checkpoint
 
 TABLE = FOLDER.parent / "releases.json"
 PINS = HERE / "pins.json"
 PARTS = ("tensors", "parameters", "unknown", "aliases", "refused")  # of a profile: rows [first, last, answer], by key
+AXIAL = "refuses_axial"  # of a profile: rows
 CASTING = "5.12.99"  # transformers up to this cast pixels to the dtype of the weight
 SHOWN = 3
 Profile = dict[str, Any]
@@ -71,6 +70,11 @@ def is_after(release: str, other: str) -> bool:
 # Profiles
 
 
+def list_profiles() -> list[str]:
+    """The classes that have a profile."""
+    return sorted(path.stem for path in FOLDER.glob("*.json") if path.name != INDEX)
+
+
 def extend_profile(profile: Profile, release: str, surveyed: Profile) -> Profile:
     """A profile with a release more, from the profile of only that release."""
     last = profile["known"][-1][1] if profile["known"] else None
@@ -79,6 +83,8 @@ def extend_profile(profile: Profile, release: str, surveyed: Profile) -> Profile
         keys = sorted({*profile[part], *surveyed[part]})
         answers = {key: rows[0][2] for key, rows in surveyed[part].items() if rows}
         out[part] = {key: _extend_rows(profile[part].get(key, []), last, release, answers.get(key)) for key in keys}
+    if rows := _extend_rows(profile.get(AXIAL, []), last, release, 1 if surveyed.get(AXIAL) else None):
+        out[AXIAL] = rows
     for part in ("linears", "stacks", "defaults"):
         out[part] = surveyed[part] | profile[part]
     return out
@@ -101,7 +107,8 @@ def forget_releases(profile: Profile, first: str) -> Profile:
         return [[begin, end if end in known else known[-1], answer] for begin, end, answer in older]
 
     parts = {part: {key: rows for key, old in profile[part].items() if (rows := cut(old))} for part in PARTS}
-    return profile | parts | {"known": cut(profile["known"])}
+    axial = {AXIAL: cut(profile[AXIAL])} if AXIAL in profile else {}
+    return profile | parts | axial | {"known": cut(profile["known"])}
 
 
 def describe_profile(old: Profile, new: Profile, release: str) -> Iterator[tuple[str, str]]:
@@ -178,38 +185,26 @@ def read_row(before: ReleaseRange, release: str, work: Path, wheel: Path, answer
     wanted = (Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", wheel.read_text(), re.MULTILINE))
     transformers = next(r.specifier for r in wanted if r.name == "transformers")
     own_loader = (wheel.parent.parent / "vllm/model_executor/layers/quantization/bitsandbytes.py").exists()
-    names = ("dense31b", "e4b", "moe26b", "unified12b")
-    made = {name: inspect_checkpoint(open_folder(make(work, f"{name}-skip"))) for name in names}
-    dense, sharing, experts = (made[name].model for name in names[:3])
-    prefixes = ("moe.experts", "experts")
-    prefix = next((p for p in prefixes if _place(experts, row, 0, f"{p}.0.gate_proj").fills), None)
-    kinds = {(i.model.family.name, p.kind) for i in made.values() for p in _quantizable(i, row)} - row.unquantized
+    names = ("dense31b", "e4b", "moe26b")
+    dense, sharing, experts = (read_model(open_folder(make(work, f"{name}-skip")).config) for name in names)
     explicit_v = _place(dense, row, find_layer(dense, dense.k_serves_as_v), "self_attn.v_proj")
     shared_k = _place(sharing, row, find_layer(sharing, sharing.kv_shared), "self_attn.k_proj")
-    expectation = expect(dense, row)
-    lm_head = expectation.place("lm_head.weight") if expectation else None
+    of_dense, of_experts = expect(dense, row), expect(experts, row)
+    lm_head = of_dense.place("lm_head.weight") if of_dense else None
     outcomes = {(a.error, a.requantized) for a in (answers["dense31b-skip"], answers[f"dense31b-skip{NEW_CONFIG}"])}
     config = before.per_layer_config if before.per_layer_config != "read" else "refused"
     return replace(
         row,
-        families=tuple(f.name for f in gemma4.FAMILIES if is_known(f.architecture, release)),
-        quantized=frozenset(kind for _, kind in kinds if prefix or kind != "expert"),
         requantizes=any(a.requantized for a in answers.values()),
         needs_v=before.needs_v and not explicit_v.refused,
         refuses_v=explicit_v.refused,
         needs_shared_kv=bool(shared_k.fills),
-        expert_prefix=prefix,
+        expert_prefix=of_experts.expert_prefix if of_experts else None,
         per_layer_config="read" if len(outcomes) == 1 else config,
         uses_tied_lm_head=bool(lm_head and lm_head.fills),
         casts_pixels=not own_loader and transformers.contains(CASTING),
         plugin=before.plugin if own_loader else "required",
     )
-
-
-def _quantizable(inspection: Inspection, row: ReleaseRange) -> list[Parameter]:
-    expectation = expect(inspection.model, row)
-    found = parameters(inspection.linears, expectation, ()) if expectation else []
-    return [p for p in found if p.quantizable]
 
 
 def _place(model: Model, row: ReleaseRange, layer: int, module: str) -> Place:
@@ -224,12 +219,6 @@ def find_layer(model: Model, holds: Callable[[int], bool]) -> int:
     return next(i for i in range(len(model.layer_types)) if holds(i))
 
 
-def is_known(architecture: str, release: str) -> bool:
-    """Whether a release knows a class, by its profile."""
-    profile = load_profile(architecture)
-    return profile is not None and any(last == release for _, last, _ in profile["known"])
-
-
 def write_row(row: ReleaseRange) -> bool:
     """Adds a row to releases.json; where it says what the newest one does, that one reaches further instead."""
     text, newest = TABLE.read_text("utf-8"), ranges()[-1]
@@ -238,30 +227,20 @@ def write_row(row: ReleaseRange) -> bool:
         at = text.rindex('"last": ')
         text = text[:at] + text[at:].replace(f'"last": "{newest.last}"', f'"last": "{row.last}"', 1)
     else:
-        values = {k: v for k, v in asdict(row).items() if k != "unquantized"}
-        values["quantized"] = sorted(row.quantized, key=list(_all_kinds()).index)
+        values = {k: v for k, v in asdict(row).items() if k != "classes"}
         lines = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         text = text.rstrip().removesuffix("]\n}").rstrip() + ",\n    {\n" + ",\n".join(lines) + "\n    }\n  ]\n}\n"
     TABLE.write_text(text, "utf-8")
     return not same
 
 
-def _all_kinds() -> dict[str, None]:
-    """Every kind of a quantized parameter, in the order that the table has them."""
-    return {kind: None for row in json.loads(TABLE.read_text())["ranges"] for kind in row["quantized"]}
-
-
 def describe_row(before: ReleaseRange, row: ReleaseRange) -> Iterator[str]:
     """The traits in which a row differs from the one before."""
     for name, old in asdict(before).items():
         new = getattr(row, name)
-        if name in ("first", "last", "evidence") or old == new:
+        if name in ("first", "last", "evidence", "classes") or old == new:
             continue
-        if isinstance(old, frozenset):
-            for kind in sorted(old ^ new):
-                yield f"{kind} becomes {'quantized' if kind in new else 'unquantized'}"
-        else:
-            yield f"{name}: {json.dumps(old)} becomes {json.dumps(new)}"
+        yield f"{name}: {json.dumps(old)} becomes {json.dumps(new)}"
 
 
 # A release from its environment to its data
@@ -297,16 +276,21 @@ def write_pins(pins: dict[str, Any]) -> None:
 def survey_profiles(release: str, work: Path, folder: Path, python: Path) -> list[str]:
     """Extends every profile by a release, and returns in words what it does otherwise."""
     lines = []
-    for name in sorted(path.stem for path in FOLDER.glob("*.json")):
+    for name in list_profiles():
         kept = work / "survey" / release / f"{name}.json"
         models = find_shapes(work, name, FAMILIES[name], venvs.build(SHAPES_RELEASE, folder / SHAPES_RELEASE))
         if not kept.exists():
             survey(work, release, python, name, FAMILIES[name], models)
-        alone = build_profile(name, FAMILIES[name], models, {release: json.loads(kept.read_text())})
+        axial = kept.with_suffix(".axial.json")
+        if models[0]["axial"] and not axial.exists():
+            survey_axial(work, release, python, name, FAMILIES[name], models[0])
+        refused = {release: json.loads(axial.read_text())["error"] is not None} if axial.exists() else {}
+        alone = build_profile(name, FAMILIES[name], models, {release: json.loads(kept.read_text())}, refused)
         old = json.loads((FOLDER / f"{name}.json").read_text())
         new = extend_profile(old, release, alone)
         (FOLDER / f"{name}.json").write_text(json.dumps(new, separators=(",", ":"), sort_keys=True) + "\n")
         lines += [f"{name}: {line}" for line in join_words(describe_profile(old, new, release))]
+    write_index()
     load_profile.cache_clear()
     return lines
 
@@ -356,8 +340,14 @@ def judge_release(release: str, work: Path, folder: Path) -> int:
 
 def forget_data(profiles: Path, release: str) -> None:
     """Takes a release and all newer ones out of the profiles in a folder, and out of the table."""
-    for path in profiles.glob("*.json"):
-        path.write_text(json.dumps(forget_releases(json.loads(path.read_text()), release)))
+    index = profiles / INDEX
+    known = {}
+    for name in json.loads(index.read_text()):
+        path = profiles / f"{name}.json"
+        older = forget_releases(json.loads(path.read_text()), release)
+        path.write_text(json.dumps(older))
+        known[name] = older["known"]
+    index.write_text(json.dumps(known))
     found = find_range(release)
     assert found is not None
     table = profiles.parent / TABLE.name
@@ -404,17 +394,13 @@ def pretend(release: str, work: Path, folder: Path) -> int:
         code = subprocess.run([*command, "--work", str(work), "--venvs", str(folder)], check=False).returncode
         found = json.loads((copy.parent / TABLE.name).read_text())["ranges"][-1]
         known = next(r for r in json.loads(text)["ranges"] if r["first"] == find_range(release).first)  # type: ignore[union-attr]
-        differing = [key for key in known if key != "last" and _plain(known[key]) != _plain(found[key])]
-        for path in sorted(FOLDER.glob("*.json")):
-            theirs = forget_releases(json.loads(path.read_text()), _next_release(release))
-            ours = json.loads((copy / path.name).read_text())
-            differing += [f"{path.stem}: {part}" for part in (*PARTS, "known") if theirs[part] != ours[part]]
+        differing = [key for key in known if key != "last" and known[key] != found[key]]
+        for name in list_profiles():
+            theirs, ours = (json.loads((where / f"{name}.json").read_text()) for where in (FOLDER, copy))
+            theirs = forget_releases(theirs, _next_release(release))
+            differing += [f"{name}: {part}" for part in (*PARTS, AXIAL, "known") if theirs.get(part) != ours.get(part)]
     print("the same as in the table" if not differing else f"not as in the table: {', '.join(differing)}")
     return 1 if differing else code
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
 
 
 def _next_release(release: str) -> str:

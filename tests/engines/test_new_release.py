@@ -30,7 +30,8 @@ def only(profile: dict[str, Any], release: str) -> dict[str, Any]:
         return [[release, release, answer] for answer in found]
 
     parts = {part: {k: r for k, old in profile[part].items() if (r := rows(old))} for part in new_release.PARTS}
-    return copy.deepcopy(profile | parts | {"known": rows(profile["known"])})
+    axial = {new_release.AXIAL: rows(profile.get(new_release.AXIAL, []))}
+    return copy.deepcopy(profile | parts | axial | {"known": rows(profile["known"])})
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -91,16 +92,13 @@ def test_a_release_like_the_newest_row_makes_that_reach_further(table: Path) -> 
 
 def test_a_release_that_differs_gets_a_row(table: Path) -> None:
     before = json.loads(table.read_text())
-    row = replace(ranges()[-1], first="0.99.0", last="0.99.0", refuses_v=False, quantized=ranges()[-2].quantized)
+    row = replace(ranges()[-1], first="0.99.0", last="0.99.0", refuses_v=False, expert_prefix=None)
     found = set(new_release.describe_row(ranges()[-1], row))
-    gone = ranges()[-1].quantized - ranges()[-2].quantized
-    assert found == {"refuses_v: true becomes false", *(f"{kind} becomes unquantized" for kind in gone)} and gone
+    assert found == {"refuses_v: true becomes false", 'expert_prefix: "experts" becomes null'}
     assert new_release.write_row(row)
     after = json.loads(table.read_text())
     assert after["ranges"][:-1] == before["ranges"]
-    values = {k: v for k, v in asdict(row).items() if k != "unquantized"}
-    assert after["ranges"][-1] == json.loads(json.dumps(values | {"quantized": after["ranges"][-1]["quantized"]}))
-    assert set(after["ranges"][-1]["quantized"]) == row.quantized
+    assert after["ranges"][-1] == {k: v for k, v in asdict(row).items() if k != "classes"}
 
 
 def test_a_release_is_forgotten_by_data(table: Path, tmp_path: Path) -> None:
