@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -199,7 +201,8 @@ def _run(
         show(f"{done} of {all} models" if done < all else "")
 
     try:
-        rows = run_fleet(models, target, results, workers, repair=repair, scratch=scratch, progress=progress)
+        with redirect_stdout(sys.stderr):  # Ray tells there of nodes that it lost
+            rows = run_fleet(models, target, results, workers, repair=repair, scratch=scratch, progress=progress)
     except KeyboardInterrupt:
         show("")
         raise Interrupted(f"interrupted; what is finished is in {output}, and the same command goes on") from None

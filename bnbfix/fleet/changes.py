@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..engines.engine import Target
-from ..engines.vllm.releases import version_key
+from ..engines.engine import Target, version_key
 from ..report.markdown import code, escape, render_table
 from ..report.text import count, escape_control_chars
 from ..rules.rule import Code

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,38 +62,37 @@ def run_on_ray(tasks: Sequence[Task], *, address: str, needs: Needs, rate: float
     except ImportError:
         raise UsageError("--ray needs Ray, which is not installed", command="pip install 'bnbfix[fleet]'") from None
     _check_address(address)
-    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that it lost
-        try:
-            ray.init(address, namespace="bnbfix", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as e:
-            raise _no_cluster(address, e) from None
-        try:
-            check_needs(needs.resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            # The clock is on the driver's own node: if that is lost, so is the driver.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            pace = _RemotePace(ray.remote(Clock).options(num_cpus=0, scheduling_strategy=here).remote(rate))
-            remote = ray.remote(run_task).options(
-                num_cpus=needs.cpus,
-                num_gpus=needs.gpus,
-                memory=needs.memory or None,
-                resources={DISK: needs.disk} if needs.disk else None,
-                max_retries=TRIES,
-                scheduling_strategy="SPREAD",
-            )
-            queue, running = iter(tasks), dict[Any, Task]()
-            while True:
-                running |= {remote.remote(task, pace): task for task in islice(queue, WINDOW - len(running))}
-                if not running:
-                    return
-                for done in ray.wait(list(running))[0]:
-                    task = running.pop(done)
-                    try:
-                        line = ray.get(done)
-                    except ray.exceptions.RayError as e:  # the task's own exception, or that its workers were lost
-                        line = describe_loss(task, f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}")
-                    yield task, line
-        finally:
-            ray.shutdown()
+    try:
+        ray.init(address, namespace="bnbfix", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise _no_cluster(address, e) from None
+    try:
+        check_needs(needs.resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        # The clock is on the driver's own node: if that is lost, so is the driver.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        pace = _RemotePace(ray.remote(Clock).options(num_cpus=0, scheduling_strategy=here).remote(rate))
+        remote = ray.remote(run_task).options(
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
+            memory=needs.memory or None,
+            resources={DISK: needs.disk} if needs.disk else None,
+            max_retries=TRIES,
+            scheduling_strategy="SPREAD",
+        )
+        queue, running = iter(tasks), dict[Any, Task]()
+        while True:
+            running |= {remote.remote(task, pace): task for task in islice(queue, WINDOW - len(running))}
+            if not running:
+                return
+            for done in ray.wait(list(running))[0]:
+                task = running.pop(done)
+                try:
+                    line = ray.get(done)
+                except ray.exceptions.RayError as e:  # the task's own exception, or that its workers were lost
+                    line = describe_loss(task, f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}")
+                yield task, line
+    finally:
+        ray.shutdown()
 
 
 def _check_address(address: str) -> None:

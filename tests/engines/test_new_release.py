@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from bnbfix.engines.engine import version_key
 from bnbfix.engines.vllm.profiles import FOLDER
-from bnbfix.engines.vllm.releases import ranges, version_key
+from bnbfix.engines.vllm.releases import ranges
 from tests.conformance import new_release, venvs
 
 RELEASES = list(venvs.PINS["releases"])
