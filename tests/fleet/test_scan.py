@@ -202,7 +202,7 @@ def test_a_429_makes_every_worker_wait(hub: Hub, org: str, tmp_path: Path) -> No
     done = fleet(hub, org, tmp_path / "out.jsonl")
     refused, seen = hub.server.refused, sum(s.origin == "hub" for s in hub.server.seen)
     assert done.out.startswith("5 models: 1 error, 1 fails, 1 wrong, 1 loads, 1 skipped"), done
-    assert "429" not in (tmp_path / "out.jsonl").read_text()
+    assert "HTTP 429" not in (tmp_path / "out.jsonl").read_text()
     assert 0 < refused < seen / 2
 
 
