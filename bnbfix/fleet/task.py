@@ -86,7 +86,7 @@ def _repair(source: Source, task: Task) -> dict[str, Any]:
             folder = task.scratch / to.repo.replace("/", "--")
             folder.mkdir(parents=True, exist_ok=True)
             files = write_plan(plan, folder / "out", overwrite=True, stream=True).files
-            # Asked again, since writing takes long: a cluster that loses sight of a node starts its work again elsewhere.
+            # Asked again, since writing takes long: what a cluster takes for lost is started again elsewhere.
             pushed = find_pull_request(plan) or push_output(folder / "out", to)
             shutil.rmtree(folder)
     return RepairResult(plan, None, files).to_dict() | {"pushed": vars(pushed) if pushed else None}

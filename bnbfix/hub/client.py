@@ -265,11 +265,6 @@ def check_deadline(deadline: float, where: str | None = None) -> None:
         raise HubError(words, where=where, hint="BNBFIX_HUB_ANSWER_TIMEOUT sets this limit, in seconds.")
 
 
-def hub_endpoint() -> str:
-    """Return the Hub's address."""
-    return constants.ENDPOINT
-
-
 @contextmanager
 def hook_session(on_request: Callable[[Any], None], on_response: Callable[[Any], None]) -> Iterator[None]:
     """Add hooks to huggingface_hub's session, as long as the context lasts."""

@@ -51,9 +51,9 @@ def keep_pace(pace: Pace) -> Iterator[None]:
 
     What the Hub redirects to other hosts is not counted there.
     """
-    from .client import hook_session, hub_endpoint
+    from .client import describe_request, hook_session
 
-    home = url_origin(hub_endpoint())
+    home = url_origin(describe_request("", None).endpoint)
 
     def wait_turn(request: Any) -> None:
         if url_origin(str(request.url)) == home:

