@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from ..engines.engine import Target
@@ -71,6 +71,8 @@ def run_fleet(
                 results.add(line)
             finished += 1
             progress(finished, len(models))
+    with suppress(OSError):  # there is none, or there is something in it that the next run goes on with
+        scratch.rmdir()
     results.sort(models)
     return [results.rows[model] for model in models]
 

@@ -52,7 +52,7 @@ def test_every_repo_gets_one_pull_request(hub: Hub, org: str, tmp_path: Path) ->
     done = fleet(hub, org, output)
     assert done.code == 0 and done.out.startswith("5 models: 4 repaired, 1 nothing to do, for vLLM 0.32.0."), done
     assert pulls(hub, org) == expected()
-    assert not (tmp_path / "out.jsonl.scratch" / f"{org}--shards-1").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"out.jsonl", "out.html"}
     for document in map(json.loads, output.read_text().splitlines()):
         if pushed := document["pushed"]:
             assert pushed["url"] == f"{hub.server.url}/{document['model']}/discussions/1"
