@@ -73,8 +73,9 @@ def find_module(name: str, architecture: str) -> str | None:
     profile = load_profile(architecture)
     if profile is None:
         return None
-    aliases = (key.split("|") for key in profile["aliases"])
-    for spelling in (name, *(ours + name[len(theirs) :] for theirs, ours in aliases if name.startswith(theirs))):
+    others = [key.split("|") for key in profile["aliases"]]
+    others += [(elsewhere, here) for here, elsewhere in profile.get("dialects", ())]
+    for spelling in (name, *(ours + name[len(theirs) :] for theirs, ours in others if name.startswith(theirs))):
         if (module := profile["linears"].get(find_pattern(spelling))) is not None:
             return fill_pattern(module, find_numbers(spelling))
     return None

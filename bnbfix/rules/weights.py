@@ -61,9 +61,12 @@ def _describe_unquantized_fix(model: Model, releases: Sequence[ReleaseRange]) ->
     fix_for=_describe_unquantized_fix,
 )
 def check_unquantized_in_quantized(case: Case) -> Iterator[Hit]:
-    hits = [m for p in case.params if p.quantized and not any(m.quantized for m in p.members) for m in p.members]
-    if hits:
-        yield _unskipped(case, hits, "full precision in the file, a quantized parameter in vLLM")
+    found = [p for p in case.params if p.quantized and not any(m.quantized for m in p.members)]
+    message = "full precision in the file, a quantized parameter in vLLM"
+    if experts := [m for p in found if p.kind == "expert" for m in p.members]:
+        yield Hit(Severity.FAILS, names_of(experts), message)
+    if hits := [m for p in found if p.kind != "expert" for m in p.members]:
+        yield _unskipped(case, hits, message)
 
 
 def _describe_partial_fix(model: Model, releases: Sequence[ReleaseRange]) -> str:
@@ -81,9 +84,12 @@ def _describe_partial_fix(model: Model, releases: Sequence[ReleaseRange]) -> str
     fix_for=_describe_partial_fix,
 )
 def check_partially_quantized(case: Case) -> Iterator[Hit]:
-    hits = [m for p in case.params if p.quantized and p.partially_quantized for m in p.members]
-    if hits:
-        yield _unskipped(case, hits, "one fused module in vLLM, partially quantized in the file")
+    found = [p for p in case.params if p.quantized and p.partially_quantized]
+    message = "one fused module in vLLM, partially quantized in the file"
+    if experts := [m for p in found if p.kind == "expert" for m in p.members]:
+        yield Hit(Severity.FAILS, names_of(experts), message)
+    if hits := [m for p in found if p.kind != "expert" for m in p.members]:
+        yield _unskipped(case, hits, message)
 
 
 def _unskipped(case: Case, hits: list[LinearWeight], message: str) -> Hit:

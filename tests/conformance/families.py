@@ -26,6 +26,7 @@ class Family:
     configs: list[Config]
     features: dict[str, list[str]] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)  # other names to try: (part of a name, what instead)
+    dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
     processor: str | None = None  # of a processor_config.json that the class needs
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
 
@@ -164,6 +165,7 @@ QWEN_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size":
 QWEN_VISION_LARGE = {"depth": 5, "hidden_size": 96, "num_heads": 3, "out_hidden_size": 192, "intermediate_size": 224}
 MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
 MROPE_LARGE = MROPE | {"mrope_section": [8, 12, 12]}
+VISION_MODEL = [("vision_tower.", "vision_tower.vision_model.")]  # transformers 5, and 4
 UNTIED = {"tie_word_embeddings": False}
 TIED = {"tied": ["true", "tie_word_embeddings"]}
 TIED_MULTIMODAL = TIED | {"tied_text": ["true", "text_config.tie_word_embeddings"]}
@@ -187,6 +189,7 @@ def _multimodal(
     *,
     sizes: tuple[Config, Config] = (SMALL, LARGE),
     transposed_experts: bool = False,
+    dialects: list[tuple[str, str]] | None = None,
     **both: Any,
 ) -> Family:
     """A multimodal class in two sizes, and small with embeddings that are tied by either key."""
@@ -194,7 +197,12 @@ def _multimodal(
     texts = (sizes[0] | UNTIED | text[0], sizes[1] | UNTIED | text[1])
     small, large = (named | {"text_config": t, "vision_config": v} for t, v in zip(texts, vision, strict=True))
     configs = [small, change(small, tie_word_embeddings=True), change(small, text_config__tie_word_embeddings=True)]
-    return Family([*configs, large], TIED_MULTIMODAL | (features or {}), transposed_experts=transposed_experts)
+    return Family(
+        [*configs, large],
+        TIED_MULTIMODAL | (features or {}),
+        dialects=dialects or [],
+        transposed_experts=transposed_experts,
+    )
 
 
 _BIAS = {"attention_bias": ["true", "attention_bias"], "mlp_bias": ["true", "mlp_bias"]}
@@ -235,6 +243,7 @@ _OTHERS: dict[str, Family] = {
         "gemma3",
         ({"model_type": "gemma3_text", "sliding_window": 64}, {"model_type": "gemma3_text", "sliding_window": 64}),
         (SIGLIP | {"vision_use_head": False}, SIGLIP_LARGE | {"vision_use_head": False}),
+        dialects=VISION_MODEL,
         mm_tokens_per_image=16,
         image_token_index=10,
         boi_token_index=11,
@@ -277,6 +286,8 @@ _OTHERS: dict[str, Family] = {
             SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 64},
             SIGLIP_LARGE | {"model_type": "clip_vision_model", "projection_dim": 96},
         ),
+        features={"unused": ["after", "vision_feature_layer", "vision_config.num_hidden_layers"]},
+        dialects=VISION_MODEL,
         image_token_index=10,
     ),
     "Llama4ForConditionalGeneration": _multimodal(

@@ -76,14 +76,12 @@ def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]
 
 
 def build_profile(
-    name: str,
-    family: Family,
-    shapes: list[dict[str, Any]],
-    releases: dict[str, list[dict[str, Any]]],
-    refuses_axial: dict[str, bool],
+    name: str, family: Family, shapes: list[dict[str, Any]], releases: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The profile of a class, from transformers' answers for its configs, and each release's."""
     models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
+    refuses_axial = {r: 1 for r, answers in releases.items() if any(a["error"] for a in answers if "axial" in a)}
+    releases = {r: [a for a in answers if "axial" not in a] for r, answers in releases.items()}
     linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
     known = {r: answers for r, answers in releases.items() if not all(a["error"] for a in answers)}
     by_release = {r: _describe_release(models, answers) for r, answers in known.items()}
@@ -97,10 +95,10 @@ def build_profile(
         "linears": linears,
         "stacks": _fit_stacks(models, shapes, list(known.values())),
     }
-    if any(refuses_axial.values()):
-        profile["refuses_axial"] = _merge_releases(
-            {r: 1 if no else None for r, no in refuses_axial.items()}, list(releases)
-        )
+    if refuses_axial:
+        profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
+    if family.dialects:
+        profile["dialects"] = family.dialects
     if family.transposed_experts:
         profile["transposed_experts"] = 1
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
@@ -342,9 +340,12 @@ def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
 
 def _fit_stacks(
     models: Models, shapes: list[dict[str, Any]], answers: list[list[dict[str, Any]]]
-) -> dict[str, str | None]:
-    """How many layers each stack has, in the file and in the engine, by the pattern of its name."""
-    lengths: dict[str, dict[int, int]] = {}
+) -> dict[str, str | list[int] | None]:
+    """How many layers each stack has, in the file and in the engine, by the pattern of its name.
+
+    A list where they are not numbered from 0 on, such as the linear modules of a projector.
+    """
+    found: dict[str, dict[int, set[int]]] = {}
     lists = [(i, s["tensors"]) for i, s in enumerate(shapes)]
     lists += [(i, m["parameters"]) for release in answers for i, m in enumerate(release) if not m["error"]]
     for model, names in lists:
@@ -352,11 +353,17 @@ def _fit_stacks(
             if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(names[name]) == 3:
                 for prefix in ("experts", "moe.experts"):
                     stack = find_pattern(name.rpartition(".experts.")[0]) + "." + prefix
-                    lengths.setdefault(stack, {})[model] = names[name][0]
+                    found.setdefault(stack, {}).setdefault(model, set()).update(range(names[name][0]))
             parts = name.split(".")
             for at, part in enumerate(parts):
                 if part.isdigit():
                     stack = find_pattern(".".join(parts[:at]))
-                    known = lengths.setdefault(stack, {})
-                    known[model] = max(known.get(model, 0), int(part) + 1)
-    return {stack: fit_formula(models, wanted) for stack, wanted in sorted(lengths.items())}
+                    found.setdefault(stack, {}).setdefault(model, set()).add(int(part))
+    out: dict[str, str | list[int] | None] = {}
+    for stack, numbers in sorted(found.items()):
+        same = set.union(*numbers.values())
+        if all(n == same for n in numbers.values()) and same != set(range(len(same))):
+            out[stack] = sorted(same)
+        else:
+            out[stack] = fit_formula(models, {model: max(n) + 1 for model, n in numbers.items()})
+    return out

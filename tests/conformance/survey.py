@@ -77,6 +77,10 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
         for old, new in family.renames:
             if re.search(old, name):
                 out.setdefault(re.sub(old, new, name), shape)
+    for name, shape in tensors.items():
+        for here, elsewhere in family.dialects:
+            if name.startswith(here):
+                out[elsewhere + name[len(here) :]] = shape
     stacks: dict[str, dict[int, dict[str, list[int]]]] = {}
     for name, shape in out.items():
         if m := re.match(r"(.*?)\.(\d+)\.(.*)", name):
@@ -156,6 +160,9 @@ def list_aliases(tensors: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
         )
         if top == "model.language_model.":
             yield from ((theirs, top) for theirs in ("language_model.model.", "model.", "model.language_model.model."))
+        elif top == "language_model.":
+            yield from (("model.language_model.", top + "model."), ("model.", top + "model."))
+            yield "lm_head.", top + "lm_head."
         elif top == "model.":
             yield from ((theirs, top) for theirs in ("language_model.model.", "model.language_model.", ""))
         elif top.endswith("vision_tower."):
@@ -207,29 +214,44 @@ def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[in
     (folder / "bnbfix-tensors.json").write_text("[]")
 
 
-def survey(work: Path, release: str, python: Path, name: str, family: Family, models: list[dict[str, Any]]) -> None:
-    """Asks one release about one class, and keeps the answers."""
+def list_questions(
+    family: Family, models: list[dict[str, Any]], scratch: Path
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder for the worker for each model of a class, and what is asked there."""
+    seen = set[str]()
+    complete = [complete_tensors(model["tensors"], family) for model in models]
+    examples = {find_pattern(name): (name, shape) for tensors in reversed(complete) for name, shape in tensors.items()}
+    for number, (model, own) in enumerate(zip(models, complete, strict=True)):
+        here = set(map(find_pattern, own))
+        others = dict(example for pattern, example in examples.items() if pattern not in here)
+        folder = scratch / f"model-{number}"
+        write_folder(folder, model, own, family)
+        experiments = list(list_experiments(own, others, seen))
+        (folder / "bnbfix-experiments.json").write_text(json.dumps([rows for _, rows in experiments]))
+        yield folder, {"shapes": own | others, "experiments": [what for what, _ in experiments]}
+    if axial := models[0]["axial"]:  # is the class built with the vision tower's rope as transformers 5.19 names it?
+        config = change(models[0]["config"], vision_config__rope_parameters=axial)
+        write_folder(scratch / "axial", {"config": config}, complete[0], family)
+        (scratch / "axial" / "bnbfix-experiments.json").write_text("[]")
+        yield scratch / "axial", {"axial": True}
+
+
+def survey(work: Path, release: str, python: Path, classes: dict[str, list[dict[str, Any]]]) -> None:
+    """Asks one release about classes, of which the models are given, in one vLLM process; keeps the answers."""
     with tempfile.TemporaryDirectory() as scratch:
-        folders, asked, seen = [], [], set[str]()
-        complete = [complete_tensors(model["tensors"], family) for model in models]
-        examples = {
-            find_pattern(name): (name, shape) for tensors in reversed(complete) for name, shape in tensors.items()
-        }
-        for number, (model, own) in enumerate(zip(models, complete, strict=True)):
-            here = set(map(find_pattern, own))
-            others = dict(example for pattern, example in examples.items() if pattern not in here)
-            folder = Path(scratch) / f"model-{number}"
-            write_folder(folder, model, own, family)
-            experiments = list(list_experiments(own, others, seen))
-            (folder / "bnbfix-experiments.json").write_text(json.dumps([rows for _, rows in experiments]))
-            folders.append(folder)
-            asked.append({"shapes": own | others, "experiments": [what for what, _ in experiments]})
-        answers = run_worker("expect", folders, seconds=SECONDS, python=str(python))
-    kept = work / "survey" / release / f"{name}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([a | b for a, b in zip(asked, answers, strict=True)]))
-    for answer in answers:
+        asked = []
+        for name, models in classes.items():
+            (Path(scratch) / name).mkdir()
+            asked += [(name, *question) for question in list_questions(FAMILIES[name], models, Path(scratch) / name)]
+        answers = run_worker("expect", [folder for _, folder, _ in asked], seconds=SECONDS, python=str(python))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in classes}
+    for (name, _, question), answer in zip(asked, answers, strict=True):
+        found[name].append(question | answer)
         print(f"{release} {name}:", (answer["error"] or "")[:200] or f"{len(answer['answers'])} answers", flush=True)
+    for name, kept in found.items():
+        path = work / "survey" / release / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept))
 
 
 def write_index() -> None:
@@ -268,13 +290,9 @@ def main() -> None:
         for name in classes
     }
     for release in [] if a.profiles else releases:
-        for name in classes:
-            if not (a.work / "survey" / release / f"{name}.json").exists():
-                python = venvs.build(release, folder / release)
-                survey(a.work, release, python, name, FAMILIES[name], models[name])
-            if models[name][0]["axial"] and not (a.work / "survey" / release / f"{name}.axial.json").exists():
-                python = venvs.build(release, folder / release)
-                survey_axial(a.work, release, python, name, FAMILIES[name], models[name][0])
+        missing = {n: models[n] for n in classes if not (a.work / "survey" / release / f"{n}.json").exists()}
+        if missing:
+            survey(a.work, release, venvs.build(release, folder / release), missing)
     FOLDER.mkdir(exist_ok=True)
     for name in classes:
         answers = {
@@ -282,12 +300,7 @@ def main() -> None:
             for release in venvs.PINS["releases"]
             if (kept := a.work / "survey" / release / f"{name}.json").exists()
         }
-        refused = {
-            release: json.loads(kept.read_text())["error"] is not None
-            for release in answers
-            if (kept := a.work / "survey" / release / f"{name}.axial.json").exists()
-        }
-        profile = build_profile(name, FAMILIES[name], models[name], answers, refused)
+        profile = build_profile(name, FAMILIES[name], models[name], answers)
         text = json.dumps(profile, separators=(",", ":"), sort_keys=True)
         (FOLDER / f"{name}.json").write_text(text + "\n")
         print(f"{name}: {len(text):,} bytes")

@@ -78,8 +78,9 @@ def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | 
     """The value of a feature for a model, or for one of its layers; "?" where the config does not tell.
 
     Kinds: `true` PATH; `item` PATH VALUE: the layer's item of a list is VALUE; `in` PATH: a list holds the layer's
-    number; `last` PATH COUNT: the layer is one of the last; `first` PATH: one of the first; `every` PATH: the layer's
-    number, counted from 1, is a multiple.
+    number; `last` PATH COUNT: the layer is one of the last; `first` PATH: one of the first; `after` PATH COUNT: after
+    the one whose output is used, counted from 1, or backwards from -1; `every` PATH: the layer's number, counted from
+    1, is a multiple.
     """
     kind, path, *rest = feature
     value = read(path)
@@ -95,6 +96,8 @@ def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | 
         return "?"
     if kind == "last" and type(count := read(rest[0])) is int:
         return str(int(layer >= count - value))
+    if kind == "after" and type(count := read(rest[0])) is int:
+        return str(int(layer > (count + value if value < 0 else value - 1)))
     if kind == "first":
         return str(int(layer < value))
     if kind == "every" and value > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -105,16 +105,24 @@ class RecordedExpectation:
                     out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
         return out
 
+    def _stack(self, pattern: str) -> Sequence[int] | None:
+        """The numbers of a stack's layers; None where they are not known."""
+        known = self._profile["stacks"].get(pattern)
+        if isinstance(known, list):
+            return known
+        length = self._size(known)
+        return None if length is None else range(length)
+
     def _expand(self, pattern: str) -> list[tuple[int, ...]]:
         """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""
         out: list[tuple[int, ...]] = [()]
         parts = pattern.split(".")
         for at, part in enumerate(parts):
             if part == "*":
-                length = self._size(self._profile["stacks"].get(find_pattern(".".join(parts[:at]))))
-                if len(out) * (length or 0) > MAX_PARAMETERS:
-                    raise InputError(f"asks for {length:,} of {'.'.join(parts[:at])}, which no model has", where=CONFIG)
-                out = [(*numbers, n) for numbers in out for n in range(length or 0)]
+                stack = self._stack(find_pattern(".".join(parts[:at]))) or ()
+                if len(out) * len(stack) > MAX_PARAMETERS:
+                    raise InputError(f"asks for {len(stack):,} {'.'.join(parts[:at])}, as no model has", where=CONFIG)
+                out = [(*numbers, n) for numbers in out for n in stack]
         return out
 
     def place(self, name: str) -> Place | None:
@@ -145,7 +153,15 @@ class RecordedExpectation:
 
     def rename(self, name: str) -> str | None:
         """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
-        return self._find_alias(name, accepted=False) if self.canonical(name) is None else None
+        if self.canonical(name) is None:
+            return self._find_alias(name, accepted=False)
+        place = self.place(name)
+        for pair in self._profile.get("dialects", ()) if place is not None and place.refused else ():
+            for theirs, ours in (pair, pair[::-1]):
+                other = self.place(ours + name[len(theirs) :]) if name.startswith(theirs) else None
+                if other is not None and not other.refused:
+                    return f"{ours}{name[len(theirs) :]}"
+        return None
 
     def _find_alias(self, name: str, *, accepted: bool) -> str | None:
         """The name with another beginning that the class has: one that the release reads, or one that it does not."""
@@ -160,8 +176,8 @@ class RecordedExpectation:
         pattern, numbers = find_pattern(name).split("."), iter(find_numbers(name))
         for at, part in enumerate(pattern):
             if part == "*":
-                number, length = next(numbers), self._size(self._profile["stacks"].get(".".join(pattern[:at])))
-                if length is not None and number >= length:
+                number, stack = next(numbers), self._stack(".".join(pattern[:at]))
+                if stack is not None and number not in stack:
                     return True
         return False
 
