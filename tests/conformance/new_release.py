@@ -41,7 +41,7 @@ from families import FAMILIES
 from packaging.requirements import Requirement
 from profile_builder import build_profile
 from run import CELLS, NEW_CONFIG, environment, make
-from survey import SHAPES_RELEASE, find_shapes, survey, survey_axial, write_index
+from survey import SHAPES_RELEASE, find_shapes, survey, write_index
 
 import bnbfix
 from bnbfix.engines.engine import Place, ReleaseRange, version_key
@@ -279,18 +279,15 @@ def write_pins(pins: dict[str, Any]) -> None:
 
 def survey_profiles(release: str, work: Path, folder: Path, python: Path) -> list[str]:
     """Extends every profile by a release, and returns in words what it does otherwise."""
+    shapes, answers = venvs.build(SHAPES_RELEASE, folder / SHAPES_RELEASE), work / "survey" / release
+    models = {name: find_shapes(work, name, FAMILIES[name], shapes) for name in list_profiles()}
+    if unasked := {name: m for name, m in models.items() if not (answers / f"{name}.json").exists()}:
+        survey(work, release, python, unasked)
     lines = []
-    for name in list_profiles():
-        kept = work / "survey" / release / f"{name}.json"
-        models = find_shapes(work, name, FAMILIES[name], venvs.build(SHAPES_RELEASE, folder / SHAPES_RELEASE))
-        if not kept.exists():
-            survey(work, release, python, name, FAMILIES[name], models)
-        axial = kept.with_suffix(".axial.json")
-        if models[0]["axial"] and not axial.exists():
-            survey_axial(work, release, python, name, FAMILIES[name], models[0])
-        refused = {release: json.loads(axial.read_text())["error"] is not None} if axial.exists() else {}
+    for name in models:
+        answer = json.loads((answers / f"{name}.json").read_text())
         try:
-            alone = build_profile(name, FAMILIES[name], models, {release: json.loads(kept.read_text())}, refused)
+            alone = build_profile(name, FAMILIES[name], models[name], {release: answer})
         except AssertionError as e:  # the release distinguishes layers by what no feature of the class says
             lines.append(f"{name}: not extended, since a feature is missing in families.py: {e}")
             continue
