@@ -7,7 +7,7 @@ hf jobs run --flavor cpu-upgrade --timeout 12h --secrets HF_TOKEN --volume "hf:/
   python:3.12 bash -uc '
     pip install --quiet "bnbfix[repair]" || exit
     cp "/results/fleet-$1.jsonl" .
-    bnbfix fleet "$1" --org "$0" "${@:2}"
+    timeout --signal INT 11h bnbfix fleet "$1" --org "$0" "${@:2}"
     code=$?
     cp "fleet-$1.jsonl" "fleet-$1.html" /results
     exit $code' "$org" "$what" "${@:4}"

@@ -47,10 +47,8 @@ def _body(rows: Sequence[Row], label: str) -> Iterator[str]:
         yield f'<tr><th scope="row">{_e(row.model)}<td>{shown}'
         yield "".join(f"<td>{cells.get(head, '')}" for head in heads) + f"<td>{because}"
     if releases:
-        bad = [
-            sum((v.first, v.last) == head and v.verdict in COUNTING for r in rows for v in r.releases) for head in heads
-        ]
-        yield '<tr><th scope="row">models that do not load as they should<td>' + "".join(f"<td>{n}" for n in bad)
+        bad = Counter((v.first, v.last) for row in rows for v in row.releases if v.verdict in COUNTING)
+        yield '<tr><th scope="row">models with findings<td>' + "".join(f"<td>{bad[head]}" for head in heads)
     yield "</tbody></table></div></section>"
 
 
