@@ -30,6 +30,7 @@ REPAIR: tuple[Fix, ...] = (
     weights.set_quant_storage,
     config.untie_lm_head,
     config.write_legacy_config,
+    config.write_soft_tokens,
 )
 
 # For tensor parallelism, releases that refuse a mixture of experts in 4 bits, LLM.int8 and other engines.
@@ -40,6 +41,7 @@ DEQUANTIZE_ALL: tuple[Fix, ...] = (
     weights.dequantize_everything,
     kv_projections.insert_shared,
     config.write_legacy_config,
+    config.write_soft_tokens,
     config.untie_lm_head,
     config.remove_quantization_config,
 )

@@ -134,6 +134,37 @@ def check_float16(case: Case) -> Iterator[Hit]:
             yield Hit(Severity.NOTE, (), words, "not in the weights: serve it with `--dtype bfloat16`")
 
 
+@rule(
+    Code.SOFT_TOKENS,
+    "vision_config without num_soft_tokens",
+    why="vLLM reads vision_config.num_soft_tokens of Gemma4Unified, which published configs leave out. They load, "
+    "and it stops where it prepares the first image: `'Gemma4UnifiedVisionConfig' object has no attribute "
+    "'num_soft_tokens'`.",
+    fix="num_soft_tokens is set to default_output_length, the same number under the name that transformers reads.",
+    upstream=[44796],
+    release_independent=True,
+    after_loading=True,
+)
+def check_soft_tokens(case: Case) -> Iterator[Hit]:
+    vision = case.inspection.checkpoint.config.get("vision_config")
+    if case.inspection.model.family.name == "gemma4_unified" and isinstance(vision, dict):
+        if vision.get("num_soft_tokens") is None:
+            known = type(vision.get("default_output_length")) is int
+            reason = None if known else "take it from the config.json of the original model"
+            yield Hit(Severity.FAILS, (), "config.json: vision_config has no num_soft_tokens", reason)
+
+
+def write_soft_tokens(request: Request, so_far: Changes) -> Changes:
+    """Writes num_soft_tokens next to the key that says the same."""
+    vision = request.inspection.checkpoint.config.get("vision_config")
+    if request.inspection.model.family.name != "gemma4_unified" or not isinstance(vision, dict):
+        return Changes()
+    length = vision.get("default_output_length")
+    if vision.get("num_soft_tokens") is not None or type(length) is not int:
+        return Changes()
+    return Changes(config=(ConfigEdit(("vision_config", "num_soft_tokens"), length, Code.SOFT_TOKENS),))
+
+
 def _text_path(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Where config.json has the language model's keys."""
     return ("text_config",) if isinstance(config.get("text_config"), dict) else ()

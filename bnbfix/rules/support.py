@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..engines.engine import version_key
-from ..engines.vllm.releases import plugin_bounds, ranges, unfit_plugin
+from ..engines.vllm.recorded import find_refusal
+from ..engines.vllm.releases import plugin_bounds, unfit_plugin
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
 if TYPE_CHECKING:
@@ -20,15 +21,18 @@ _OLDER = "; ".join(f"before vLLM {vllm}: pip install 'vllm-bnb-plugin<{plugin}'"
 
 @rule(
     Code.UNKNOWN_CLASS,
-    "model class unknown to the release",
-    why="The release has no class for this architecture.",
-    fix="Nothing in the checkpoint; a newer vLLM is needed.",
+    "model class that the release does not load",
+    why="The release has no class for this architecture, or refuses it under bitsandbytes: `Model ... does not support "
+    "BitsAndBytes quantization yet`.",
+    fix="Nothing in the checkpoint; another vLLM is needed.",
 )
 def check_unknown_class(case: Case) -> Iterator[Hit]:
     name = case.inspection.model.family.architecture
     if case.expectation is None:
-        first = next(r.first for r in ranges() if name in r.classes)
-        yield Hit(Severity.FAILS, (), f"{name} is unknown to the release", f"{name} exists from vLLM {first} on")
+        refusal = find_refusal(case.inspection.model, case.release)
+        words = f"{name} is unknown to the release" if refusal is None else f"the release refuses it: {refusal}"
+        loading = releases_where(lambda r: name in r.classes)
+        yield Hit(Severity.FAILS, (), words, f"{loading} loads a {name}")
 
 
 @rule(

@@ -26,9 +26,9 @@ class Family:
     configs: list[Config]
     features: dict[str, list[str]] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)  # other names to try: (part of a name, what instead)
-    dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
     processor: str | None = None  # of a processor_config.json that the class needs
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
+    dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
 
 
 def change(config: Config, **changes: Any) -> Config:

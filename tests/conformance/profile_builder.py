@@ -22,6 +22,7 @@ from bnbfix.engines.vllm.profiles import (
 
 MAX_FEATURES = 4  # that one answer may depend on
 MAX_CONSTANT = 4  # kernels of convolutions, channels of images
+UNKNOWN_CLASS = ("are not supported for now", "The checkpoint you are trying to load")  # says vLLM, and transformers
 Answer = Any  # JSON
 
 
@@ -83,14 +84,15 @@ def build_profile(
     refuses_axial = {r: 1 for r, answers in releases.items() if any(a["error"] for a in answers if "axial" in a)}
     releases = {r: [a for a in answers if "axial" not in a] for r, answers in releases.items()}
     linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
-    known = {r: answers for r, answers in releases.items() if not all(a["error"] for a in answers)}
+    refused = {r: _find_refusal(answers) for r, answers in releases.items()}
+    known = {r: answers for r, answers in releases.items() if refused[r] is None}
     by_release = {r: _describe_release(models, answers) for r, answers in known.items()}
     paths = {path for _, path, *rest in family.features.values() for path in (path, *rest)}
     profile: dict[str, Any] = {
         "schema": 1,
         "architecture": name,
         "model_types": sorted({c["model_type"] for c in models.configs}),
-        "known": _merge_releases(dict.fromkeys(known, 1), list(releases)),
+        "known": _merge_releases({r: 1 if w is None else w or None for r, w in refused.items()}, list(releases)),
         "features": family.features,
         "linears": linears,
         "stacks": _fit_stacks(models, shapes, list(known.values())),
@@ -116,6 +118,17 @@ def build_profile(
     derived = {path: derive_size(path, partial(read_path, models.defaults[0])) for path in defaults}
     profile["defaults"] = {p: v for p, v in defaults.items() if isinstance(v, int) and v != derived[p]}
     return profile
+
+
+def _find_refusal(answers: list[dict[str, Any]]) -> str | None:
+    """Why a release loads no checkpoint of a class; "" where it does not know the class, None where it loads some."""
+    built = [a for a in answers if not a["error"]]
+    if not built:
+        unknown = any(words in a["error"] for a in answers for words in UNKNOWN_CLASS)
+        return "" if unknown else str(answers[0]["error"]).partition("\n")[0][:200]
+    tries = [answer for a in built for answer in a["answers"]]
+    first = tries[0].get("error", "")
+    return first if first and all(t.get("error") == first for t in tries) else None
 
 
 def _list_paths(value: Any) -> Iterator[str]:

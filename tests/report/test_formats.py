@@ -45,7 +45,7 @@ def test_codes_are_selected_by_their_beginnings_and_ignored() -> None:
     chosen = Selection.parse(["bnb2,BNB3"], ["BNB301", "BNB204"]).of(found)
     assert [f.code.value for f in chosen] == [
         *("BNB201", "BNB202", "BNB203", "BNB205", "BNB206", "BNB207", "BNB208", "BNB209"),
-        *("BNB302", "BNB303", "BNB304", "BNB305", "BNB306", "BNB307", "BNB308", "BNB309"),
+        *("BNB302", "BNB303", "BNB304", "BNB305", "BNB306", "BNB307", "BNB308", "BNB309", "BNB310"),
     ]
     assert Selection.parse(ignore=["BNB"]).of(found) == ()
 

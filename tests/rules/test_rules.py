@@ -311,6 +311,11 @@ def float16(folder: Path) -> None:
         config["dtype"] = "float16"
 
 
+def no_soft_tokens(folder: Path) -> None:
+    with json_of(folder) as config:
+        del config["vision_config"]["num_soft_tokens"]
+
+
 def text_class(folder: Path) -> None:
     with json_of(folder) as config:
         config["architectures"] = ["Gemma4ForCausalLM"]
@@ -711,6 +716,7 @@ FOUND = [
     Found(Code.QUANTIZATION_CONFIG, "text", "all", "0.32.0", quantization(load_in_8bit=True), "8 bits", releases=ALL),
     Found(Code.OTHER_CLASS, "dense31b", "all", "0.27.1", text_class, severity=NOTE, releases=ALL),
     Found(Code.FLOAT16, "dense31b", "all", "0.27.1", float16, severity=NOTE, releases=ALL),
+    Found(Code.SOFT_TOKENS, "unified12b", "all", "0.27.1", no_soft_tokens, releases=FROM_023),
     Found(
         Code.EXPERT_LINEARS,
         "moe26b",
@@ -993,6 +999,8 @@ ABSENT = [
     Case(Code.OTHER_CLASS, "dense31b", "all", "portable"),
     Case(Code.OTHER_CLASS, "text", "all", "portable"),
     Case(Code.FLOAT16, "dense31b", "all", "portable"),
+    Case(Code.SOFT_TOKENS, "unified12b", "all", "portable"),
+    Case(Code.SOFT_TOKENS, "dense31b", "all", "portable"),
     Case(Code.FLOAT16, "e4b", "all", "portable", float16, "no standardize"),
     Case(Code.FLOAT16, "text", "all", "portable", float16, "no tower"),
     Case(Code.EXPERT_LINEARS, "moe26b", "all", "portable"),

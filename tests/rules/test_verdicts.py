@@ -94,7 +94,7 @@ def test_a_repaired_checkpoint_scans_clean_and_a_second_repair_has_nothing_to_do
     family: str, quant: str, target: str, pristine: Make, tmp_path: Path
 ) -> None:
     if family == "unified12b" and target == "0.22.1":
-        with pytest.raises(bnbfix.Unrepairable, match="unknown to the release"):
+        with pytest.raises(bnbfix.Unrepairable, match="Generation is unknown to the release"):
             bnbfix.plan_repair(pristine(family, quant), target)
         return
     result = bnbfix.repair(pristine(family, quant), tmp_path / "out", target)

@@ -44,7 +44,7 @@ def fill_pattern(pattern: str, numbers: Iterable[int]) -> str:
 
 @cache
 def known_classes() -> dict[str, list[list[Any]]]:
-    """The classes that have a profile, with rows [first release, last release, 1] of where vLLM loads them."""
+    """The classes that have a profile, with rows [first release, last release, 1 or why it refuses them]."""
     return dict(json.loads((FOLDER / INDEX).read_text("utf-8")))
 
 

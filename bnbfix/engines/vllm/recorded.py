@@ -38,6 +38,7 @@ class RecordedExpectation:
         self._rows = _rows_of(profile["architecture"], release)
         self._vectors: dict[tuple[str, int | None], str] = {}
         self._sizes: dict[str, int | None] = {}
+        self._places: dict[str, Place | None] = {}
         self._answers: dict[tuple[str, str, int | None], Any] = {}
 
     def _read(self, path: str) -> Any:
@@ -127,6 +128,11 @@ class RecordedExpectation:
 
     def place(self, name: str) -> Place | None:
         """Where the release puts a tensor of the file; None where that was not surveyed."""
+        if name not in self._places:
+            self._places[name] = self._find_place(name)
+        return self._places[name]
+
+    def _find_place(self, name: str) -> Place | None:
         canonical = self.canonical(name)
         if canonical is None:
             return self._place_unknown(name)
@@ -264,9 +270,15 @@ def check_class(model: Model) -> None:
         raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)
 
 
+def find_refusal(model: Model, release: ReleaseRange) -> str | None:
+    """Why a release loads no checkpoint of the model's class; None where it loads some, or does not know the class."""
+    found = overlapping_row(known_classes().get(model.family.architecture, ()), release.first, release.last)
+    return found if isinstance(found, str) else None
+
+
 def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:
     """What a range of releases expects of a model; None where its class was not surveyed in it."""
     profile = load_profile(model.family.architecture)
-    if profile is None or overlapping_row(profile["known"], release.first, release.last) is None:
+    if profile is None or overlapping_row(profile["known"], release.first, release.last) != 1:
         return None
     return RecordedExpectation(profile, release, model)

@@ -30,16 +30,17 @@ def _table() -> dict[str, Any]:
 def ranges() -> tuple[ReleaseRange, ...]:
     """The table, oldest range first."""
     types = get_type_hints(ReleaseRange)
-    rows = []
+    out = []
     for row in _table()["ranges"]:
-        found = (name for name, known in known_classes().items() if overlapping_row(known, row["first"], row["last"]))
+        known = known_classes().items()
+        found = (name for name, rows in known if overlapping_row(rows, row["first"], row["last"]) == 1)
         values = row | {"classes": frozenset(found)}
         for name, kind in types.items():
             allowed = get_args(kind) if get_origin(kind) is Literal else None
             if name not in values or (allowed and values[name] not in allowed):
                 raise ValueError(f"releases.json: {row['first']}: {name} is {values.get(name)!r}")
-        rows.append(ReleaseRange(**values))
-    return tuple(rows)
+        out.append(ReleaseRange(**values))
+    return tuple(out)
 
 
 def format_ranges(found: Iterable[ReleaseRange]) -> str:

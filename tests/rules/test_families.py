@@ -1,0 +1,141 @@
+"""Classes other than Gemma4: verdicts as real vLLM gave them, and repairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bnbfix
+from bnbfix.engines.engine import matching_entries
+from bnbfix.engines.transformers import transformers_linears, transformers_skips
+from bnbfix.models.inspection import inspect_checkpoint
+from tests.support.build import opened, scan
+from tests.support.families import SHAPES, make_family
+
+RELEASES = ("0.22.1", "0.27.1", "0.32.0")
+LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
+QWEN, GEMMA = "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration"
+LLAVA = "LlavaNextForConditionalGeneration"
+VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
+    (LLAMA, "all"): "loads loads loads",
+    (LLAMA, "skip"): "loads loads loads",
+    (LLAMA, "partial"): "fails fails wrong",
+    (MOE, "all"): "fails fails fails",
+    (MOE, "skip"): "fails fails fails",
+    (QWEN, "all"): "loads loads loads",
+    (QWEN, "skip"): "fails fails wrong",
+    (QWEN, "partial"): "fails fails wrong",
+    (GEMMA, "all"): "fails fails fails",
+    (GEMMA, "skip"): "fails fails fails",
+    (LLAVA, "skip"): "fails fails fails",
+}
+REFUSED = {
+    (MOE, "0.27.1"): "a mixture of experts, which the release refuses",  # it reports the experts under other names
+    (MOE, "portable"): "a mixture of experts, which the release refuses",
+    (LLAVA, "0.22.1"): "No 'packed_modules_mapping' found",
+    (LLAVA, "0.27.1"): "No 'packed_modules_mapping' found",
+}
+MODEL = "model.safetensors"
+
+Make = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, form: str) -> Path:
+        if (name, form) not in made:
+            made[name, form] = make_family(tmp_path_factory.mktemp("family") / form, name, form)
+        return made[name, form]
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "form"), VERDICTS, ids=lambda x: str(x))
+def test_the_verdict_is_that_of_each_release(name: str, form: str, family: Make) -> None:
+    seen = [str(scan(family(name, form), release).verdict) for release in RELEASES]
+    assert " ".join(seen) == VERDICTS[name, form]
+
+
+@pytest.mark.parametrize("target", [*RELEASES, "portable"])
+@pytest.mark.parametrize(("name", "form"), VERDICTS, ids=lambda x: str(x))
+def test_a_repair_loads_in_its_target_and_its_skip_list_reads_alike_in_transformers(
+    name: str, form: str, target: str, family: Make, tmp_path: Path
+) -> None:
+    source, out = family(name, form), tmp_path / "out"
+    if (words := REFUSED.get((name, target))) is not None:
+        with pytest.raises(bnbfix.Unrepairable, match=words):
+            bnbfix.repair(source, out, vllm=target, device="cpu")
+        return
+    if scan(source, target).ok:
+        return
+    bnbfix.repair(source, out, vllm=target, device="cpu")
+    assert scan(out, target).ok and bnbfix.verify(out, source).ok
+    inspection = inspect_checkpoint(opened(out))
+    entries = inspection.checkpoint.skip_modules
+    for linear, module in transformers_linears(inspection.linears, inspection.model):
+        if linear.role.kind not in ("lm_head", "expert"):
+            assert bool(matching_entries(entries, module, transformers_skips)) != linear.quantized, module
+
+
+def test_a_skip_list_costs_config_json_only(family: Make, tmp_path: Path) -> None:
+    source = family(QWEN, "skip")
+    bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu")
+    assert (source / MODEL).read_bytes() == (tmp_path / "out" / MODEL).read_bytes()
+    skip = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert "visual" in skip and "model.visual.blocks.0.attn.qkv" in skip, "vLLM's spelling, and transformers'"
+
+
+def test_names_of_the_tower_that_the_release_does_not_read_are_renamed(family: Make, tmp_path: Path) -> None:
+    source = family(GEMMA, "skip")
+    bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu")
+    before, after = load_file(source / MODEL), load_file(tmp_path / "out" / MODEL)
+    name = "vision_tower.{}encoder.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(before[name.format("")], after[name.format("vision_model.")])
+    assert len(before) == len(after)
+
+
+def test_experts_are_quantized_and_the_router_is_skipped(family: Make, tmp_path: Path) -> None:
+    bnbfix.repair(family(MOE, "all"), tmp_path / "out", vllm="0.32.0", device="cpu")
+    after = load_file(tmp_path / "out" / MODEL)
+    assert after["model.layers.0.mlp.experts.3.up_proj.weight"].dtype == torch.uint8
+    assert after["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [LLAMA, MOE])
+def test_full_precision_keeps_the_names_of_experts(name: str, family: Make, tmp_path: Path) -> None:
+    bnbfix.repair(family(name, "all"), tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
+    after = load_file(tmp_path / "out" / MODEL)
+    assert set(after) == set(SHAPES[name]["tensors"])
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", [LLAMA, QWEN])
+def test_a_tensor_that_is_lost_renamed_or_reshaped_does_not_load(
+    name: str, release: str, family: Make, tmp_path: Path
+) -> None:
+    tensors = load_file(family(name, "all") / MODEL)
+    config = (family(name, "all") / "config.json").read_text()
+
+    def verdict(changed: dict[str, torch.Tensor]) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        save_file(changed, folder / MODEL, {"format": "pt"})
+        (folder / "config.json").write_text(config)
+        return str(scan(folder, release).verdict)
+
+    assert verdict(tensors) == "loads"
+    for victim in [n for n in tensors if n.endswith(("norm.weight", "q_proj.weight"))][:3]:
+        own = {n: t for n, t in tensors.items() if n == victim or n.startswith(victim + ".")}
+        rest = {n: t for n, t in tensors.items() if n not in own}
+        assert verdict(rest) == "fails", victim
+        assert verdict(rest | {n.replace(victim, "x" + victim): t for n, t in own.items()}) == "fails", victim
+        if len(own) == 1:
+            assert verdict(rest | {victim: torch.zeros(8, dtype=torch.bfloat16)}) == "fails", victim
