@@ -1,6 +1,5 @@
 """Loads the weights of folders by real vLLM, bytes and all, without a forward pass. Run inside an environment.
 
-
     VENV/bin/python tests/conformance/real_load.py FOLDER [FOLDER ...]
 
 For each folder a line of JSON: {folder, error, quantized, unbound, requantized}.
