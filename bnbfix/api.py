@@ -68,7 +68,7 @@ def choose_live(dry_load: LiveVllm | bool) -> LiveVllm | None:
 
 
 def scan(
-    path: StrPath, vllm: str | None = None, *, revision: str | None = None, dry_load: LiveVllm | bool = False
+    path: StrPath | Source, vllm: str | None = None, *, revision: str | None = None, dry_load: LiveVllm | bool = False
 ) -> ScanResult:
     """Reports what would go wrong with a checkpoint, where, and what fixes it. Reads headers, never weights.
 
@@ -95,10 +95,14 @@ def scan(
     """
     live = choose_live(dry_load)
     target = choose_target(vllm, live)
-    checkpoint = open_checkpoint(open_source(path, revision))
+    checkpoint = open_checkpoint(_open(path, revision))
     if live is None:
         return scan_checkpoint(checkpoint, target)
     return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
+
+
+def _open(path: StrPath | Source, revision: str | None) -> Source:
+    return open_source(path, revision) if isinstance(path, str | os.PathLike) else path
 
 
 def scan_many(
@@ -232,7 +236,7 @@ def plan_repair(
     from .planner.plan import MAX_SHARD_SIZE, Options
     from .planner.plan_repair import check_plan, plan_checkpoint
 
-    source = open_source(path, revision) if isinstance(path, str | os.PathLike) else path
+    source = _open(path, revision)
     if out is not None:
         from .writer.staging import check_destination
 

@@ -33,21 +33,23 @@ FOLDERS = (
     "verifier",
     "report",
     "api",
+    "fleet",
     "cli",
     "__init__",
     "__main__",
 )
 INSIDE = "engines.vllm.inside"  # runs in a process of its own, under any Python that has vLLM: it knows only itself
-NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "cli"}
+NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "fleet", "cli"}
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
     "torch": {"kernels.bnb", *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe"))},
     "bitsandbytes": {"kernels.bnb", f"{INSIDE}.dry_load", f"{INSIDE}.engine"},
-    "huggingface_hub": {"hub.source", "hub.client"},
+    "huggingface_hub": {"hub.source", "hub.client", "hub.listing"},
     "numpy": {"kernels.reference", "kernels.native"},
+    "ray": {"fleet.cluster"},
     "rich": {"report.results", "report.terminal"},
-    "typer": {f"cli.{name}" for name in ("app", "options", "releases", "repair", "scan", "verify")},
+    "typer": {f"cli.{name}" for name in ("app", "fleet", "options", "releases", "repair", "scan", "verify")},
     "vllm": {f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe")},
     "vllm_bnb_plugin": {f"{INSIDE}.probe"},
 }

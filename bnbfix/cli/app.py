@@ -9,6 +9,7 @@ import typer
 
 from ..__version__ import __version__
 from ..errors import UsageError
+from .fleet import app as fleet
 from .options import EPILOG
 from .releases import explain, releases, schema
 from .repair import repair
@@ -32,6 +33,7 @@ for command, examples in (
     (schema, "bnbfix schema scan"),
 ):
     app.command(epilog=f"Example: {examples}")(command)
+app.add_typer(fleet)
 
 
 def _version(value: bool) -> None:

@@ -1,9 +1,10 @@
-"""The command line: its signals, its errors and its exit codes. `app` has its commands."""
+"""The command line: its streams, its signals, its errors and its exit codes. `app` has its commands."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import sys
 
@@ -13,7 +14,6 @@ from ..report.terminal import print_error
 from .plain_scan import parse_plain_scan
 from .run_scan import run_scan
 from .signals import INTERRUPTED, Interrupted, Signals, exit_interrupted
-from .streams import drop_output, open_streams
 
 
 def main() -> None:
@@ -75,3 +75,29 @@ def _run_command(arguments: list[str]) -> int:
 def _report(message: str, hint: str | None, command: str) -> None:
     with contextlib.suppress(OSError):  # of stderr itself
         print_error(message, hint, command)
+
+
+def open_streams() -> None:
+    """Put the null device in the place of standard streams that are closed.
+
+    Else Python has None there, and the next files that are opened get their numbers: what a library in C prints to
+    stderr would be written into the output.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:  # it stays open as long as the process
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold characters that stdout's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Forget what was printed and cannot be written: at its end Python would try again, and end with status 120."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -127,7 +127,7 @@ def repair(
     show_logs(verbose)
     pushing = push_to is not None or create_pr
     _check_place(out, in_place, dry_run, pushing)
-    options = WriteOptions(device, hardlink, workers, _read_size(max_memory, "--max-memory"))
+    options = WriteOptions(device, hardlink, workers, read_size(max_memory, "--max-memory"))
     source = open_source(model, revision)
     to = resolve_destination(source, push_to, create_pr=create_pr, private=private)
     if to is not None:
@@ -140,7 +140,7 @@ def repair(
             source,
             vllm,
             bf16=bf16,
-            max_shard_size=_read_size(max_shard_size, "--max-shard-size"),
+            max_shard_size=read_size(max_shard_size, "--max-shard-size"),
             partial_groups=partial_groups,
             out=out,
             overwrite=overwrite,
@@ -261,7 +261,7 @@ def _push_config(plan: Plan, to: Destination, *, quiet: bool) -> tuple[RepairRes
     return RepairResult(plan, None, hashes), pushed
 
 
-def _read_size(text: str | None, option: str) -> int | None:
+def read_size(text: str | None, option: str) -> int | None:
     """Bytes of a size like 5GB, 500MB, 2GiB or 1000000; raises UsageError for anything else. None stays None."""
     if text is None:
         return None

@@ -135,18 +135,21 @@ def live_vllm(dry_load: bool, python: str | None, *, quiet: bool) -> LiveVllm | 
 
 def _list_models(options: ScanOptions) -> list[str]:
     """The models of the command line and of --from, each once, in order."""
-    models, source = list(options.models), options.source
-    if source is not None:
-        try:
-            text = sys.stdin.read() if source == "-" else Path(source).read_text("utf-8")
-        except (OSError, ValueError) as e:
-            raise UsageError(f"--from cannot be read ({getattr(e, 'strerror', None) or e})", where=source) from e
-        models += read_names(text, "stdin" if source == "-" else source)
+    models = [*options.models, *(read_listed(options.source) if options.source is not None else ())]
     if not models:
         raise UsageError(
             "Missing argument 'MODEL'", hint="Give folders or repos, or a file that lists them: --from FILE."
         )
     return list(dict.fromkeys(models))
+
+
+def read_listed(source: str) -> list[str]:
+    """The models of --from."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text("utf-8")
+    except (OSError, ValueError) as e:
+        raise UsageError(f"--from cannot be read ({getattr(e, 'strerror', None) or e})", where=source) from e
+    return read_names(text, "stdin" if source == "-" else source)
 
 
 def _renderer(format: ScanFormat, several: bool) -> Render:

@@ -1,13 +1,12 @@
 """Talk to the Hub: transient errors are retried, each other error gets its own message, a push is one commit.
 
-Next to source.py this is the only module that imports huggingface_hub. Exceptions of other packages are never chained
-to our errors: their messages may hold signed URLs, or a header with the token.
+Only this module, source.py and listing.py import huggingface_hub. Exceptions of other packages are never chained to our
+errors: their messages may hold signed URLs, or a header with the token.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import threading
 import time
@@ -33,12 +32,11 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, t
 
 from ..checkpoint.source import Progress
 from ..errors import BnbfixError, HubError, UsageError
-from .limits import answer_limit
+from .limits import answer_limit, patience, read_wait
 from .parallel import connections, current_stop, run_parallel
 
 TRIES = 5
 FIRST_WAIT, LAST_WAIT = 0.5, 8.0  # seconds between tries, doubled each time
-PATIENCE = 60.0  # seconds; a 429 that asks for more is an error at once
 RETRIED = (408, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10  # of one download
 MAX_ANSWER = 200_000_000  # bytes of a listing; that of a repo with 10,000 files has 3 MB
@@ -158,12 +156,9 @@ def no_answer_error(error: BaseException, asked: HubRequest) -> HubError:
 def error_from_response(answer: Any, asked: HubRequest) -> HubError | RetryableError:
     """Return what a status means: an error at once, or a transient one."""
     headers, status = answer.headers, answer.status_code
-    after = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After", "")) or re.search(
-        r"r=0\b.*?\bt=(\d+)", headers.get("RateLimit", "")
-    )
-    wait = float(after[1]) if after and status in (429, 503) else None
+    wait = read_wait(status, headers)
     error = hub_error(status, headers.get("X-Error-Code"), asked, wait)
-    return RetryableError(error, wait) if status in RETRIED and (wait or 0) <= PATIENCE else error
+    return RetryableError(error, wait) if status in RETRIED and (wait or 0) <= patience() else error
 
 
 def hub_error(status: int, code: str | None, asked: HubRequest, wait: float | None = None) -> HubError:

@@ -48,8 +48,8 @@ OPEN = 8  # up to this many names are shown at once; more are behind a click
 def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     """The page. Outcomes should carry their layer maps."""
     found = list(outcomes)
-    text = "\n".join(_page(found))
-    yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
+    title = _e(found[0].model) if len(found) == 1 else count(len(found), "model")
+    yield from render_page(title, _body(found))
 
 
 def render_frame(result: ScanResult) -> str:
@@ -63,10 +63,15 @@ def style() -> str:
     return resources.files(__package__).joinpath("assets", "html.css").read_text("utf-8").strip()
 
 
-def _page(found: Sequence[ScanOutcome]) -> Iterator[str]:
+def render_page(title: str, body: Iterable[str]) -> Iterator[str]:
+    """A page around HTML."""
+    text = "\n".join(_page(title, body))
+    yield text.encode("ascii", "xmlcharrefreplace").decode() + "\n"
+
+
+def _page(title: str, body: Iterable[str]) -> Iterator[str]:
     css = style()
     own = b64encode(sha256(css.encode()).digest()).decode()
-    title = _e(found[0].model) if len(found) == 1 else count(len(found), "model")
     yield f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -81,11 +86,15 @@ form-action 'none'">
 </head>
 <body>
 <main>"""
+    yield from body
+    yield f"</main>\n<footer>bnbfix {__version__}</footer>\n</body>\n</html>"
+
+
+def _body(found: Sequence[ScanOutcome]) -> Iterator[str]:
     if len(found) > 1:
         yield from _summary(found)
     for i, o in enumerate(found, 1):
         yield from _model(o, f"m{i}")
-    yield f"</main>\n<footer>bnbfix {__version__}</footer>\n</body>\n</html>"
 
 
 def _summary(found: Sequence[ScanOutcome]) -> Iterator[str]:
@@ -93,7 +102,7 @@ def _summary(found: Sequence[ScanOutcome]) -> Iterator[str]:
     yield f'<section class="summary"><h1>{_e(totals(rows))}</h1>\n<div class="scroll"><table class="list">'
     yield '<thead><tr><th scope="col">model<th scope="col">verdict<th scope="col">because of</thead><tbody>'
     for i, row in enumerate(rows, 1):
-        yield f'<tr><th scope="row"><a href="#m{i}">{_e(row.model)}</a><td>{_verdict(row.verdict)}'
+        yield f'<tr><th scope="row"><a href="#m{i}">{_e(row.model)}</a><td>{mark_verdict(row.verdict)}'
         yield f"<td>{_e(row.because)}"
     yield "</tbody></table></div></section>"
 
@@ -102,7 +111,7 @@ def _model(o: ScanOutcome, key: str) -> Iterator[str]:
     yield f'<article id="{key}">'
     if o.result is None:
         verdict = summarize(o).verdict
-        yield f"<header><h1>{_e(o.model)}</h1>\n<p>{_verdict(verdict)} {_e(str(o.error))}</p>"
+        yield f"<header><h1>{_e(o.model)}</h1>\n<p>{mark_verdict(verdict)} {_e(str(o.error))}</p>"
         yield f"<p>{_e(o.error.hint)}</p></header>" if o.error and o.error.hint else "</header>"
     else:
         yield from _header(o, o.result)
@@ -116,14 +125,15 @@ def _model(o: ScanOutcome, key: str) -> Iterator[str]:
 def _header(o: ScanOutcome, result: ScanResult) -> Iterator[str]:
     last = conclude(o)
     yield f"<header><h1>{_e(o.model)}</h1>\n<p>{_e(contents(result))}</p>"
-    yield f'<p class="last">{_verdict(result.verdict)} {_e(last.words)}</p>'
+    yield f'<p class="last">{mark_verdict(result.verdict)} {_e(last.words)}</p>'
     for step in after_scan(o):
         yield f"<p>{_e(step.words)}</p>"
         yield from (f"<pre><code>{_e(command)}</code></pre>" for command in step.commands)
     yield "</header>"
 
 
-def _verdict(verdict: str) -> str:
+def mark_verdict(verdict: str) -> str:
+    """A verdict with its sign, in its colour."""
     return f'<span class="verdict {verdict}"><span aria-hidden="true">{SIGNS[verdict]}</span> {verdict}</span>'
 
 
@@ -134,7 +144,7 @@ def _releases(result: ScanResult, key: str) -> Iterator[str]:
     yield '<th scope="col">because of</thead><tbody>'
     for v in matrix(result.releases):
         codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in reported else c for c in v.codes.split())
-        yield f'<tr><th scope="row">{v.releases}<td>{_verdict(v.verdict)}'
+        yield f'<tr><th scope="row">{v.releases}<td>{mark_verdict(v.verdict)}'
         yield f'<td class="n">{v.tensors or ""}<td>{codes}'
     yield "</tbody></table></div></section>"
 

@@ -44,7 +44,7 @@ def render(outcomes: Iterable[ScanOutcome]) -> Iterator[str]:
     if len(seen) > 1:
         yield "## Summary\n\n"
         rows = [(code(r.model), f"{EMOJI[r.verdict]} {r.verdict}", escape(r.because)) for r in seen]
-        yield from (line + "\n" for line in _table(("model", "verdict", "because of"), rows))
+        yield from (line + "\n" for line in render_table(("model", "verdict", "because of"), rows))
         yield f"\n{totals(seen)}\n"
 
 
@@ -73,10 +73,11 @@ def _releases(result: ScanResult) -> Iterator[str]:
     rows = [
         (v.releases, f"{EMOJI[v.verdict]} {v.verdict}", str(v.tensors or ""), v.codes) for v in matrix(result.releases)
     ]
-    return _table(("vLLM", "verdict", "tensors", "because of"), rows)
+    return render_table(("vLLM", "verdict", "tensors", "because of"), rows)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def render_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table."""
     yield f"| {' | '.join(heads)} |"
     yield f"|{'|'.join('---' for _ in heads)}|"
     for row in rows:

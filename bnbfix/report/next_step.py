@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # a scan needs none of these
     from ..writer.write import RepairResult
 
 
-COMMANDS = ("scan", "repair", "verify", "releases", "explain", "schema")
+COMMANDS = ("scan", "repair", "verify", "fleet", "releases", "explain", "schema")
 
 
 class Step(NamedTuple):

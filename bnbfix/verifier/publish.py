@@ -6,10 +6,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..checkpoint.source import Progress, as_remote, read_file
-from ..errors import VerifyError
+from ..errors import InputError, VerifyError
 from ..hub.push import Destination, Pushed, push_changes, push_folder
+from ..hub.resolve import open_source
 from ..planner.plan import RECORD, Plan
-from ..writer.record import build_record
+from ..writer.record import build_record, read_record
 from .verify import verify_output
 
 MESSAGE = "Repair for vLLM {} with bnbfix"
@@ -56,3 +57,24 @@ def push_plan(plan: Plan, to: Destination, *, quiet: bool = True) -> tuple[Pushe
     changed[RECORD] = build_record(plan, hashes)
     message = MESSAGE.format(plan.target.name)
     return push_changes(source.origin, kept, changed, to, message=message, quiet=quiet), hashes
+
+
+def find_pull_request(plan: Plan) -> Pushed | None:
+    """The pull request that an earlier run opened for the plan's commit and target; one that was closed counts too.
+
+    Raises:
+        HubError: The Hub gives no answer.
+    """
+    from ..hub.listing import list_pull_requests
+
+    origin = plan.checkpoint.source.origin
+    assert origin is not None
+    for number, url in list_pull_requests(origin["repo"], MESSAGE.format(plan.target.name)):
+        there = open_source(origin["repo"], f"refs/pr/{number}")
+        assert there.origin is not None
+        try:
+            if read_record(there).get("source") == dict(origin):
+                return Pushed(origin["repo"], url, there.origin["revision"])
+        except InputError:  # no record of a repair: somebody else's pull request
+            continue
+    return None

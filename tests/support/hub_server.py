@@ -12,6 +12,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import os
 import socket
 import threading
@@ -20,7 +21,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 import uvicorn
 from starlette.applications import Starlette
@@ -52,7 +53,7 @@ class Repo:
     access: str = "public"
     allowed: bool = True  # does TOKEN give access?
     hidden: bool = False  # made with private=True
-    pulls: int = 0
+    pulls: list[str] = field(default_factory=list)  # titles of pull requests
 
 
 @dataclass
@@ -91,6 +92,10 @@ class FakeHub:
         self.fresh = 1  # the lowest signature that still counts
         self.uploaded: dict[str, Path] = {}
         self.released = threading.Event()  # ends what the fault "holds" holds
+        self.quota: tuple[int, float] | None = None  # requests in a window of seconds; more get a 429
+        self.refused = 0
+        self.page = 2  # models in one answer of a listing
+        self._window = (0.0, 0)  # its end, and the requests in it
         # Made by hand: asyncio switches Nagle's algorithm off, 40 ms a response, where only the protocol is named.
         sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) for _ in range(2)]
         for s in sockets:
@@ -131,7 +136,7 @@ class FakeHub:
 
     def reset(self) -> None:
         """Behaves again, and forgets what it saw."""
-        self.faults, self.seen, self.sent = [], [], 0
+        self.faults, self.seen, self.sent, self.quota, self.refused = [], [], 0, None, 0
         self.released.clear()
 
     def expire(self) -> None:
@@ -159,7 +164,9 @@ class FakeHub:
     def _hub_routes(self) -> list[Route]:
         name = "{org}/{name}"
         return [
+            Route("/api/models", self._list),
             Route(f"/api/models/{name}", self._info),
+            Route(f"/api/models/{name}/discussions", self._discussions),
             Route(f"/api/models/{name}/revision/{{rev:path}}", self._info),
             Route(f"/api/models/{name}/tree/{{rev}}", self._tree),
             Route("/api/repos/create", self._create, methods=["POST"]),
@@ -183,6 +190,13 @@ class FakeHub:
         headers = request.headers
         path = unquote(request.url.path)
         self.seen.append(Seen(origin, request.method, path, headers.get("authorization"), headers.get("range")))
+        if origin == "hub" and self.quota is not None:
+            (allowed, seconds), (end, count) = self.quota, self._window
+            self._window = (end, count + 1) if time.monotonic() < end else (time.monotonic() + seconds, 1)
+            if self._window[1] > allowed:
+                self.refused += 1
+                after = math.ceil(self._window[0] - time.monotonic())
+                return Fault(429, headers={"Retry-After": str(after)})
         for f in self.faults:
             if f.origin == origin and f.path in path and f.times > 0:
                 if f.after > 0:
@@ -225,6 +239,33 @@ class FakeHub:
                 if blob.lfs:
                     entry["lfs"] = {"size": blob.size, "sha256": blob.oid, "pointerSize": 135}
         return JSONResponse({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": False})
+
+    async def _list(self, request: Request) -> Response:
+        """The models of an author, page by page."""
+        if fault := self._note(request, "hub"):
+            return await self._spoiled(fault)
+        query = request.query_params
+        names = sorted(n for n, r in self.repos.items() if n.split("/")[0] == query["author"] and r.access == "public")
+        start = int(query.get("cursor", 0))
+        shas = "sha" in query.getlist("expand")
+        page = [
+            {"id": n} | ({"sha": self.repos[n].refs["main"]} if shas else {}) for n in names[start : start + self.page]
+        ]
+        more = f"{self.url}/api/models?{urlencode([*query.multi_items(), ('cursor', start + self.page)])}"
+        headers = {"Link": f'<{more}>; rel="next"'} if start + self.page < len(names) else {}
+        return JSONResponse(page, headers=headers)
+
+    async def _discussions(self, request: Request) -> Response:
+        if fault := self._note(request, "hub"):
+            return await self._spoiled(fault)
+        found = self._found(request)
+        if isinstance(found, Response):
+            return found
+        name = "{org}/{name}".format(**request.path_params)
+        common = {"repo": {"name": name, "type": "model"}, "isPullRequest": True, "status": "open"}
+        common |= {"author": {"name": "me"}, "createdAt": "2026-01-01T00:00:00.000Z"}
+        pulls = [common | {"num": n, "title": title} for n, title in enumerate(found[0].pulls, 1)]
+        return JSONResponse({"discussions": pulls[::-1], "count": len(pulls), "start": 0})
 
     async def _tree(self, request: Request) -> Response:
         if fault := self._note(request, "hub"):
@@ -474,11 +515,13 @@ class FakeHub:
         if isinstance(found, Response):
             return found
         repo, _, files = found
-        files, name = dict(files), "{org}/{name}".format(**request.path_params)
+        files, name, title = dict(files), "{org}/{name}".format(**request.path_params), ""
         for line in (await request.body()).splitlines():
             op = json.loads(line)
             value = op["value"]
-            if op["key"] == "file":
+            if op["key"] == "header":
+                title = value["summary"]
+            elif op["key"] == "file":
                 data = base64.b64decode(value["content"])
                 path = self.root / hashlib.sha1(data).hexdigest()
                 path.write_bytes(data)
@@ -490,11 +533,11 @@ class FakeHub:
             elif op["key"] == "deletedFile":
                 del files[value["path"]]
         pull = request.query_params.get("create_pr") == "1"
-        repo.pulls += pull
-        sha = self._commit(repo, f"refs/pr/{repo.pulls}" if pull else "main", files)
+        repo.pulls += [title] * pull
+        sha = self._commit(repo, f"refs/pr/{len(repo.pulls)}" if pull else "main", files)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}
         if pull:
-            answer["pullRequestUrl"] = f"{self.url}/{name}/discussions/{repo.pulls}"
+            answer["pullRequestUrl"] = f"{self.url}/{name}/discussions/{len(repo.pulls)}"
         return JSONResponse(answer)
 
 

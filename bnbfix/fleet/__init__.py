@@ -1,0 +1,1 @@
+"""Scans and repairs of many models at once, on this machine's processes or on a Ray cluster."""
