@@ -27,6 +27,7 @@ class Family:
     features: dict[str, list[str]] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)  # other names to try: (part of a name, what instead)
     processor: str | None = None  # of a processor_config.json that the class needs
+    preprocessor: Config | None = None  # preprocessor_config.json, without which some releases build no such model
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
     dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
 
@@ -190,6 +191,7 @@ def _multimodal(
     sizes: tuple[Config, Config] = (SMALL, LARGE),
     transposed_experts: bool = False,
     dialects: list[tuple[str, str]] | None = None,
+    preprocessor: Config | None = None,
     **both: Any,
 ) -> Family:
     """A multimodal class in two sizes, and small with embeddings that are tied by either key."""
@@ -201,6 +203,7 @@ def _multimodal(
         [*configs, large],
         TIED_MULTIMODAL | (features or {}),
         dialects=dialects or [],
+        preprocessor=preprocessor,
         transposed_experts=transposed_experts,
     )
 
@@ -258,6 +261,14 @@ _OTHERS: dict[str, Family] = {
             QWEN_VISION_LARGE | {"fullatt_block_indexes": [1], "out_hidden_size": 256},
         ),
         sizes=(DERIVED, DERIVED_LARGE),
+        preprocessor={
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+        },
     ),
     "Qwen3VLForConditionalGeneration": _multimodal(
         "Qwen3VLForConditionalGeneration",
@@ -329,35 +340,6 @@ _OTHERS: dict[str, Family] = {
         ),
         {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         transposed_experts=True,
-    ),
-    "Gemma3nForConditionalGeneration": Family(
-        [
-            {
-                "architectures": ["Gemma3nForConditionalGeneration"],
-                "model_type": "gemma3n",
-                "text_config": size
-                | {
-                    "num_kv_shared_layers": shared,
-                    "layer_types": (["sliding_attention", "sliding_attention", "full_attention"] * 3)[:layers],
-                    "num_hidden_layers": layers,
-                    "vocab_size_per_layer_input": size["vocab_size"],
-                    "hidden_size_per_layer_input": per_layer,
-                    "activation_sparsity_pattern": [0.0] * layers,
-                    "laurel_rank": rank,
-                    "sliding_window": 64,
-                    "intermediate_size": [size["intermediate_size"]] * layers,
-                },
-                "audio_config": {
-                    "hidden_size": audio,
-                    "conf_num_hidden_layers": 2,
-                    "conf_num_attention_heads": 2,
-                    "vocab_size": 128,
-                    "vocab_offset": size["vocab_size"],
-                },
-            }
-            for size, layers, shared, per_layer, rank, audio in ((SMALL, 6, 2, 48, 8, 64), (LARGE, 9, 3, 80, 12, 96))
-        ],
-        {"kv_shared": ["last", "text_config.num_kv_shared_layers", "text_config.num_hidden_layers"]},
     ),
     "GptOssForCausalLM": replace(
         _text("GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=64),

@@ -40,6 +40,9 @@ def make(work: Path, name: str, python: Path) -> list[Path]:
         asked = {"config": FAMILIES[name].configs[0], "out": str(folder), "forms": missing}
         (folder / "in.json").write_text(json.dumps(asked))
         subprocess.run([str(python), str(Path(__file__).with_name("make_family.py")), folder / "in.json"], check=False)
+    if preprocessor := FAMILIES[name].preprocessor:
+        for form in FORMS:
+            (folder / form / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return [path for form in FORMS if (path := folder / form) and (path / "config.json").exists()]
 
 

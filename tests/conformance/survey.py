@@ -203,6 +203,8 @@ def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[in
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | roles)
         )
+    if family.preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(family.preprocessor))
     infos, at = [], 0
     for name, shape in tensors.items():
         infos.append(TensorInfo(name, "BF16", tuple(shape), at, at + 2 * math.prod(shape)))
