@@ -341,10 +341,6 @@ _OTHERS: dict[str, Family] = {
         {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         transposed_experts=True,
     ),
-    "GptOssForCausalLM": replace(
-        _text("GptOssForCausalLM", "gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
-        transposed_experts=True,
-    ),
 }
 
 FAMILIES: dict[str, Family] = _OTHERS | {
