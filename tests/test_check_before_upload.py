@@ -73,7 +73,7 @@ def test_a_check_before_upload_refuses_quantized_weights_without_quantization_co
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(bnbfix.NotApplicable, match="quantized with gptq, not bitsandbytes"):
         bnbfix.check_before_upload(source, "portable")
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = ["MambaForCausalLM"]
     (source / "config.json").write_text(json.dumps(config))
     assert bnbfix.check_before_upload(source, "portable") is None
 

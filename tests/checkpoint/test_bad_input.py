@@ -793,9 +793,9 @@ def gptq(source: Path) -> None:
     config("quantization_config", to={"quant_method": "gptq", "bits": 4, "group_size": 128})(source)
 
 
-def llama(source: Path) -> None:
-    config("architectures", to=["LlamaForCausalLM"])(source)
-    config("model_type", to="llama")(source)
+def mamba(source: Path) -> None:
+    config("architectures", to=["MambaForCausalLM"])(source)
+    config("model_type", to="mamba")(source)
 
 
 def no_weights(source: Path) -> None:
@@ -813,12 +813,12 @@ def adapter(source: Path) -> None:
     [
         ("bf16", lambda source: None, "is an unquantized Gemma4ForConditionalGeneration; there is nothing to check"),
         ("bf16", gptq, "is a Gemma4ForConditionalGeneration quantized with gptq, not bitsandbytes"),
-        ("bf16", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
-        ("skip", llama, "is 'LlamaForCausalLM', not a Gemma4 model"),
+        ("bf16", mamba, "is an unquantized MambaForCausalLM; there is nothing to check"),
+        ("skip", mamba, "is a MambaForCausalLM, which bnbfix does not know"),
         ("skip", adapter, "is a PEFT adapter, not a model; merge it first"),
         ("skip", no_weights, "has no safetensors files"),
     ],
-    ids=["bf16", "gptq", "llama", "llama in bnb", "adapter", "no weights"],
+    ids=["bf16", "gptq", "mamba", "mamba in bnb", "adapter", "no weights"],
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nothing_here_to_check(

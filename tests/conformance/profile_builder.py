@@ -193,7 +193,8 @@ def _describe_release(models: Models, answers: list[dict[str, Any]]) -> dict[str
             elif what[0] == "alias":
                 _, theirs, ours, name = what
                 wanted = found.get(("quantized", name), {"fills": []})["fills"] or found["tensor", name]["fills"]
-                if wanted:
+                dropped = "error" not in found["tensor", name] and "error" not in answer and not answer["fills"]
+                if wanted or dropped:  # where the release drops the tensor, it may drop it by this name as well
                     aliases.setdefault(f"{theirs}|{ours}", []).append((name, answer["fills"] == wanted))
             elif what[0].startswith("wrong") and "error" not in answer:
                 if answer["fills"]:
