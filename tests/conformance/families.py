@@ -220,7 +220,6 @@ _OTHERS: dict[str, Family] = {
         _text("Qwen3ForCausalLM", "qwen3", {"attention_bias": True}),
         features=TIED | {"attention_bias": ["true", "attention_bias"]},
     ),
-    "Gemma2ForCausalLM": _text("Gemma2ForCausalLM", "gemma2"),
     "Gemma3ForCausalLM": _text("Gemma3ForCausalLM", "gemma3_text", sliding_window=64),
     "Phi3ForCausalLM": _text("Phi3ForCausalLM", "phi3"),
     "GraniteForCausalLM": _text("GraniteForCausalLM", "granite"),

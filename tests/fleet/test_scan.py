@@ -183,7 +183,7 @@ def test_a_model_that_kills_its_worker_takes_no_other_with_it(here: Hub, org: st
     ended.set()
     killer.join()
     here.server.released.set()
-    assert [row.verdict for row in rows] == ["error", "fails", "loads", "skipped", "error"]
+    assert [row.verdict for row in rows] == ["error", "fails", "loads", "skipped", "error"], [r.because for r in rows]
     assert "its process was killed 3 times" in rows[4].because
     assert asked(here)["wrong"] == local.TRIES and asked(here)["loads"] == 1
 
