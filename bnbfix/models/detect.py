@@ -55,7 +55,8 @@ def check_applicable(checkpoint: Checkpoint) -> Model:
     if method not in ("bitsandbytes", None):
         raise NotApplicable(f"is a {what} quantized with {method}, not bitsandbytes", where=where)
     if method is None and (mlx := _describe_mlx(checkpoint)):
-        raise NotApplicable(f"is a {what} quantized by MLX ({mlx}), not by bitsandbytes", where=where)
+        hint = "mlx-lm serves it; for vLLM, quantize the original model with bitsandbytes."
+        raise NotApplicable(f"is a {what} quantized by MLX ({mlx}), not by bitsandbytes", where=where, hint=hint)
     if method is None and not _has_quant_states(checkpoint):
         if checkpoint.damaged:
             raise NotApplicable(
