@@ -20,8 +20,6 @@ from typing import Any
 
 from bnbfix.engines.vllm.inside import engine as vllm_engine
 
-os.environ.update({k: os.environ.get(k, v) for k, v in vllm_engine.ENVIRONMENT.items()})
-
 EXACT = 1e-3  # relative error of an unquantized parameter
 ROUNDED = 0.2  # of a quantized one: 4-bit rounding gives 0.07 to 0.15, a wrong matrix more than 0.5
 TOLERANCE = 3.0  # of outputs, as a multiple of what bfloat16 costs transformers itself
@@ -160,6 +158,7 @@ def judge_outputs(llm: Any, config: dict[str, Any], reference: Path) -> dict[str
 
 def main() -> None:
     """Writes {error, at, weights, outputs, bnb, ok} and ends with status 0 whatever the engine does."""
+    os.environ.update({k: os.environ.get(k, v) for k, v in vllm_engine.ENVIRONMENT.items()})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("answer", type=Path)
