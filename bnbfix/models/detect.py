@@ -9,9 +9,10 @@ from typing import Any
 from ..checkpoint.checkpoint import CONFIG, Checkpoint
 from ..errors import NotApplicable
 from . import gemma4
-from .family import Family, Model, read_any_config
+from .family import Family, Model
 
 DRY_LOAD = "--dry-load"  # what can be asked about a model that no rule knows
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_model(config: Mapping[str, Any]) -> Model:
@@ -24,7 +25,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
         return gemma4.read_config(family, config)
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
-        return read_any_config(architectures[0], config)
+        return _read_other_config(architectures[0], config)
     words = f"is {model_type!r:.100}, without a class in architectures" if model_type else "names no architecture"
     raise NotApplicable(words, where=CONFIG, command=DRY_LOAD)
 
@@ -45,6 +46,25 @@ def _detect_gemma4(config: Mapping[str, Any]) -> Family | None:
         hint = "Scan the model that it drafts for; vLLM is given both: --speculative-config."
         raise NotApplicable(f"is {what:.100}, a drafter for speculative decoding", where=CONFIG, hint=hint)
     return None
+
+
+def _read_other_config(architecture: str, config: Mapping[str, Any]) -> Model:
+    """The model of a class that shares no K or V between layers or projections, which is most of them."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else config
+    counts = (inner.get(key) for key in _EXPERT_COUNTS)
+    model_type = config.get("model_type")
+    plain = isinstance(model_type, str) and re.fullmatch(r"\w{1,64}", model_type, re.ASCII)
+    name = str(model_type) if plain else architecture
+    return Model(
+        family=Family(name, architecture, (name,), text_only=inner is config),
+        layer_types=(),
+        k_eq_v=False,
+        first_shared=0,
+        moe=any(type(n) is int and n > 1 for n in counts),
+        text_config=inner,
+        config=config,
+    )
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:

@@ -1,13 +1,20 @@
-"""What a family says about its models: layers, roles of tensors. Each family fills this in in a file of its own."""
+"""What is said of a model class, a model and a tensor."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_path(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of config.json's keys, joined by dots; None where there is none."""
+    at: Any = config
+    for key in path.split("."):
+        at = at.get(key) if isinstance(at, Mapping) else None
+    return at
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,6 @@ class TensorRole:
     part: str | None = None
     prefix: str | None = None  # of a per-expert weight
 
-    @property
-    def module(self) -> str:
-        """The canonical name of its module."""
-        return self.name.removesuffix(".weight")
-
 
 @dataclass(frozen=True)
 class Model:
@@ -52,10 +54,7 @@ class Model:
         """The value at a path of config.json's keys, joined by dots; None where there is none."""
         if path.endswith("layer_types") and self.layer_types:
             return list(self.layer_types)
-        at: Any = self.text_config if self.family.text_only else self.config
-        for key in path.split("."):
-            at = at.get(key) if isinstance(at, Mapping) else None
-        return at
+        return read_path(self.text_config if self.family.text_only else self.config, path)
 
     def k_serves_as_v(self, layer: int | None) -> bool:
         """Return True if this layer has no v_proj of its own."""
@@ -69,25 +68,3 @@ class Model:
         """Layers whose k and v have the shapes of this shared layer's; first the one it really takes them from."""
         kind = self.layer_types[layer]
         return [i for i in reversed(range(self.first_shared)) if self.layer_types[i] == kind]
-
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def read_any_config(architecture: str, config: Mapping[str, Any]) -> Model:
-    """The model of a class that shares no K or V between layers or projections, which is most of them."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else config
-    counts = (inner.get(key) for key in _EXPERT_COUNTS)
-    model_type = config.get("model_type")
-    plain = isinstance(model_type, str) and re.fullmatch(r"\w{1,64}", model_type, re.ASCII)
-    name = str(model_type) if plain else architecture
-    return Model(
-        family=Family(name, architecture, (name,), text_only=inner is config),
-        layer_types=(),
-        k_eq_v=False,
-        first_shared=0,
-        moe=any(type(n) is int and n > 1 for n in counts),
-        text_config=inner,
-        config=config,
-    )

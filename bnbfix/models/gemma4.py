@@ -1,24 +1,17 @@
-"""Gemma4: the layers that a config describes, and the role of every tensor name.
+"""Gemma4: its classes, and the layers that a config describes.
 
-Names are compared in one canonical form, transformers' own: `model.language_model.layers.N...`,
-`model.vision_tower...`. Older prefixes and text-only names are mapped to it. Sources: transformers
-models/gemma4/modeling_gemma4.py, models/gemma4_unified; vLLM model_executor/models/gemma4*.py (`hf_to_vllm_mapper`).
+Sources: transformers models/gemma4/modeling_gemma4.py, models/gemma4_unified.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG
 from ..errors import InputError
-from .family import FULL, SLIDING, Family, Model, TensorRole
+from .family import FULL, SLIDING, Family, Model
 
-TEXT = "model.language_model."
-LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
-EMBEDDINGS = tuple(f"{prefix}embed_tokens.weight" for prefix in (TEXT, "language_model.model.", "model."))
 FAMILIES = (
     Family("gemma4", "Gemma4ForConditionalGeneration", ("gemma4",)),
     Family("gemma4_text", "Gemma4ForCausalLM", ("gemma4_text",), text_only=True),
@@ -58,59 +51,3 @@ def _read_count(text: Mapping[str, Any], key: str, default: int | None) -> int:
     if type(value) is not int or not 0 <= value <= 10_000:
         raise InputError(f"{key} is {value!r:.100}, not a count", where=CONFIG)
     return value
-
-
-# The kind of a tensor decides which parameter it lands in. The first pattern that matches wins.
-_NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
-_EXPERT = r"(?:gate|up|down)_proj"
-_LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
-KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("attention", rf"{_LAYER}self_attn\.(?P<part>[qkvo]_proj)\.weight"),
-        ("mlp", rf"{_LAYER}mlp\.(?P<part>(?:gate|up|down)_proj)\.weight"),
-        ("per_layer", rf"{_LAYER}per_layer_(?:input_gate|projection)\.weight"),
-        ("per_layer", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
-        ("router", rf"{_LAYER}router\.proj\.weight"),
-        ("fused_experts", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight"),
-        ("pixel_projection", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
-        ("vision_tower", r"model\.vision_tower\..*\.weight"),
-        ("audio_tower", r"model\.audio_tower\..*\.weight"),
-        ("embedder", r"model\.embed_(?:vision|audio)\.embedding_projection\.weight"),
-        ("patch_dense", r"model\.vision_embedder\.patch_dense\.weight"),
-        ("lm_head", r"lm_head\.weight"),
-        ("fused_experts", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.experts\.(?P<part>gate_up_proj|down_proj)"),
-        (
-            "expert",
-            rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.(?P<prefix>experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight",
-        ),
-        ("linear", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
-    )
-)
-LINEAR_KINDS = frozenset(
-    {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
-    | {"patch_dense", "lm_head", "expert", "linear"}
-)
-
-
-def canonical(name: str) -> str:
-    """A tensor name as transformers spells it for the multimodal class."""
-    for old, new in (("language_model.model.", TEXT), ("language_model.lm_head.", "lm_head.")):
-        if name.startswith(old):
-            return new + name[len(old) :]
-    if name.startswith(("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder.")):
-        return "model." + name
-    return re.sub(r"^model\.(?=layers\.|embed_tokens|norm\.|per_layer_)", TEXT, name)
-
-
-@cache
-def classify_tensor(name: str) -> TensorRole:
-    """The role of a tensor, from its name alone. Whatever is not a linear weight is `other`."""
-    name = canonical(name)
-    for kind, pattern in KINDS:
-        if m := pattern.fullmatch(name):
-            groups = m.groupdict()
-            layer = int(groups["layer"]) if groups.get("layer") else None
-            return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"))
-    return TensorRole(name, "other")

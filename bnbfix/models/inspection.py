@@ -11,9 +11,9 @@ from functools import cached_property
 
 from ..checkpoint.checkpoint import Checkpoint, Weight, compare_bytes
 from ..errors import InputError, QuantStateError
-from . import gemma4
 from .detect import check_applicable
 from .family import Model, TensorRole
+from .roles import EMBEDDINGS, LINEAR_KINDS, LM_HEAD, canonical, classify_tensor
 
 PEFT_PREFIX = "base_model."
 PEFT_PARTS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
@@ -65,17 +65,17 @@ class Inspection:
 
     def canonical(self, name: str) -> str:
         """A tensor name as transformers spells it."""
-        return gemma4.canonical(name)
+        return canonical(name)
 
     @cached_property
     def lm_head(self) -> Weight | None:
         """The weight of lm_head, where the file has one."""
-        return self._find_weight(gemma4.LM_HEAD)
+        return self._find_weight(LM_HEAD)
 
     @cached_property
     def embeddings(self) -> Weight | None:
         """The weight of the token embeddings."""
-        return self._find_weight(gemma4.EMBEDDINGS)
+        return self._find_weight(EMBEDDINGS)
 
     @cached_property
     def lm_head_is_copy(self) -> bool | None:
@@ -106,7 +106,7 @@ class Inspection:
     @cached_property
     def canonical_names(self) -> frozenset[str]:
         """Every weight's name as transformers spells it."""
-        return frozenset(gemma4.canonical(name) for name in self.checkpoint.weights)
+        return frozenset(canonical(name) for name in self.checkpoint.weights)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -128,8 +128,8 @@ def _find_linears(checkpoint: Checkpoint) -> Iterator[LinearWeight]:
     for weight in checkpoint.weights.values():
         if weight.name in damaged:
             continue
-        role = gemma4.classify_tensor(weight.name)
-        if weight.quantized or (role.kind in gemma4.LINEAR_KINDS and len(weight.tensor.info.shape) == 2):
+        role = classify_tensor(weight.name)
+        if weight.quantized or (role.kind in LINEAR_KINDS and len(weight.tensor.info.shape) == 2):
             yield LinearWeight(weight, role)
 
 

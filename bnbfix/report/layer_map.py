@@ -10,8 +10,8 @@ from enum import Enum
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quant_state import split_state_tensor
-from ..models import gemma4
 from ..models.family import FULL, Model
+from ..models.roles import canonical
 from ..rules.rule import Code
 from ..rules.scan import Finding
 
@@ -120,12 +120,12 @@ def build_layer_map(
 ) -> LayerMap:
     """The map of a checkpoint. `findings` make conflicts; `repaired` are tensors that an earlier repair changed."""
     found: dict[_Place, _Tensors] = {}
-    done = {gemma4.canonical(name) for name in repaired}
+    done = {canonical(name) for name in repaired}
     for name, weight in checkpoint.weights.items():
         cell = found.setdefault(_place(name), _Tensors())
         cell.forms[weight.form] += 1
         cell.states.add(State.QUANTIZED if weight.quantized else State.UNQUANTIZED)
-        if gemma4.canonical(name) in done:
+        if canonical(name) in done:
             cell.states.add(State.REPAIRED)
     for f in findings:
         for name in f.tensors if f.counts else ():
@@ -137,7 +137,7 @@ def build_layer_map(
 
 
 def _place(name: str) -> _Place:
-    name = gemma4.canonical(name)
+    name = canonical(name)
     if m := _IN_LAYER.fullmatch(name):
         column = next((c for c, pattern in _PATTERNS if pattern.fullmatch(m["rest"])), None) or _column(m["rest"])
         return _title(m["stack"]), m["layer"], column

@@ -21,7 +21,7 @@ DEFAULT_GLOBAL_HEAD_DIM = 512  # transformers' default where a config names none
     "num_global_key_value_heads. Older ones ignore it and take defaults, or stop with "
     "`AmbiguousGlobalPerLayerAttributeError: 'head_dim' is a per-layer attribute`. It calls the vision tower's "
     "rope_type axial, not default, which older ones answer with `KeyError: 'axial'`.",
-    fix="The two older keys are written in place of per_layer_config, and rope_type is set to default; older and newer "
+    fix="per_layer_config is replaced by the two older keys, rope_type axial by default; older and newer "
     "releases read that form alike.",
 )
 def check_per_layer_config(case: Case) -> Iterator[Hit]:

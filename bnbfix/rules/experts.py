@@ -14,10 +14,11 @@ from itertools import product
 
 from ..checkpoint.checkpoint import Weight
 from ..checkpoint.quant_state import DTYPES
-from ..engines.vllm.releases import ranges
+from ..engines.vllm.recorded import expect
+from ..engines.vllm.releases import format_ranges, ranges
 from ..errors import Unrepairable
-from ..models.gemma4 import classify_tensor
 from ..models.inspection import LinearWeight
+from ..models.roles import classify_tensor
 from .changes import Changes, ExpertChange, Request
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
@@ -33,15 +34,17 @@ _LINEARS = re.compile(r"\.experts\.(?:gate_up|gate|up|down)_projs\.\d+\.")
 @rule(
     Code.MOE_REFUSED,
     "mixture of experts under bitsandbytes",
-    why=f"{releases_where(lambda r: r.expert_prefix is None)} does not load a mixture of experts under bitsandbytes: "
+    why=f"{releases_where(lambda r: r.expert_prefix is None)} does not load Gemma4's experts under bitsandbytes: "
     "`MoE Model ... does not support BitsAndBytes quantization yet`, or, where experts are reported under names that "
     "the bitsandbytes loader does not know, `Following weights were not initialized`.",
-    fix=f"No 4-bit form exists for these releases; {_LOADING} can load one.",
+    fix=f"No 4-bit form exists for these releases; {_LOADING} can load one. Those of other classes differ.",
 )
 def check_moe_refused(case: Case) -> Iterator[Hit]:
     if case.inspection.model.moe and case.expert_prefix is None:
         words = "a mixture of experts, which the release refuses under bitsandbytes"
-        reason = f"no 4-bit form exists for this release; {_LOADING} can load one, and --bf16 works everywhere"
+        loading = format_ranges(r for r in ranges() if (e := expect(case.inspection.model, r)) and e.expert_prefix)
+        others = f"; vLLM {loading} can load one, and" if loading else ";"
+        reason = f"no 4-bit form exists for this release{others} --bf16 works everywhere"
         yield Hit(Severity.FAILS, (), words, reason)
 
 

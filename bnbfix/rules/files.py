@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 
 from ..checkpoint.checkpoint import INDEX, SINGLE, Checkpoint, weight_map
 from ..checkpoint.quant_state import split_state_tensor
-from ..models.gemma4 import LINEAR_KINDS, TEXT, canonical, classify_tensor
 from ..models.inspection import Inspection
+from ..models.roles import LINEAR_KINDS, TEXT, canonical, classify_tensor
 from .changes import Changes, Request
 from .rule import Case, Code, Hit, Severity, releases_where, rule
 

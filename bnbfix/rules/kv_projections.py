@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from ..checkpoint.checkpoint import Weight
 from ..engines.engine import ReleaseRange
-from ..models import gemma4
 from ..models.family import Model
 from ..models.inspection import Inspection, LinearWeight
+from ..models.roles import canonical
 from .changes import Changes, Insert, Request
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
@@ -83,7 +83,7 @@ def _missing_shared(inspection: Inspection) -> dict[str, tuple[int, str]]:
         if part == "q_proj" and inspection.model.kv_shared(layer):
             for missing in ("k_proj", "v_proj", "k_norm"):
                 name = _neighbor_name(q.name, missing)
-                if gemma4.canonical(name) not in inspection.canonical_names:
+                if canonical(name) not in inspection.canonical_names:
                     out[name] = layer, missing
     return out
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ..engines.engine import Matches, matching_entries
 from ..engines.transformers import find_module, transformers_linears, transformers_skips
 from ..engines.vllm.parameters import find_slot, vllm_skips
-from ..models import gemma4
 from ..models.inspection import LinearWeight
+from ..models.roles import classify_tensor
 from .changes import Changes, ConfigEdit, Request
 from .rule import Case, Code, Hit, Severity, names_of, rule
 
@@ -55,7 +55,8 @@ def check_nothing_quantized(case: Case) -> Iterator[Hit]:
 )
 def check_skip_entry(case: Case) -> Iterator[Hit]:
     unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
-    theirs = {find_module(m.name, case.inspection.model.family.architecture) or "" for m in unquantized}
+    architecture = case.inspection.model.family.architecture
+    theirs = {module for m in unquantized if (module := find_module(m.name, architecture))}
     modules = {p.module for p in case.params}
     unknown = tuple(
         entry
@@ -98,7 +99,7 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
     entries, model = request.inspection.checkpoint.skip_modules, request.inspection.model
     after = [(m, m.name in so_far.quantize or so_far.keeps_quantized(m)) for m in request.linears(so_far)]
     for insert in so_far.insert:
-        added = LinearWeight(insert.donor, gemma4.classify_tensor(insert.name), insert.name)
+        added = LinearWeight(insert.donor, classify_tensor(insert.name), insert.name)
         after.append((added, not insert.dequantize and insert.donor.quantized))
     if so_far.experts == {} and not any(quantized for _, quantized in after):
         edit = ConfigEdit(("quantization_config",), None, Code.NOTHING_QUANTIZED, remove=True)

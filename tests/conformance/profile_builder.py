@@ -11,14 +11,8 @@ from typing import Any
 
 from families import Family
 
-from bnbfix.engines.vllm.profiles import (
-    derive_size,
-    evaluate_feature,
-    evaluate_size,
-    find_numbers,
-    find_pattern,
-    read_path,
-)
+from bnbfix.engines.vllm.profiles import derive_size, evaluate_feature, evaluate_size, find_numbers, find_pattern
+from bnbfix.models.family import read_path
 
 MAX_FEATURES = 4  # that one answer may depend on
 MAX_CONSTANT = 4  # kernels of convolutions, channels of images

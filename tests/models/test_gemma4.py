@@ -11,7 +11,7 @@ from bnbfix.engines.vllm.recorded import check_class
 from bnbfix.errors import InputError, NotApplicable
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING, Model, TensorRole
-from bnbfix.models.gemma4 import KINDS, canonical, classify_tensor
+from bnbfix.models.roles import KINDS, canonical, classify_tensor
 from tests.support.build import Make, opened
 
 TEXT: dict[str, Any] = {"num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL]}

@@ -21,7 +21,7 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import Installed
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import InputError, NotApplicable, Unrepairable
-from bnbfix.models.gemma4 import canonical
+from bnbfix.models.roles import canonical
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
 from bnbfix.planner.model_card import CARD
 from bnbfix.planner.plan import RECORD, Options, Plan

@@ -17,7 +17,7 @@ from bnbfix.engines.engine import Installed, Target
 from bnbfix.engines.vllm.releases import ranges, resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING
-from bnbfix.models.gemma4 import canonical
+from bnbfix.models.roles import canonical
 from bnbfix.rules.config import legacy_head_config
 from bnbfix.rules.rule import CHECKS, EXPLANATIONS, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,6 @@ def load_profile(architecture: str) -> dict[str, Any] | None:
     if architecture not in known_classes():
         return None
     return dict(json.loads((FOLDER / f"{architecture}.json").read_text("utf-8")))
-
-
-def read_path(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of config.json's keys, joined by dots; None where there is none."""
-    at: Any = config
-    for key in path.split("."):
-        at = at.get(key) if isinstance(at, Mapping) else None
-    return at
 
 
 def derive_size(path: str, read: Callable[[str], Any]) -> int | None:
