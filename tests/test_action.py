@@ -105,7 +105,8 @@ def test_a_name_is_not_a_command(tmp_path: Path) -> None:
 
 def test_a_release_names_the_repository_that_makes_it(tmp_path: Path) -> None:
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
-    for name in ("pyproject.toml", "README.md"):
+    (tmp_path / "examples").mkdir()
+    for name in ("pyproject.toml", "README.md", "examples/github-actions.yml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     build = load(ROOT / ".github" / "workflows" / "release.yml")["jobs"]["build"]
     (step,) = [s for s in build["steps"] if s.get("name", "").startswith("Links lead to")]
@@ -115,5 +116,11 @@ def test_a_release_names_the_repository_that_makes_it(tmp_path: Path) -> None:
     assert urls["Source"] == "https://github.com/me/fork" and set(urls) == {"Source", "Issues", "Changelog"}
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "OWNER" not in text and "uses: me/fork@v0.1.0" in text and "https://github.com/me/fork\n" in text
+    example = (tmp_path / "examples" / "github-actions.yml").read_text("utf-8")
+    assert "OWNER" not in example and "uses: me/fork@v0.1.0" in example
+    assert example.splitlines()[1:] == [
+        line.replace("OWNER", "me").replace("bnbfix@", "fork@")
+        for line in (ROOT / "examples" / "github-actions.yml").read_text("utf-8").splitlines()[1:]
+    ]
     links = re.findall(r"\]\(([^)#]+)\)", text)
     assert len(links) > 3 and all(link.startswith("https://") for link in links)

@@ -43,6 +43,14 @@ def test_explain_knows_the_error_messages(row: list[str]) -> None:
     assert fix.startswith(("`bnbfix ", "`pip install "))
 
 
+@pytest.mark.parametrize("name", ["README.md", "examples/github-actions.yml"])
+def test_the_version_that_is_named_is_this_one(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+    versions = re.findall(r"OWNER/bnbfix@v(\S+)|rev: v(\S+)", text)
+    assert versions and {a or b for a, b in versions} == {bnbfix.__version__}
+    assert "OWNER is whoever owns" in text, "a name that stands for another is explained"
+
+
 def test_there_is_a_row_for_what_people_search_for() -> None:
     text = " ".join(row[0] for row in ROWS)
     for words in ("Tried to load weights of size", "split_with_sizes expects split_sizes", "bare `AssertionError`"):

@@ -58,5 +58,6 @@ def run_app() -> int:
     except Exception as e:
         if not hasattr(e, "format_message"):  # any other error is a bug
             raise
-        raise UsageError(e.format_message().rstrip(".")) from None
+        message = e.format_message().replace("Value error, ", "").rstrip(".")
+        raise UsageError(message[:1].lower() + message[1:]) from None
     return code if isinstance(code, int) else 0

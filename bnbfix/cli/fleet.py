@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..report.next_step import command_line
 from ..report.terminal import print_warning, show_logs, show_status, write_file, write_text
 from ..rules.selection import worst
-from .options import OUTPUT, Quiet, Verbose, Vllm
+from .options import OUTPUT, FleetVllm, Quiet, Verbose
 from .repair import read_size
 from .run_scan import read_listed
 from .signals import Interrupted
@@ -96,7 +96,7 @@ def scan(
     source: From = None,
     org: Org = None,
     output: Output = None,
-    vllm: Vllm = None,
+    vllm: FleetVllm = None,
     baseline: Baseline = None,
     jobs: Jobs = None,
     rate: Rate = 5,
@@ -108,7 +108,7 @@ def scan(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
-    """Scan every model: what would go wrong, in every release. Without --vllm: portable."""
+    """Scan every model: what would go wrong, in every release."""
     from ..fleet.changes import changes_code, find_changes, render_changes
     from ..fleet.results import read_rows
 
@@ -133,7 +133,7 @@ def repair(
     source: From = None,
     org: Org = None,
     output: Output = None,
-    vllm: Vllm = None,
+    vllm: FleetVllm = None,
     scratch: Scratch = None,
     jobs: Jobs = 1,
     rate: Rate = 5,
@@ -145,7 +145,7 @@ def repair(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> int:
-    """Open a pull request for every repo that needs a repair, one for each. Without --vllm: portable."""
+    """Open a pull request for every repo that needs a repair, one for each."""
     from ..hub.client import check_login
 
     show_logs(verbose)

@@ -18,9 +18,12 @@ Format = Literal["table", "json"]
 
 EPILOG = (
     "Environment: BNBFIX_VLLM, BNBFIX_FORMAT, BNBFIX_SELECT, BNBFIX_IGNORE, BNBFIX_FAIL_ON, BNBFIX_DEVICE, "
-    "BNBFIX_VERBOSE and BNBFIX_QUIET set the options of these names. HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, "
-    "HF_HUB_OFFLINE and HF_HUB_DISABLE_XET mean what they mean to huggingface_hub; HTTPS_PROXY, NO_PROXY, NO_COLOR, "
-    "FORCE_COLOR and COLUMNS what they mean elsewhere. An option takes precedence.\n\n"
+    "BNBFIX_VERBOSE and BNBFIX_QUIET set the options of these names. How long the Hub may take, in seconds: "
+    "BNBFIX_HUB_TIMEOUT (15 without a byte), BNBFIX_HUB_ANSWER_TIMEOUT (300 for one answer), "
+    "BNBFIX_HUB_DOWNLOAD_TIMEOUT (900 without 10 MB of a download), BNBFIX_HUB_PATIENCE (60 that a 429 may ask to "
+    "wait; in fleets 600). HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET mean "
+    "what they mean to huggingface_hub; HTTPS_PROXY, NO_PROXY, NO_COLOR, FORCE_COLOR and COLUMNS what they mean "
+    "elsewhere. An option takes precedence.\n\n"
     "Exit codes: 0 clean, repaired, or nothing to repair. 1 findings remain, or an output differs from its plan. 2 bad "
     "usage, or input that is missing or broken. 3 nothing to check. 130, 143 interrupted, terminated."
 )
@@ -46,18 +49,21 @@ Revision = Annotated[
     str | None,
     typer.Option("--revision", metavar="REV", rich_help_panel=TARGET, help="Branch, tag or commit of the Hub repo."),
 ]
-Vllm = Annotated[
-    str | None,
-    typer.Option(
+
+
+def _vllm(default: str) -> Any:
+    return typer.Option(
         "--vllm",
         metavar="TARGET",
         envvar="BNBFIX_VLLM",
         autocompletion=complete_targets,
         rich_help_panel=TARGET,
-        help="A vLLM release such as 0.22.1, latest, or portable: every release at once. "
-        "Default: the vLLM installed with bnbfix, otherwise portable.",
-    ),
-]
+        help=f"A vLLM release such as 0.22.1, latest, or portable: every release at once. Default: {default}.",
+    )
+
+
+Vllm = Annotated[str | None, _vllm("the vLLM installed with bnbfix, otherwise portable")]
+FleetVllm = Annotated[str | None, _vllm("portable")]
 DryLoadOption = Annotated[
     bool,
     typer.Option(
@@ -77,29 +83,22 @@ Python = Annotated[
 ]
 AsFormat = Annotated[Format, typer.Option("--format", rich_help_panel=OUTPUT, help="How the result is written.")]
 AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="The same as --format json.")]
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        envvar="BNBFIX_QUIET",
-        rich_help_panel=OUTPUT,
-        help="Only print errors, and one line per scanned model.",
-    ),
-]
-Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose",
-        "-v",
-        count=True,
-        show_default=False,
-        envvar="BNBFIX_VERBOSE",
-        rich_help_panel=OUTPUT,
-        help="Log decisions to stderr; -vv: details too. "
-        "For a scan, -v shows every tensor and the notes; -vv and -vvv log.",
-    ),
-]
+
+
+def _quiet(help: str) -> Any:
+    return typer.Option("--quiet", "-q", envvar="BNBFIX_QUIET", rich_help_panel=OUTPUT, help=help)
+
+
+def _verbose(help: str) -> Any:
+    return typer.Option(
+        "--verbose", "-v", count=True, show_default=False, envvar="BNBFIX_VERBOSE", rich_help_panel=OUTPUT, help=help
+    )
+
+
+Quiet = Annotated[bool, _quiet("Only print errors.")]
+ScanQuiet = Annotated[bool, _quiet("Only print errors, and one line per model.")]
+Verbose = Annotated[int, _verbose("Log decisions to stderr; -vv: details too.")]
+ScanVerbose = Annotated[int, _verbose("Show every tensor and the notes; -vv and -vvv log decisions and details.")]
 
 
 def print_json(document: dict[str, Any]) -> None:

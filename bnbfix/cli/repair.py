@@ -150,8 +150,10 @@ def repair(
         from ..checkpoint.checkpoint import open_checkpoint
         from ..planner.choices import find_choices
 
-        choices = find_choices(open_checkpoint(source), choose_target(vllm, live))
-        e.command = e.command or (repair_commands(source.name, choices[0])[-1] if choices else None)
+        target = choose_target(vllm, live)
+        choices = find_choices(open_checkpoint(source), target) if live is None else ()
+        scan = command_line("scan", source.name, "--vllm", target.name)
+        e.command = repair_commands(source.name, choices[0])[-1] if choices else scan
         raise
     if plan.target.warning and live is None:
         print_warning(plan.target.warning)

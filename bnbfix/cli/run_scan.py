@@ -138,7 +138,7 @@ def _list_models(options: ScanOptions) -> list[str]:
     models = [*options.models, *(read_listed(options.source) if options.source is not None else ())]
     if not models:
         raise UsageError(
-            "Missing argument 'MODEL'", hint="Give folders or repos, or a file that lists them: --from FILE."
+            "missing argument 'MODEL'", hint="Give folders or repos, or a file that lists them: --from FILE."
         )
     return list(dict.fromkeys(models))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..rules.rule import Code
-from .options import OUTPUT, AsJson, DryLoadOption, Python, Quiet, Revision, Verbose, Vllm
+from .options import OUTPUT, AsJson, DryLoadOption, Python, Revision, ScanQuiet, ScanVerbose, Vllm
 from .run_scan import Level, ScanFormat, ScanOptions, run_scan
 
 COUNTS = "What counts"  # a panel of the help
@@ -104,8 +104,8 @@ def scan(
     exit_zero: ExitZero = False,
     dry_load: DryLoadOption = False,
     python: Python = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
+    verbose: ScanVerbose = 0,
+    quiet: ScanQuiet = False,
 ) -> int:
     """Report what would go wrong in vLLM, where, and what fixes it. Reads headers only."""
     return run_scan(

@@ -110,14 +110,14 @@ def after_scan(outcome: ScanOutcome) -> Iterator[Step]:
         own = choice.target == result.target
         words = "Repair it" if own else f"Or only for {choice.target.label}"
         if choice is choices[0] and not (own and not choice.bf16):
-            words = f"For {result.target.label} there is no repair in 4 bits. The nearest is "
+            words = f"No repair in 4 bits serves {result.target.label}. The nearest is "
             words += "full precision" if choice.bf16 else choice.target.label
         yield Step(f"{words} ({describe_cost(choice)}):", repair_commands(model, choice))
     if not choices and conclude(outcome).fixable:
         command = command_line("repair", model, "--out", suggest_output(model), "--vllm", result.target.name)
         yield Step("Repair it:", (command,))
     elif not choices:
-        worst = max(result.findings, key=lambda f: f.severity)
+        worst = max(result.findings, key=lambda f: (f.blocking and f.reason is not None, f.severity))
         yield Step("No repair is known:", (command_line("explain", worst.code.value),))
 
 

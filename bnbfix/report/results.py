@@ -21,6 +21,7 @@ from ..planner.model_card import CARD
 from ..planner.plan import Action, Plan
 from ..rules.rule import Code
 from ..verifier.verify import VerifyResult
+from ..writer.in_place import BACKUP
 from ..writer.write import RepairResult
 from .next_step import Step
 from .scan_table import STYLES
@@ -111,7 +112,7 @@ def repair_report(result: RepairResult) -> Iterable[RenderableType]:
     yield from _edit_lines(plan)
     what = f"Wrote {result.out}, {format_size(plan.bytes_written)}"
     if result.in_place:
-        what = f"Replaced {', '.join(sorted(result.files))} in {result.out}, and kept the old next to the new"
+        what = f"Replaced {', '.join(sorted(result.files))} in {result.out} (kept as *{BACKUP})"
     elif result.out is None:
         what = "Changed no shard, so nothing was downloaded or written"
     yield Text(f"{escape_control_chars(what)}, for {target_label(plan.scan)}.", style="bold green")
@@ -142,7 +143,7 @@ def verify_report(result: VerifyResult) -> Iterable[RenderableType]:
         differences = count(len(result.problems), "difference")
         yield Text(f"{differences}; do not use this output.", style="bold red")
         return
-    compared = f"{result.files} files match their hashes"
+    compared = f"Hashes match ({count(result.files, 'file')})"
     if result.kept or result.decoded:
         compared += f", {result.kept} tensors equal the source's, {result.decoded} equal an independent decode"
     label = resolve_target(result.target).label
@@ -260,5 +261,6 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
 
 
-def _indented(text: str) -> Padding:
-    return Padding(Text(text, overflow="fold"), (0, 0, 0, 4), expand=False)
+def _indented(name: str) -> Text:
+    """A name in one line, however long, to be found and copied."""
+    return Text(f"    {name}", no_wrap=True)

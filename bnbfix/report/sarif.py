@@ -36,6 +36,7 @@ def document(outcomes: list[ScanOutcome], here: Path) -> dict[str, Any]:
     """The log. `here` is the folder that relative paths start from."""
     findings = [(o, f) for o in outcomes if o.result for f in o.result.findings]
     rules = sorted({f.code for _, f in findings}, key=lambda c: c.value)
+    # The level of a rule is the worst in this log: code scanning shows it in places instead of a result's own.
     worst = {code: max(f.severity for _, f in findings if f.code is code) for code in rules}
     bases: dict[str, dict[str, Any]] = {}
     prints: Counter[str] = Counter()

@@ -72,6 +72,7 @@ def render_table(
             yield ()
         yield (StyledText(totals(rows), "bold"),)
         if repairs and not options.quiet:
+            yield (StyledText(f"Repair {'them' if len(repairs) > 1 else 'it'}:"),)
             yield from _commands(repairs[:SHOWN])
             if len(repairs) > SHOWN:
                 yield (StyledText(f"  # and {len(repairs) - SHOWN} more"),)
@@ -198,8 +199,8 @@ def _names(tensors: Sequence[str], options: TableOptions) -> Iterator[StyledLine
         list(map(escape_control_chars, sorted(tensors, key=natural_order))) if options.verbose else collapse(tensors)
     )
     shown = names if options.verbose else names[:SHOWN]
-    for name in shown:
-        yield from _wrapped(name, options, by=4)
+    for name in shown:  # in one line, however long, to be found and copied
+        yield (StyledText(f"    {name}"),)
     if more := len(names) - len(shown):
         yield from _wrapped(f"and {count(more, 'more pattern')}; --verbose shows all", options, by=4)
 

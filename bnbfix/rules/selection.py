@@ -44,7 +44,7 @@ def _codes(option: str, given: Iterable[str]) -> frozenset[Code]:
         if not found:
             raise UsageError(
                 f"{option} {prefix!r} begins no finding's code",
-                hint=f"Codes are {', '.join(c.value for c in Code)}, or a beginning such as BNB1.",
+                hint="Give codes such as BNB101, or beginnings such as BNB1. All codes:",
                 command="bnbfix explain",
             )
         out |= found

@@ -38,8 +38,8 @@ def check_unknown_class(case: Case) -> Iterator[Hit]:
 @rule(
     Code.PLUGIN,
     "vllm-bnb-plugin",
-    why=f"In {_REQUIRES} bitsandbytes support is a plugin, and without it the quantization method is unknown. With "
-    f"{_REFUSES} the plugin must not be installed. Of its versions, {_BOUNDS}.",
+    why=f"In {_REQUIRES} bitsandbytes support is a plugin; without it: `Unknown quantization method: bitsandbytes`. "
+    f"With {_REFUSES} the plugin must not be installed. Of its versions, {_BOUNDS}.",
     fix=f"pip install vllm-bnb-plugin ({_OLDER}); with {_REFUSES}: pip uninstall vllm-bnb-plugin",
     upstream=[52802],
 )

@@ -64,14 +64,14 @@ def test_exit_code_3_nothing_here_to_check(
         (["scan", "pyproject.toml"], "is a file; "),
         (["scan", "examples"], "config.json: is missing"),
         (["scan", "examples", "--vllm", "0.1.0"], "is not a vLLM release that bnbfix knows"),
-        (["scan"], "Missing argument 'MODEL'"),
+        (["scan"], "missing argument 'MODEL'"),
         (["scan", ".", "--format", "yaml"], "yaml"),
         (["scan", ".", "--nonsense"], "--nonsense"),
         (["frobnicate"], "frobnicate"),
         (["repair", "nowhere"], "repair needs --out DIR, --in-place, or --dry-run to only see the plan"),
         (["repair", "nowhere", "--out", "x"], "error: nowhere: no such folder"),
         (["verify", "nowhere"], "error: nowhere: no such folder"),
-        (["repair"], "Missing argument 'MODEL'"),
+        (["repair"], "missing argument 'MODEL'"),
         (["repair", ".", "--in-place", "--out", "x"], "--in-place writes no copy"),
         (["schema", "everything"], "everything"),
         (["explain", "BNB999"], "'BNB999' is not a finding's code"),
@@ -82,6 +82,18 @@ def test_exit_code_2_bad_usage(run: Cli, arguments: list[str], words: str) -> No
     assert done.code == 2
     assert words in done.error and done.out == ""
     assert len(done.commands) == 1 and done.err.endswith(f"  {done.commands[0]}\n")
+
+
+def test_errors_of_the_option_parser_are_written_like_others(run: Cli) -> None:
+    for arguments in (
+        ["scan", ".", "--format", "yaml"],
+        ["scan", ".", "--nope"],
+        ["nope"],
+        ["verify"],
+        ["schema", "x"],
+    ):
+        words = run(*arguments).error.removeprefix("error: ")
+        assert words[0].islower() and "Value error" not in words and not words.endswith(".")
 
 
 def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from bnbfix.report.terminal import StyledText, TableOptions, write_file, write_l
 from tests.support.build import Make
 from tests.support.command_line import Cli, Run, harmless, process
 from tests.support.folders import hostile, large_checkpoint
+from tests.support.surgery import add_tensor
 
 FISH = "_TYPER_COMPLETE_FISH_ACTION"
 FORMATS = ("table", "json", "jsonl", "markdown", "github", "sarif", "html")
@@ -47,7 +48,7 @@ def test_one_that_fails_does_not_stop_the_rest(run: Cli, pristine: Make, broken:
     bad, good, other = pristine("dense31b", "partial", shards=2), pristine("e4b", "all"), pristine("dense31b", "bf16")
     done = run("scan", broken, bad, other, good, "--vllm", "0.32.0")
     assert done.code == 2
-    assert done.out.splitlines()[-2] == "4 models: 1 loads, 1 wrong, 1 skipped, 1 error"
+    assert done.out.splitlines()[-3:-1] == ["4 models: 1 loads, 1 wrong, 1 skipped, 1 error", "Repair it:"]
     assert done.commands[-1] == f"bnbfix repair {bad} --out {bad}-repaired --vllm 0.32.0"
     assert "error: config.json: is not valid JSON" in done.words and "Loads in vLLM 0.32.0." in done.words
     assert done.err.splitlines()[0].startswith(f"error: {broken}: config.json: is not valid JSON")
@@ -353,6 +354,35 @@ def test_a_format_is_imported_when_it_is_asked_for(tmp_path: Path, options: list
     assert (done.code, done.err.strip()) == (0, imported)
 
 
+# What to run next
+
+
+def test_what_has_no_fix_is_explained_and_not_what_has_one(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    add_tensor(source / "model.safetensors", "score.weight", "BF16", [2, 1], bytes(4))
+    done = run("scan", source, "--vllm", "portable")
+    assert "BNB101 fails" in done.words and "No repair is known:" in done.words
+    assert done.commands == ["bnbfix explain BNB113"]
+    done = run("repair", source, "--vllm", "portable", "--out", source.parent / "out")
+    assert done.code == 1 and "score.weight: the release has no parameter for it (BNB113)" in done.error
+    assert done.commands == [f"bnbfix scan {source} --vllm portable"]
+
+
+def test_a_target_that_has_no_repair_is_followed_by_the_nearest_that_has(run: Cli, pristine: Make) -> None:
+    source = pristine("moe26b", "skip")
+    done = run("scan", source, "--vllm", "portable")
+    assert "No repair in 4 bits serves every vLLM release. The nearest is vLLM 0.33.0 (" in done.words
+    assert done.commands == [f"bnbfix repair {source} --out {source}-repaired --vllm 0.33.0"]
+    done = run("repair", source, "--vllm", "portable", "--out", source.parent / "out")
+    assert done.commands == [f"bnbfix repair {source} --out {source}-repaired --vllm 0.33.0"]
+
+
+def test_names_of_tensors_are_not_broken(run: Cli, checkpoint: Make) -> None:
+    source, name = checkpoint("dense31b", "all"), f"{'part.' * 20}weight"
+    add_tensor(source / "model.safetensors", name, "BF16", [2, 1], bytes(4))
+    assert f"    {name}" in run("scan", source, "--vllm", "0.32.0").out.splitlines()
+
+
 # Terminals and files
 
 
@@ -372,7 +402,7 @@ def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> Non
     os.close(leader)
     lines = data.decode().splitlines()
     assert child.returncode == 1 and len(lines) > 10
-    assert columns - 12 < max(len(line) for line in lines if not line.startswith("  bnbfix ")) <= columns
+    assert columns - 12 < max(len(line) for line in lines if not line.startswith(("  bnbfix ", "    "))) <= columns
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)

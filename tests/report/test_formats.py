@@ -186,6 +186,22 @@ def test_sarif_follows_the_schema_and_has_every_finding(pristine: Make, family: 
     assert len(set(prints)) == len(prints)
 
 
+@pytest.mark.parametrize("code", Code, ids=str)
+def test_sarif_describes_every_code(pristine: Make, code: Code) -> None:
+    (o,) = outcomes(pristine("text", "all"))
+    assert o.result is not None
+    e = code.explanation
+    for severity in {Severity.NOTE, e.severity}:
+        result = replace(o.result, findings=(finding(code, Severity.NOTE), finding(code, severity)))
+        (run,) = sarif([replace(o, result=result)])["runs"]
+        (rule,) = run["tool"]["driver"]["rules"]
+        level = {"fails": "error", "wrong": "error", "degraded": "warning", "note": "note"}[severity]
+        assert rule["defaultConfiguration"]["level"] == level, "of the worst finding"
+        assert [r["level"] for r in run["results"]] == ["note", level]
+        assert (rule["shortDescription"]["text"], rule["fullDescription"]["text"]) == (e.title, e.why)
+        assert re.fullmatch(r"([A-Z][a-z0-9]*)+", rule["name"]) and rule["help"]["text"].startswith(e.why)
+
+
 def test_sarif_names_files_of_the_model(pristine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     source = pristine("dense31b", "partial", shards=2)
     shards = [p.name for p in source.glob("*.safetensors")]

@@ -40,8 +40,9 @@ class Run:
 
     @property
     def width(self) -> int:
-        """The longest line of stdout, commands aside: those are not wrapped."""
-        return max(len(line) for line in self.out.splitlines() if line[2:] not in self.commands)
+        """The longest line of stdout, commands and names of tensors aside: those are not wrapped."""
+        lines = [line for line in self.out.splitlines() if not re.fullmatch(r" {4}\S+( x\d+)?", line)]
+        return max(len(line) for line in lines if line[2:] not in self.commands)
 
     @property
     def error(self) -> str:

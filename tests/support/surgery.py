@@ -53,6 +53,12 @@ def replace_tensor(
     _put_together(path, parts, metadata)
 
 
+def add_tensor(path: Path, name: str, dtype: str, shape: list[int], content: bytes) -> None:
+    """Puts a tensor behind the others."""
+    parts, metadata = _take_apart(path)
+    _put_together(path, parts | {name: ({"dtype": dtype, "shape": shape}, content)}, metadata)
+
+
 def drop_tensor(path: Path, name: str) -> None:
     """Takes a tensor out; the data closes over it."""
     parts, metadata = _take_apart(path)
