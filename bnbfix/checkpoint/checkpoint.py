@@ -17,6 +17,7 @@ from ..errors import InputError, NotApplicable, QuantStateError
 from . import quant_state as qs
 from . import safetensors as st
 from .source import LocalSource, Source, read_file
+from .stacked_experts import absmax_name, derive_state, is_stack
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -79,7 +80,7 @@ class Weight:
 
     def state_tensor_names(self) -> dict[str, str]:
         """Tensor name of each quant-state tensor, by suffix."""
-        return {suffix: qs.state_tensor_name(self.name, suffix) for suffix in self.state_tensors}
+        return {suffix: t.info.name for suffix, t in self.state_tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     names = _shard_names(source, index)
     shards = _headers(source, names)
     tensors, duplicates = _choose_tensors(shards, weight_map(index) if index else {})
-    weights, orphans, damaged = _group_weights(source, tensors)
+    weights, orphans, damaged = _group_weights(source, tensors, config)
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
 
 
@@ -299,7 +300,7 @@ def _choose_tensors(
 
 
 def _group_weights(
-    source: Source, tensors: Mapping[str, Tensor]
+    source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Weight], dict[str, Tensor], tuple[QuantStateError, ...]]:
     """Return weights by name, quant-state tensors that no quantized weight claims, and what is wrong with others."""
     state_tensors: dict[str, dict[str, Tensor]] = {}
@@ -313,29 +314,27 @@ def _group_weights(
     weights: dict[str, Weight] = {}
     orphans: dict[str, Tensor] = {}
     damaged: list[QuantStateError] = []
+    stacked = [n for n, t in bases.items() if is_stack(t.info) and n not in state_tensors]
+    stacks = {name: bases.pop(absmax_name(name), None) for name in stacked}
     for name in sorted(set(bases) | set(state_tensors)):
         own, state = state_tensors.get(name, {}), None
         t = bases.get(name)
         if t is not None:
             try:
-                state = _check_state(name, t, own, raw)
+                if name in stacks:
+                    absmax = stacks[name]
+                    state = derive_state(t.info, absmax.info if absmax else None, config, f"{t.shard}: {name}")
+                    own = {".absmax": absmax} if absmax else {}
+                else:
+                    state = _check_state(name, t, own, raw)
             except QuantStateError as e:
-                damaged.append(_describe_stack(e) if f"{name}_absmax" in bases else e)
+                damaged.append(e)
         if t is None or (state is None and not qs.is_int8(own)):
             orphans |= {qs.state_tensor_name(name, suffix): s for suffix, s in own.items()}
             own = {}
         if t is not None:
             weights[name] = Weight(name, t, own, state)
     return weights, orphans, tuple(damaged)
-
-
-def _describe_stack(error: QuantStateError) -> QuantStateError:
-    """The error for quantized bytes with their absmax next to them: experts as bitsandbytes' Experts4bit keeps them."""
-    return QuantStateError(
-        "is a stack of experts in 4 bits, with one absmax for all of them, which no vLLM release reads",
-        where=error.where,
-        hint="Save the model in bfloat16 with the tool that made it; a repair of that quantizes each expert for vLLM.",
-    )
 
 
 def _check_state(

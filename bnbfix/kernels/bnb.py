@@ -86,8 +86,7 @@ def use_threads(count: int) -> None:
     from . import native
 
     count = count_threads(count)
-    library = native.load_library()
-    if library is not None:
+    if (library := native.load_library()) is not None:
         library.use_threads(count)
     else:
         import torch
@@ -184,6 +183,14 @@ def native_decoder(quantized: QuantizedTensor) -> Decode | None:
         logger.debug("a weight of shape %s has scales below %.1e: decoded through torch", state.shape, SUBNORMAL)
         return None
     return library.decoder(scales, state, _row_size(state))
+
+
+def block_scales(quantized: QuantizedTensor) -> bytes:
+    """The scale of every block, F32 [blocks], double quantization undone."""
+    from . import native
+
+    library, parts = native.load_library(), (quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
+    return library.scales(quantized.state, *parts).tobytes() if library else _raw(_absmax(quantized, "cpu"))
 
 
 def _torch_decoder(quantized: QuantizedTensor, device: str) -> StartDecode:
@@ -293,14 +300,8 @@ def quantize(
         offset = torch.tensor(fsum(absmax.tolist()) / absmax.numel(), dtype=torch.float32, device=device)
         table = torch.frombuffer(bytearray(dynamic_map().tobytes()), dtype=torch.float32).to(device)
         inner, nested = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=nested_blocksize)
-        return Quantized(
-            bytes(quantized),
-            _raw(inner),
-            quant_map,
-            _raw(nested.absmax.float()),
-            _raw(nested.code.float()),
-            offset.item(),
-        )
+        outer, code = _raw(nested.absmax.float()), _raw(nested.code.float())
+        return Quantized(bytes(quantized), _raw(inner), quant_map, outer, code, offset.item())
 
 
 @contextmanager
@@ -383,8 +384,7 @@ def _absmax(quantized: QuantizedTensor, device: str) -> torch.Tensor:
     """The scale of every block in float32, F32 [blocks], double quantization undone."""
     import torch
 
-    bnb = _bitsandbytes()
-    nested = quantized.state.nested
+    bnb, nested = _bitsandbytes(), quantized.state.nested
     if nested is None:
         return torch.frombuffer(bytearray(quantized.absmax), dtype=torch.float32).to(device)
     assert quantized.nested_absmax is not None and quantized.nested_quant_map is not None  # by quant_state.check

@@ -36,6 +36,7 @@ class TensorRole:
     layer: int | None = None
     part: str | None = None
     prefix: str | None = None  # of a per-expert weight
+    number: int | None = None  # of an expert with a tensor of its own
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .roles import EMBEDDINGS, LINEAR_KINDS, LM_HEAD, canonical, classify_tensor
 
 PEFT_PREFIX = "base_model."
 PEFT_PARTS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
+EXPERTS = ("expert", "expert_linear")
 MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
 
 
@@ -117,7 +118,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """
     model = check_applicable(checkpoint)
     linears = tuple(_find_linears(checkpoint))
-    if (count := sum(linear.role.kind != "expert" for linear in linears)) > MAX_LINEARS:
+    if (count := sum(linear.role.kind not in EXPERTS for linear in linears)) > MAX_LINEARS:
         raise InputError(f"{count:,} linear modules exceed the limit of {MAX_LINEARS:,}", where=checkpoint.source.name)
     return Inspection(checkpoint, model, linears, (*checkpoint.damaged, *_find_wrong_shapes(linears, model)))
 
@@ -147,7 +148,7 @@ def _find_wrong_shapes(linears: tuple[LinearWeight, ...], model: Model) -> Itera
     for linear in linears:
         side = 0 if linear.role.part in ("o_proj", "down_proj") else 1
         state = linear.weight.state
-        if state is None or linear.role.kind not in ("attention", "mlp", "expert") or type(width) is not int:
+        if state is None or linear.role.kind not in ("attention", "mlp", *EXPERTS) or type(width) is not int:
             continue
         if len(state.shape) != 2 or state.shape[side] != width:
             which = ("rows", "columns")[side]

@@ -18,7 +18,10 @@ EMBEDDINGS = tuple(f"{prefix}embed_tokens.weight" for prefix in (TEXT, "language
 
 # The kind of a tensor decides which parameter it lands in. The first pattern that matches wins.
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
-_EXPERT = r"(?:gate|up|down)_proj"
+_EXPERT = rf"(?P<number>{_NUMBER})\.(?P<part>(?:gate|up|down)_proj)\.weight"
+# As training tools keep experts: a list of linear modules for each projection, which unsloth calls `_projs` in gpt-oss
+# and `_proj_4bit` in Gemma4 (unsloth#5432).
+_LINEAR = rf"experts\.(?P<part>(?:gate_up|gate|up|down)_proj)(?:s|_4bit)\.(?P<number>{_NUMBER})\.weight"
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
@@ -29,7 +32,7 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("per_layer", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
         ("router", rf"{_LAYER}router\.proj\.weight"),
         ("fused_experts", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight"),
+        ("expert", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_EXPERT}"),
         ("pixel_projection", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
         ("vision_tower", r"model\.vision_tower\..*\.weight"),
         ("audio_tower", r"model\.audio_tower\..*\.weight"),
@@ -37,16 +40,14 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("patch_dense", r"model\.vision_embedder\.patch_dense\.weight"),
         ("lm_head", r"lm_head\.weight"),
         ("fused_experts", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.experts\.(?P<part>gate_up_proj|down_proj)"),
-        (
-            "expert",
-            rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.(?P<prefix>experts)\.{_NUMBER}\.(?P<part>{_EXPERT})\.weight",
-        ),
+        ("expert", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.(?P<prefix>experts)\.{_EXPERT}"),
+        ("expert_linear", rf".*\.layers\.(?P<layer>{_NUMBER})\.(?:.*\.)?{_LINEAR}"),
         ("linear", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
     )
 )
 LINEAR_KINDS = frozenset(
     {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
-    | {"patch_dense", "lm_head", "expert", "linear"}
+    | {"patch_dense", "lm_head", "expert", "expert_linear", "linear"}
 )
 
 
@@ -67,6 +68,6 @@ def classify_tensor(name: str) -> TensorRole:
     for kind, pattern in KINDS:
         if m := pattern.fullmatch(name):
             groups = m.groupdict()
-            layer = int(groups["layer"]) if groups.get("layer") else None
-            return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"))
+            layer, number = (int(groups[key]) if groups.get(key) else None for key in ("layer", "number"))
+            return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"), number)
     return TensorRole(name, "other")

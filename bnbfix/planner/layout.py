@@ -26,6 +26,26 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A matrix inside a quantized weight: so many values of it, from the one of number `begin` on."""
+
+    weight: Weight
+    begin: int
+    count: int
+
+    @property
+    def state(self) -> qs.QuantState:
+        assert self.weight.state is not None
+        return self.weight.state
+
+    @property
+    def unit(self) -> int:
+        """How many values have statistics of their own: those of a block, or of a block of blocks."""
+        nested = self.state.nested
+        return self.state.blocksize * (nested.blocksize if nested else 1)
+
+
+@dataclass(frozen=True)
 class Copy:
     """The bytes of a tensor of the source."""
 
@@ -41,32 +61,30 @@ class Dequantize:
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """A matrix quantized to NF4: a weight and its quant-state tensors, made together as one run of bytes."""
+class MadeWeight:
+    """A weight and its quant-state tensors, made together as one run of bytes."""
 
     name: str
     shape: tuple[int, int]
-    dtype: str  # torch name of the values' dtype
-    values: Slice | Weight
-    double: bool  # with double quantization
 
     def state(self, offset: float = 0.0) -> qs.QuantState:
-        """Its quant state; the offset of a double quantization is known only afterwards."""
-        nested = qs.NestedState(NESTED_BLOCKSIZE, offset) if self.double else None
-        return qs.QuantState(QUANT_TYPE, BLOCKSIZE, self.dtype, self.shape, nested)
+        """Its quant state. The offset of a double quantization that is still to be made is known only afterwards."""
+        raise NotImplementedError
 
     def infos(self) -> tuple[st.TensorInfo, ...]:
         """Its tensors, widest first, all sizes known; a multiple of 8 bytes together: what follows is aligned."""
         state = self.state()
         parts = [(".absmax", "F32", state.blocks)]
-        if self.double:
-            parts = [(".nested_absmax", "F32", -(-state.blocks // NESTED_BLOCKSIZE)), (".nested_quant_map", "F32", 256)]
+        if state.nested:
+            outer = -(-state.blocks // state.nested.blocksize)
+            parts = [(".nested_absmax", "F32", outer), (".nested_quant_map", "F32", 256)]
         parts.append((".quant_map", "F32", 16))
         parts.append(("", "U8", state.quantized_nbytes))
-        if self.double:
+        if state.nested:
             parts.append((".absmax", "U8", state.blocks))
         used = sum(st.tensor_nbytes(dtype, [n]) for _, dtype, n in parts)
-        parts.append((f".quant_state.bitsandbytes__{QUANT_TYPE}", "U8", STATE_JSON + -(used + STATE_JSON) % ALIGNMENT))
+        suffix = f".quant_state.bitsandbytes__{state.quant_type}"
+        parts.append((suffix, "U8", STATE_JSON + -(used + STATE_JSON) % ALIGNMENT))
         out, at = [], 0
         for suffix, dtype, n in parts:
             end = at + st.tensor_nbytes(dtype, [n])
@@ -74,35 +92,75 @@ class Quantize:
             at = end
         return tuple(out)
 
-    def state_json(self, offset: float) -> bytes:
+    def state_json(self, offset: float = 0.0) -> bytes:
         """The JSON as `QuantState.as_dict(packed=True)` writes it, padded to its tensor's size."""
+        state = self.state(offset)
         doc: dict[str, object] = {
-            "quant_type": QUANT_TYPE,
-            "blocksize": BLOCKSIZE,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
+            "quant_type": state.quant_type,
+            "blocksize": state.blocksize,
+            "dtype": state.dtype,
+            "shape": list(state.shape),
         }
-        if self.double:
-            doc |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
+        if nested := state.nested:
+            doc |= {"nested_blocksize": nested.blocksize, "nested_dtype": "float32", "nested_offset": nested.offset}
         return json.dumps(doc).encode().ljust(self.infos()[-1].nbytes)
 
 
-Op = Copy | Dequantize | Quantize
+@dataclass(frozen=True)
+class Quantize(MadeWeight):
+    """A matrix quantized to NF4."""
+
+    dtype: str  # torch name of the values' dtype
+    values: Slice | Rows
+    double: bool  # with double quantization
+
+    def state(self, offset: float = 0.0) -> qs.QuantState:
+        nested = qs.NestedState(NESTED_BLOCKSIZE, offset) if self.double else None
+        return qs.QuantState(QUANT_TYPE, BLOCKSIZE, self.dtype, self.shape, nested)
+
+
+@dataclass(frozen=True)
+class Split(MadeWeight):
+    """A matrix cut out of a quantized weight between two blocks: the same quantized bytes and scales.
+
+    Where a block of a double quantization would be cut, the scales are stored in float32.
+    """
+
+    values: Rows
+
+    def state(self, offset: float = 0.0) -> qs.QuantState:
+        state = self.values.state
+        return replace(state, shape=self.shape, nested=None if self.values.count % self.values.unit else state.nested)
+
+
+Op = Copy | Dequantize | Quantize | Split
 
 
 def tensors_read(op: Op) -> list[Tensor]:
     """The tensors of the source that an operation reads, quant-state tensors included."""
     if isinstance(op, Copy):
         return [op.origin]
-    if isinstance(op, Quantize) and isinstance(op.values, Slice):
+    if isinstance(op, Dequantize):
+        weights = op.weights
+    elif isinstance(op.values, Slice):
         return [op.values.tensor]
-    weights = op.weights if isinstance(op, Dequantize) else (op.values,)
-    return [t for w in weights if isinstance(w, Weight) for t in (w.tensor, *w.state_tensors.values())]
+    else:
+        weights = (op.values.weight,)
+    return [t for w in weights for t in (w.tensor, *w.state_tensors.values())]
+
+
+def bytes_read(op: Op) -> int:
+    """How many bytes of the source an operation reads."""
+    values = op.values if isinstance(op, Quantize | Split) else None
+    if isinstance(values, Slice):
+        return values.nbytes
+    whole = sum(t.info.nbytes for t in tensors_read(op))
+    return whole * values.count // values.state.numel if isinstance(values, Rows) else whole
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of an output shard and what it is made from. All tensors of one Quantize are next to each other."""
+    """One tensor of an output shard and what it is made from. All tensors of one MadeWeight are next to each other."""
 
     info: st.TensorInfo  # name, dtype, shape and offsets in the output
     op: Op
@@ -127,10 +185,10 @@ class ShardPlan:
         return self.size - sum(t.info.nbytes for t in self.tensors)
 
     def runs(self) -> Iterable[tuple[TensorPlan, ...]]:
-        """Its tensors in order, those of one Quantize together."""
+        """Its tensors in order, those of one MadeWeight together."""
         run: list[TensorPlan] = []
         for t in self.tensors:
-            if run and not (isinstance(t.op, Quantize) and t.op is run[-1].op):
+            if run and not (isinstance(t.op, MadeWeight) and t.op is run[-1].op):
                 yield tuple(run)
                 run = []
             run.append(t)
@@ -150,8 +208,8 @@ def plan_dequantize(name: str, weights: tuple[Weight, ...], dtype: str, shape: t
     return TensorPlan(info, Dequantize(weights, dtype))
 
 
-def plan_quantize(op: Quantize) -> list[TensorPlan]:
-    """The tensors of a quantized weight."""
+def plan_made(op: Quantize | Split) -> list[TensorPlan]:
+    """The tensors of a weight that is made with its quant state."""
     return [TensorPlan(info, op) for info in op.infos()]
 
 
@@ -161,12 +219,12 @@ def lay_out_shard(
     """Gives every tensor its offsets. `old` is the header of the source file of that name, if there is one.
 
     Widest dtype first, as the safetensors library lays files out: readers view a tensor's bytes in place, so its offset
-    has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent. What is
-    quantized comes before all: each such run keeps its own order and is a multiple of 8 bytes long.
+    has to be a multiple of its element size. Within a dtype the order of the source keeps copies adjacent. Weights made
+    with their quant states come before all: each such run keeps its own order and is a multiple of 8 bytes long.
     """
 
     def order(t: TensorPlan) -> int:
-        return 0 if isinstance(t.op, Quantize) else 1000 - st.DTYPE_BITS[t.info.dtype]
+        return 0 if isinstance(t.op, MadeWeight) else 1000 - st.DTYPE_BITS[t.info.dtype]
 
     placed, at = [], 0
     for t in sorted(tensors, key=order):

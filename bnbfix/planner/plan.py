@@ -17,7 +17,7 @@ from ..engines.engine import Target
 from ..errors import UsageError
 from ..rules.rule import Code
 from ..rules.scan import Finding, ScanResult, describe_run
-from .layout import Dequantize, Quantize, ShardPlan, Slice, TensorPlan, tensors_read
+from .layout import Dequantize, Quantize, ShardPlan, Split, bytes_read
 
 RECORD = "bnbfix.json"
 JOURNAL = ".bnbfix-journal"  # of a repair that is under way; not part of any output
@@ -32,6 +32,7 @@ class Action(str, Enum):
     DROP = "drop"
     INSERT = "insert"
     QUANTIZE = "quantize"
+    SPLIT = "split"
     STACK = "stack"
     RENAME = "rename"
     RETYPE = "retype"
@@ -51,6 +52,7 @@ _WORDS = {
     Action.DROP: ("tensor", "tensors", "dropped"),
     Action.INSERT: ("weight", "weights", "added as a copy"),
     Action.QUANTIZE: ("weight", "weights", "quantized to NF4, which loses precision"),
+    Action.SPLIT: ("weight", "weights", "of experts split (same values)"),
     Action.STACK: ("tensor", "tensors", "joined from per-expert weights"),
     Action.RENAME: ("weight", "weights", "renamed"),
     Action.RETYPE: ("weight", "weights", "declared as U8 [N, 1], same bytes"),
@@ -130,11 +132,10 @@ class Plan:
 
     @property
     def computes(self) -> str | None:
-        """The work that needs kernels, "dequantizes" or "quantizes"; None where every tensor is copied."""
+        """The work that needs kernels, such as "dequantizes"; None where every tensor is copied."""
         ops = [t.op for s in self.shards if not s.copied for t in s.tensors]
-        if any(isinstance(op, Dequantize) for op in ops):
-            return "dequantizes"
-        return "quantizes" if any(isinstance(op, Quantize) for op in ops) else None
+        kinds = {Dequantize: "dequantizes", Quantize: "quantizes", Split: "splits quantized weights"}
+        return next((word for kind, word in kinds.items() if any(isinstance(op, kind) for op in ops)), None)
 
     @property
     def bytes_written(self) -> int:
@@ -148,7 +149,7 @@ class Plan:
         """Bytes of the source that writing reads."""
         files = self.checkpoint.source.files
         whole = sum(files[s.name] for s in self.shards if s.copied) + sum(files[f] for f in self.copied)
-        return whole + sum(_bytes_in(run) for s in self.shards if not s.copied for run in s.runs())
+        return whole + sum(bytes_read(run[0].op) for s in self.shards if not s.copied for run in s.runs())
 
     def config_diff(self) -> str:
         """The change of config.json as a unified diff; empty when there is none."""
@@ -181,10 +182,3 @@ class Plan:
             "disk_needed": needed,
             "disk_free": free,
         }
-
-
-def _bytes_in(run: tuple[TensorPlan, ...]) -> int:
-    op = run[0].op
-    if isinstance(op, Quantize) and isinstance(op.values, Slice):
-        return op.values.nbytes
-    return sum(t.info.nbytes for t in tensors_read(op))

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 MAX_POINTER = 200  # bytes of a Git LFS pointer
 # What a repair in 4 bits cannot do anything about, and a full dequantization does.
-SOLVED_BY_DEQUANTIZING = frozenset({Code.MOE_REFUSED, Code.FUSED_EXPERTS, Code.MIXED_EXPERTS, Code.INT8})
+SOLVED_BY_DEQUANTIZING = frozenset(
+    {Code.MOE_REFUSED, Code.FUSED_EXPERTS, Code.EXPERT_LINEARS, Code.MIXED_EXPERTS, Code.INT8}
+)
 
 
 def plan_checkpoint(source: Source, target: Target, options: Options | None = None) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .layout import Copy, Quantize
+from .layout import Copy, MadeWeight
 from .plan import Plan
 
 
@@ -69,8 +69,8 @@ class PlannedSource:
             inside = offset - len(shard.header) - t.info.begin
             if isinstance(t.op, Copy):
                 out += source.read(t.op.origin.shard, [(t.op.origin.offset + inside, length)])
-            elif isinstance(t.op, Quantize) and ".quant_state." in t.info.name:
-                out.append(t.op.state_json(0.0)[inside : inside + length])
+            elif isinstance(t.op, MadeWeight) and ".quant_state." in t.info.name:
+                out.append(t.op.state_json()[inside : inside + length])
             else:
                 raise InputError(f"tensor {t.info.name!r} is not made yet", where=file)
         return out

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from math import prod
 
 from ..checkpoint import quant_state as qs
+from ..checkpoint import safetensors as st
 from ..checkpoint.checkpoint import Checkpoint, Weight
 from ..errors import Unrepairable
+from ..models.roles import classify_tensor
 from ..rules.changes import Changes, ExpertChange, Insert
-from ..rules.experts import fused_parts, name_expert, rename_expert
-from .layout import Quantize, ShardPlan, Slice, TensorPlan, lay_out_shard, plan_copy, plan_dequantize, plan_quantize
+from ..rules.experts import split_experts
+from .layout import (
+    Quantize,
+    Rows,
+    ShardPlan,
+    Slice,
+    Split,
+    TensorPlan,
+    lay_out_shard,
+    plan_copy,
+    plan_dequantize,
+    plan_made,
+)
 
 _TORCH_DTYPES = {safetensors: torch for torch, safetensors in qs.DTYPES.items()}
 Placed = tuple[str, TensorPlan]  # the shard of the source that a tensor belongs to, and its plan
@@ -73,10 +87,9 @@ def _added_tensors(checkpoint: Checkpoint, changes: Changes) -> Iterator[Placed]
     for name, change in changes.experts.items():
         yield from ((checkpoint.tensors[name].shard, t) for t in _expert_tensors(checkpoint, name, change))
     for name in changes.quantize:
-        info = checkpoint.weights[name].tensor.info
-        values = Slice(checkpoint.weights[name].tensor, 0, info.nbytes)
-        op = _quantize_op(checkpoint, name, (info.shape[0], info.shape[1]), _TORCH_DTYPES[info.dtype], values)
-        yield from ((checkpoint.tensors[name].shard, t) for t in plan_quantize(op))
+        rows, columns = checkpoint.weights[name].shape
+        op = _quantize_op(checkpoint, name, (rows, columns), checkpoint.weights[name])
+        yield from ((checkpoint.tensors[name].shard, t) for t in plan_made(op))
 
 
 def _inserted_tensors(checkpoint: Checkpoint, insert: Insert) -> Iterator[TensorPlan]:
@@ -91,40 +104,36 @@ def _inserted_tensors(checkpoint: Checkpoint, insert: Insert) -> Iterator[Tensor
 
 def _expert_tensors(checkpoint: Checkpoint, name: str, change: ExpertChange) -> Iterable[TensorPlan]:
     """The tensors that take the place of one tensor of experts."""
-    weight, target = checkpoint.weights[name], rename_expert(name, change.prefix)
+    weight = checkpoint.weights[name]
+    matrices = split_experts(weight, change.prefix)
     if change.action == "rename":
+        target = matrices[0][0]
         yield plan_copy(weight.tensor, target, column=True)
         for suffix, t in weight.state_tensors.items():
             yield plan_copy(t, qs.state_tensor_name(target, suffix))
-    elif weight.state is not None:
-        rows, columns = weight.state.shape
-        yield from plan_quantize(_quantize_op(checkpoint, target, (rows, columns), weight.state.dtype, weight))
-    else:
-        dtype = _TORCH_DTYPES[weight.tensor.info.dtype]
-        for expert, shape, values in _expert_matrices(weight, change.prefix):
-            yield from plan_quantize(_quantize_op(checkpoint, expert, shape, dtype, values))
+        return
+    for i, (target, shape) in enumerate(matrices):
+        if change.action == "split":
+            yield from plan_made(Split(target, shape, _matrix(weight, i, shape)))
+        else:
+            yield from plan_made(_quantize_op(checkpoint, target, shape, weight, i))
+
+
+def _matrix(weight: Weight, number: int, shape: tuple[int, int]) -> Rows:
+    """One of the matrices of a quantized weight, which all have the same shape."""
+    return Rows(weight, number * prod(shape), prod(shape))
 
 
 def _quantize_op(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, int], dtype: str, values: Slice | Weight
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], weight: Weight, number: int = 0
 ) -> Quantize:
+    """One of the matrices of a weight, quantized."""
     double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
-    return Quantize(name, shape, dtype, values, double)
-
-
-def _expert_matrices(weight: Weight, prefix: str) -> Iterator[tuple[str, tuple[int, int], Slice]]:
-    """The matrices in an unquantized tensor of experts, in order: (output name, shape, where its bytes are)."""
-    info = weight.tensor.info
-    if len(info.shape) == 2:
-        yield rename_expert(weight.name, prefix), (info.shape[0], info.shape[1]), Slice(weight.tensor, 0, info.nbytes)
-        return
-    count, rows, columns = info.shape
-    parts = fused_parts(weight.name)
-    size = info.nbytes // (count * len(parts))
-    for expert in range(count):
-        for i, part in enumerate(parts):
-            values = Slice(weight.tensor, (expert * len(parts) + i) * size, size)
-            yield name_expert(weight.name, prefix, expert, part), (rows // len(parts), columns), values
+    if weight.state is not None:
+        return Quantize(name, shape, weight.state.dtype, _matrix(weight, number, shape), double)
+    dtype = weight.tensor.info.dtype
+    size = st.tensor_nbytes(dtype, shape)
+    return Quantize(name, shape, _TORCH_DTYPES[dtype], Slice(weight.tensor, number * size, size), double)
 
 
 def _dequantized_tensor(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
@@ -154,5 +163,5 @@ def _stack_experts(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...])
                 f"{w.name} is {other} {list(w.shape)}, {parts[0].name} {dtype} {list(shape)}; "
                 "only matrices of one dtype and shape become one tensor"
             )
-    pairs = len(fused_parts(name))
-    return plan_dequantize(name, parts, dtype, (len(parts) // pairs, pairs * shape[0], shape[1]))
+    each = 1 if name.endswith(str(classify_tensor(parts[0].name).part)) else 2  # gate and up
+    return plan_dequantize(name, parts, dtype, (len(parts) // each, each * shape[0], shape[1]))

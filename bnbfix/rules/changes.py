@@ -27,9 +27,9 @@ class Insert:
 
 @dataclass(frozen=True)
 class ExpertChange:
-    """What is done to one tensor of experts: it is quantized, or renamed, to be under `prefix`."""
+    """What is done to one tensor of experts to be under `prefix`: quantized, split with its quant state, or renamed."""
 
-    action: Literal["quantize", "rename"]
+    action: Literal["quantize", "split", "rename"]
     prefix: str
     code: Code
     detail: str

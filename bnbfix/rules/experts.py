@@ -28,7 +28,6 @@ _PREFIXES = "; ".join(
     for prefix in dict.fromkeys(r.expert_prefix for r in ranges() if r.expert_prefix)
 )
 _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
-_LINEARS = re.compile(r"\.experts\.(?:gate_up|gate|up|down)_projs\.\d+\.")
 
 
 @rule(
@@ -51,17 +50,19 @@ def check_moe_refused(case: Case) -> Iterator[Hit]:
 @rule(
     Code.FUSED_EXPERTS,
     "experts in three-dimensional tensors",
-    why="transformers keeps the experts of a layer in two unquantized three-dimensional tensors. vLLM makes quantized "
-    "parameters for them and no skip entry reaches them: shape errors.",
+    why="transformers keeps the experts of a layer in two unquantized three-dimensional tensors, and Experts4bit of "
+    "bitsandbytes (its pull request 1965) in two stacks of quantized bytes. vLLM makes quantized parameters for them, "
+    "fills those expert by expert, and no skip entry reaches them: shape errors.",
     fix="They are stored per expert, quantized to NF4 with quant states, under the prefix of the release. This loses "
-    "precision as any 4-bit quantization does, and makes them about 3.5 times smaller.",
+    "precision as any 4-bit quantization does, and makes them about 3.5 times smaller. Those that are in NF4 already "
+    "are split, and keep their values.",
 )
 def check_fused_experts(case: Case) -> Iterator[Hit]:
     weights = case.inspection.checkpoint.weights
     names = tuple(n for n in weights if classify_tensor(n).kind == "fused_experts")
     if names and case.expert_prefix is not None:
-        quantized = any(weights[n].quantized for n in names)
-        reason = "they are quantized, and cannot be split without dequantizing; --bf16 does that" if quantized else None
+        whole = all(_can_split(weights[n]) for n in names if weights[n].quantized)
+        reason = None if whole else "they are quantized, and are not whole matrices; --bf16 dequantizes them"
         if case.expectation is not None and case.expectation.transposed_experts:
             reason = "bnbfix does not split experts that are stored transposed; --bf16 leaves them as they are"
         words = "all experts in one tensor; the release takes them quantized, per expert"
@@ -118,18 +119,19 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
 @rule(
     Code.EXPERT_LINEARS,
     "experts as a tool keeps them in memory",
-    why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_projs.7.weight`), as training "
-    "tools keep them in memory. Neither vLLM nor transformers knows these names: `Layer ... has no parameter ... for "
-    "checkpoint weight`.",
-    fix="Nothing in the files; save the model as the tool merges it, in 16 bits. A repair then quantizes its experts.",
+    why="Each expert is a quantized linear module of its own in a list (`experts.gate_up_proj_4bit.7.weight`, "
+    "`experts.down_projs.7.weight`), as training tools keep them in memory. Neither vLLM nor transformers knows these "
+    "names: `Layer ... has no parameter ... for checkpoint weight`.",
+    fix="They are stored per expert, under the prefix of the release; gate and up, which such a module has in one "
+    "weight, are split. NF4 ones keep their values. Others are quantized to NF4, which loses precision.",
     release_independent=True,
 )
 def check_expert_linears(case: Case) -> Iterator[Hit]:
-    names = tuple(n for n in case.inspection.checkpoint.weights if "_projs." in n and _LINEARS.search(n))
+    weights = case.inspection.checkpoint.weights
+    names = tuple(n for n in weights if classify_tensor(n).kind == "expert_linear")
     if names:
-        reason = (
-            "save the model in 16 bits with the tool that made it (unsloth: save_pretrained_merged), and repair that"
-        )
+        whole = case.inspection.model.moe and all(_can_split(weights[n]) for n in names)
+        reason = None if whole else "they are not whole matrices of a mixture in 4 bits; --bf16 may join them"
         yield Hit(Severity.FAILS, names, "one of a list of linear modules, a form that only its tool reads", reason)
 
 
@@ -152,48 +154,71 @@ def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
     transposed = any(e.transposed_experts for e in request.expectations)
     out = {}
     for name, weight in request.inspection.checkpoint.weights.items():
-        role = classify_tensor(name)
-        if role.kind == "fused_experts" and not transposed and _is_splittable(weight):
-            detail = f"split into {weight.shape[0]} experts and quantized to NF4, which loses precision"
-            out[name] = ExpertChange("quantize", prefix, Code.FUSED_EXPERTS, detail)
-        elif role.kind == "expert" and weight.form == "fp4":
-            _check_matrix(weight)
-            out[name] = ExpertChange("quantize", prefix, Code.FP4_EXPERTS, "FP4 to NF4, which loses precision again")
-        elif role.kind == "expert" and not weight.quantized:
-            _check_matrix(weight)
-            detail = "quantized to NF4, which loses precision"
-            out[name] = ExpertChange("quantize", prefix, Code.UNQUANTIZED_IN_QUANTIZED, detail)
-        elif role.kind == "expert" and role.prefix != prefix:
-            out[name] = ExpertChange("rename", prefix, Code.EXPERT_PREFIX, f"to {rename_expert(name, prefix)}")
+        kind = classify_tensor(name).kind
+        if kind not in _CODES or (kind == "fused_experts" and (transposed or not _can_split(weight))):
+            continue
+        if (change := _change_expert(weight, prefix)) is not None:
+            out[name] = change
     return Changes(experts=out)
 
 
-def _is_splittable(weight: Weight) -> bool:
-    """Return True for an unquantized tensor [experts, rows, columns] that can be split into per-expert matrices."""
-    if weight.quantized or len(weight.shape) != 3 or weight.tensor.info.dtype not in DTYPES.values():
-        return False
-    return 0 not in weight.shape and weight.shape[1] % len(fused_parts(weight.name)) == 0
+_CODES = {
+    "fused_experts": Code.FUSED_EXPERTS,
+    "expert_linear": Code.EXPERT_LINEARS,
+    "expert": Code.UNQUANTIZED_IN_QUANTIZED,
+}
 
 
-def _check_matrix(weight: Weight) -> None:
-    if len(weight.shape) != 2 or (weight.state is None and weight.tensor.info.dtype not in DTYPES.values()):
+def _change_expert(weight: Weight, prefix: str) -> ExpertChange | None:
+    """What brings one tensor of experts under a prefix; None where it is there."""
+    code = _CODES[classify_tensor(weight.name).kind]
+    if not _can_split(weight):
         what = f"{weight.form} {list(weight.shape)[:8]}"
         raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
+    matrices = split_experts(weight, prefix)
+    first, (rows, columns) = matrices[0]
+    split = f"split into {len(matrices)} matrices, " if len(matrices) > 1 else ""
+    state = weight.state
+    if state is None:
+        return ExpertChange("quantize", prefix, code, f"{split}quantized to NF4, which loses precision")
+    if state.quant_type != "nf4":
+        code = Code.FP4_EXPERTS if code is Code.UNQUANTIZED_IN_QUANTIZED else code
+        return ExpertChange("quantize", prefix, code, f"{split}FP4 to NF4, which loses precision again")
+    if split and rows * columns % state.blocksize:  # a block reaches from one matrix into the next
+        return ExpertChange("quantize", prefix, code, f"{split}quantized anew, which loses precision again")
+    if split:
+        return ExpertChange("split", prefix, code, f"{split}same values")
+    if first == weight.name:
+        return None
+    code = Code.EXPERT_PREFIX if code is Code.UNQUANTIZED_IN_QUANTIZED else code
+    return ExpertChange("rename", prefix, code, f"to {first}")
 
 
-def fused_parts(name: str) -> tuple[str, ...]:
-    """The projections in a tensor of all experts, in the order of its rows."""
-    return ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+def _can_split(weight: Weight) -> bool:
+    """Return True for a tensor of experts, in 4 bits or unquantized, that consists of whole matrices."""
+    role, shape = classify_tensor(weight.name), weight.shape
+    if weight.state is None and weight.tensor.info.dtype not in DTYPES.values():
+        return False
+    if len(shape) != (3 if role.kind == "fused_experts" else 2) or 0 in shape:
+        return False
+    return shape[-2] % len(_matrices(role.part)) == 0
 
 
-def rename_expert(name: str, prefix: str) -> str:
-    """An expert's tensor name under another prefix."""
-    return _EXPERTS.sub(f".{prefix}.", name, count=1)
+def _matrices(part: str | None) -> tuple[str, ...]:
+    """The projections in a tensor of experts, in the order of its rows."""
+    return ("gate_proj", "up_proj") if part == "gate_up_proj" else (str(part),)
 
 
-def name_expert(fused: str, prefix: str, expert: int, projection: str) -> str:
-    """The name of one expert's weight out of a tensor of all experts."""
-    return f"{rename_expert(fused, prefix).rsplit('.', 1)[0]}.{expert}.{projection}.weight"
+def split_experts(weight: Weight, prefix: str) -> list[tuple[str, tuple[int, int]]]:
+    """The matrices of which a tensor of experts consists, one after the other: the name under a prefix, and the shape.
+
+    All have the same shape.
+    """
+    role, (rows, columns) = classify_tensor(weight.name), weight.shape[-2:]
+    numbers = range(weight.shape[0]) if role.kind == "fused_experts" else (role.number,)
+    stem, parts = _EXPERTS.split(weight.name, 1)[0], _matrices(role.part)
+    shape = (rows // len(parts), columns)
+    return [(f"{stem}.{prefix}.{number}.{part}.weight", shape) for number in numbers for part in parts]
 
 
 def join_experts(request: Request, so_far: Changes) -> Changes:
@@ -201,21 +226,30 @@ def join_experts(request: Request, so_far: Changes) -> Changes:
 
     Raises Unrepairable where one is missing, or in the file twice: the others would take wrong places.
     """
-    found: dict[str, dict[tuple[int, int], Weight]] = {}
+    found: dict[str, dict[tuple[int, str], Weight]] = {}
     for name, weight in request.inspection.checkpoint.weights.items():
-        if classify_tensor(name).kind != "expert":
+        role = classify_tensor(name)
+        if role.number is None or role.part is None:
             continue
-        stem, index, part, _ = _EXPERTS.sub(".experts.", name, count=1).rsplit(".", 3)
-        fused = f"{stem}.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
+        fused = f"{_EXPERTS.split(name, 1)[0]}.experts.{'down_proj' if role.part == 'down_proj' else 'gate_up_proj'}"
         if not any(e.canonical(fused) for e in request.expectations):
-            continue  # transformers writes this class's experts one by one
-        same = found.setdefault(fused, {}).setdefault((int(index), int(part == "up_proj")), weight)
+            if role.kind == "expert":
+                continue  # transformers writes this class's experts one by one
+            architecture = request.inspection.model.family.architecture
+            raise Unrepairable(f"{name} cannot be joined: a {architecture} has no tensor of all experts")
+        same = found.setdefault(fused, {}).setdefault((role.number, role.part), weight)
         if same is not weight:
             raise Unrepairable(f"{same.name} and {name} are the same expert")
-    for fused, weights in found.items():
-        numbers, parts = range(max(number for number, _ in weights) + 1), fused_parts(fused)
-        for number, half in product(numbers, range(len(parts))):
-            if (number, half) not in weights:
-                gap = f"expert {number} has no {parts[half]}, but others have one"
-                raise Unrepairable(f"{fused} cannot be joined: {gap}")
-    return Changes(stack={fused: tuple(weights[k] for k in sorted(weights)) for fused, weights in found.items()})
+    return Changes(stack={fused: tuple(_order_experts(fused, weights)) for fused, weights in found.items()})
+
+
+def _order_experts(fused: str, weights: dict[tuple[int, str], Weight]) -> Iterator[Weight]:
+    """Every matrix of every expert; raises Unrepairable at a gap, or where one expert is whole and another is not."""
+    parts = {part for _, part in weights}
+    wanted = ("gate_up_proj",) if "gate_up_proj" in parts else _matrices(fused.rpartition(".")[2])
+    for number, part in product(range(max(number for number, _ in weights) + 1), wanted):
+        if (number, part) not in weights:
+            raise Unrepairable(f"{fused} cannot be joined: expert {number} has no {part}, but others have one")
+        yield weights[number, part]
+    if strange := parts - set(wanted):
+        raise Unrepairable(f"{fused} cannot be joined: some experts have {min(strange)}, others {wanted[0]}")

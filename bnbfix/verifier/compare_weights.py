@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Weight
 from ..checkpoint.source import Source
 from ..kernels import reference
-from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice
-from ..writer.tensor_data import CHUNK_BYTES, copy_range, quantized_tensor
+from ..kernels.bnb import QuantizedTensor
+from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice, Split
+from ..writer.tensor_data import CHUNK_BYTES, copy_range, cut_values, quantized_rows, quantized_tensor
 
 
 def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
@@ -30,16 +31,10 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
     NF4's widest gap is 0.304 of a block's scale, so no value moves by more than half of that, and by what double
     quantization changed the scale; the scale itself must be that of the values, within 8-bit rounding.
     """
-    parts, cursor = {}, at
-    for info in op.infos():
-        parts[info.name[len(op.name) :]] = output.read(file, [(cursor, info.nbytes)])[0]
-        cursor += info.nbytes
-    raw = parts[f".quant_state.bitsandbytes__{QUANT_TYPE}"]
-    offset = _offset(raw)
-    if offset is None or raw != op.state_json(offset):
-        return "its quant state is not the one that the plan writes"
-    if parts[".quant_map"] != reference.code_table(QUANT_TYPE).tobytes():
-        return "its quant_map is not NF4's"
+    parts = _read_parts(op, output, file, at)
+    offset = _offset(parts[f".quant_state.bitsandbytes__{QUANT_TYPE}"])
+    if problem := _compare_constants(op, parts, offset):
+        return problem
     if parts.get(".nested_quant_map", dynamic := reference.dynamic_map().tobytes()) != dynamic:
         return "its nested_quant_map is not bitsandbytes' 8-bit map"
     state = op.state(offset)
@@ -53,34 +48,72 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
         blocks = -(-count // state.blocksize)
         quantized = parts[""][first // 2 : (first + count + 1) // 2]
         part = slice(first // state.blocksize, first // state.blocksize + blocks)
-        if not reference.within_rounding(state, quantized, scales[part], slack[part], chunk):
+        if not reference.within_rounding(state, quantized, scales[part], slack[part], bytes(chunk)):
             return f"is not a 4-bit rounding of what it was made from, near element {first:,}"
         first += count
     return None
 
 
-def _offset(raw: bytes) -> float | None:
-    """The offset in the JSON of a quant state, 0 where it has none; None when it is not a quant state."""
+def compare_split(source: Source, op: Split, output: Source, file: str, at: int) -> str | None:
+    """What is wrong with a weight that was cut out of another: it must decode to the same values, to the bit."""
+    parts, state = _read_parts(op, output, file, at), op.state()
+    if problem := _compare_constants(op, parts):
+        return problem
+    made = QuantizedTensor(
+        state,
+        lambda offset, length: parts[""][offset : offset + length],
+        parts[".absmax"],
+        parts.get(".nested_absmax"),
+        parts.get(".nested_quant_map"),
+    )
+    got = b"".join(_four_bit(made))
+    want = b"".join(cut_values(op.values, _four_bit(quantized_rows(source, op.values))))
+    if got != want and not reference.same_values(got, want, state.safetensors_dtype):
+        return "does not decode to the values of the quantized weight that it was cut out of"
+    return None
+
+
+def _read_parts(op: Quantize | Split, output: Source, file: str, at: int) -> dict[str, bytes]:
+    """The bytes of a weight and of its quant-state tensors, by suffix."""
+    parts = {}
+    for info in op.infos():
+        parts[info.name[len(op.name) :]] = output.read(file, [(at, info.nbytes)])[0]
+        at += info.nbytes
+    return parts
+
+
+def _compare_constants(op: Quantize | Split, parts: Mapping[str, bytes], offset: float = 0.0) -> str | None:
+    """What is wrong with the quant state's JSON and the table of its 4-bit type."""
+    quant_type = op.state().quant_type
+    if parts[f".quant_state.bitsandbytes__{quant_type}"] != op.state_json(offset):
+        return "its quant state is not the one that the plan writes"
+    if parts[".quant_map"] != reference.code_table(quant_type).tobytes():
+        return f"its quant_map is not {quant_type.upper()}'s"
+    return None
+
+
+def _offset(raw: bytes) -> float:
+    """The offset in the JSON of a quant state; 0 where it has none, or is not a quant state."""
     try:
         doc = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
-    value = doc.get("nested_offset", 0.0) if isinstance(doc, dict) else None
-    return value if isinstance(value, float) and math.isfinite(value) else None
+        return 0.0
+    value = doc.get("nested_offset") if isinstance(doc, dict) else None
+    return value if isinstance(value, float) and math.isfinite(value) else 0.0
 
 
-def _quantize_input(source: Source, op: Quantize) -> Iterator[bytes]:
+def _quantize_input(source: Source, op: Quantize) -> Iterator[bytes | memoryview]:
     if isinstance(op.values, Slice):
         tensor = op.values.tensor
         yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
     else:
-        yield from _values(source, (op.values,), qs.DTYPES[op.dtype])
+        yield from cut_values(op.values, _four_bit(quantized_rows(source, op.values)))
 
 
 def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator[bytes]:
     for weight in weights:
         if weight.state is not None:
-            yield from _four_bit(source, weight)
+            yield from _four_bit(quantized_tensor(source, weight))
         elif weight.int8:
             yield from _eight_bit(source, weight, dtype)
         else:
@@ -88,8 +121,7 @@ def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator
             yield from copy_range(source, t.shard, t.offset, t.info.nbytes)
 
 
-def _four_bit(source: Source, weight: Weight) -> Iterator[bytes]:
-    quantized = quantized_tensor(source, weight)
+def _four_bit(quantized: QuantizedTensor) -> Iterator[bytes]:
     state = quantized.state
     scales = reference.absmax_values(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
     width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK_BYTES // (4 * state.blocksize))

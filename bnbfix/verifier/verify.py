@@ -20,7 +20,7 @@ from ..engines.engine import Target
 from ..engines.vllm.releases import resolve_target
 from ..errors import BnbfixError
 from ..kernels.packages import require_packages
-from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan
+from ..planner.layout import Copy, Dequantize, MadeWeight, ShardPlan, Split
 from ..planner.plan import RECORD, Options, Plan
 from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import describe_run, scan_checkpoint
@@ -203,12 +203,16 @@ def _shard(output: Source, plan: Plan, shard: ShardPlan, step: Progress) -> Iter
             from .compare_weights import compare_dequantized  # here, since it imports numpy
 
             problem = compare_dequantized(source, op, output, shard.name, at)
+        elif isinstance(op, Split):
+            from .compare_weights import compare_split
+
+            problem = compare_split(source, op, output, shard.name, at)
         else:
             from .compare_weights import compare_quantized
 
             problem = compare_quantized(source, op, output, shard.name, at)
         if problem is not None:
-            yield Problem(shard.name, first.name if not isinstance(op, Quantize) else op.name, problem)
+            yield Problem(shard.name, op.name if isinstance(op, MadeWeight) else first.name, problem)
         step(sum(t.info.nbytes for t in run))
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.source import Progress, Source
 from ..kernels.bnb import resolve_device, use_threads
-from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan, tensors_read
+from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan, Split, tensors_read
 from ..planner.plan import RECORD, Plan
 from . import syscalls
 from .background import Prefetch
@@ -30,7 +30,7 @@ from .output_file import OutputFile, write_small
 from .record import build_record
 from .source_hashes import SourceHashes
 from .staging import Staging
-from .tensor_data import quantized_parts, weight_values
+from .tensor_data import quantized_parts, split_parts, weight_values
 
 logger = logging.getLogger(__name__)
 AHEAD = 4  # chunks made before their turn
@@ -105,15 +105,17 @@ def shard_parts(source: Source, shards: Iterable[ShardPlan], device: str) -> Ite
                 use_threads(max(1, (os.cpu_count() or 1) - 1))
             if isinstance(step, Dequantize):
                 made = weight_values(source, step.weights, step.dtype, chosen)
+            elif isinstance(step, Split):
+                made = split_parts(source, step)
             else:
                 made = quantized_parts(source, step, chosen)
             for data in made:
                 yield shard.name, Chunk(data)
 
 
-def _merge_copies(shard: ShardPlan) -> Iterator[CopyRange | Dequantize | Quantize]:
+def _merge_copies(shard: ShardPlan) -> Iterator[CopyRange | Dequantize | Quantize | Split]:
     """What makes the bytes of a shard's tensors, in order; copies of adjacent ranges are one."""
-    pending: CopyRange | Dequantize | Quantize | None = None
+    pending: CopyRange | Dequantize | Quantize | Split | None = None
     for run in shard.runs():
         op = run[0].op
         step = CopyRange(op.origin.shard, op.origin.offset, run[0].info.nbytes) if isinstance(op, Copy) else op

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from ..checkpoint import quant_state as qs
-from ..checkpoint.checkpoint import Weight
+from ..checkpoint.checkpoint import Tensor, Weight
 from ..checkpoint.source import Source
-from ..kernels.bnb import QuantizedTensor, dequantize, dequantize_int8, quantize
-from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Slice
+from ..kernels.bnb import QuantizedTensor, block_scales, dequantize, dequantize_int8, quantize
+from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Rows, Slice, Split
 
 CHUNK_BYTES = 4 << 20  # at a time; a multiple of every blocksize in every dtype
 
@@ -26,7 +27,7 @@ def quantized_tensor(source: Source, weight: Weight) -> QuantizedTensor:
     nested = {s: parts[s].read(source) for s in (".nested_absmax", ".nested_quant_map") if s in parts}
     return QuantizedTensor(
         state=weight.state,
-        read=_reader(source, weight),
+        read=_reader(source, weight.tensor),
         absmax=parts[".absmax"].read(source),
         nested_absmax=nested.get(".nested_absmax"),
         nested_quant_map=nested.get(".nested_quant_map"),
@@ -46,16 +47,18 @@ def weight_values(source: Source, weights: tuple[Weight, ...], dtype: str, devic
             rows, columns = weight.shape
             scales = weight.state_tensors[".SCB"].read(source)
             torch_dtype = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
-            yield from dequantize_int8(_reader(source, weight), (rows, columns), scales, torch_dtype, CHUNK_BYTES)
+            yield from dequantize_int8(
+                _reader(source, weight.tensor), (rows, columns), scales, torch_dtype, CHUNK_BYTES
+            )
         else:
             yield from copy_range(source, weight.tensor.shard, weight.tensor.offset, weight.tensor.info.nbytes)
 
 
-def _reader(source: Source, weight: Weight) -> Callable[[int, int], bytes]:
-    """Reads (offset, length) of a weight's own tensor."""
+def _reader(source: Source, tensor: Tensor) -> Callable[[int, int], bytes]:
+    """Reads (offset, length) of a tensor."""
 
     def read(offset: int, length: int) -> bytes:
-        return source.read(weight.tensor.shard, [(weight.tensor.offset + offset, length)])[0]
+        return source.read(tensor.shard, [(tensor.offset + offset, length)])[0]
 
     return read
 
@@ -87,4 +90,57 @@ def quantize_input(source: Source, op: Quantize, device: str) -> Iterator[bytes 
         tensor = op.values.tensor
         yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
     else:
-        yield from weight_values(source, (op.values,), qs.DTYPES[op.dtype], device)
+        yield from cut_values(op.values, dequantize(quantized_rows(source, op.values), device, CHUNK_BYTES))
+
+
+def quantized_rows(source: Source, rows: Rows) -> QuantizedTensor:
+    """The quantized weight of which rows are part, cut down to the blocks that they are in."""
+    weight, state = rows.weight, rows.state
+    begin = rows.begin // rows.unit * rows.unit
+    end = min(-(-(rows.begin + rows.count) // rows.unit) * rows.unit, state.numel)
+
+    def cut(suffix: str, values: int, width: int) -> bytes:
+        first, last = begin // values, -(-end // values)
+        return _reader(source, weight.state_tensors[suffix])(first * width, (last - first) * width)
+
+    read = _reader(source, weight.tensor)
+    return QuantizedTensor(
+        state=replace(state, shape=(end - begin,)),
+        read=lambda offset, length: read(begin // 2 + offset, length),
+        absmax=cut(".absmax", state.blocksize, 1 if state.nested else 4),
+        nested_absmax=cut(".nested_absmax", rows.unit, 4) if state.nested else None,
+        nested_quant_map=weight.state_tensors[".nested_quant_map"].read(source) if state.nested else None,
+    )
+
+
+def cut_values(rows: Rows, decoded: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The values of rows, out of those of `quantized_rows`."""
+    width = qs.WIDTH[rows.state.dtype]
+    skip, left = rows.begin % rows.unit * width, rows.count * width
+    for chunk in decoded:
+        part = chunk[skip : skip + left]
+        skip, left = max(0, skip - len(chunk)), left - len(part)
+        if part:
+            yield part
+
+
+def split_parts(source: Source, op: Split) -> Iterator[bytes]:
+    """The tensors of a weight that is cut out of another, in the order of `op.infos()`."""
+    from ..kernels.reference import code_table  # here, since it imports numpy
+
+    rows, state = op.values, op.state()
+    quantized, skip = quantized_rows(source, rows), rows.begin % rows.unit
+    absmax = quantized.absmax
+    if quantized.state.nested and not state.nested:
+        first = skip // state.blocksize
+        absmax = block_scales(quantized)[4 * first : 4 * (first + state.blocks)]
+    parts = {
+        "": quantized.read(skip // 2, state.quantized_nbytes),
+        ".absmax": absmax,
+        ".quant_map": code_table(state.quant_type).tobytes(),
+        ".nested_absmax": quantized.nested_absmax,
+        ".nested_quant_map": quantized.nested_quant_map,
+    }
+    for info in op.infos():
+        suffix = info.name[len(op.name) :]
+        yield op.state_json() if ".quant_state." in suffix else parts[suffix] or b""

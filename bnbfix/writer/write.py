@@ -17,7 +17,7 @@ from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import InputError, UsageError, VerifyError
 from ..kernels.bnb import resolve_device
 from ..kernels.packages import require_packages
-from ..planner.layout import Dequantize, Quantize
+from ..planner.layout import Dequantize, MadeWeight
 from ..planner.plan import RECORD, Plan
 from ..rules.scan import scan_checkpoint
 from .download import check_space, download_files, missing_files, reraise_callback_errors, stream_files
@@ -83,7 +83,7 @@ def worker_memory(plan: Plan) -> int:
             op = run[0].op
             weights = op.weights if isinstance(op, Dequantize) else ()
             blocks += [w.state.blocks for w in weights if w.state is not None]
-            if isinstance(op, Quantize):
+            if isinstance(op, MadeWeight):
                 blocks.append(op.state().blocks + sum(i.nbytes for i in op.infos()) // 4)
     return (AHEAD + 4) * CHUNK_BYTES + 16 * max(blocks)
 
