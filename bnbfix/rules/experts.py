@@ -127,12 +127,13 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     release_independent=True,
 )
 def check_expert_linears(case: Case) -> Iterator[Hit]:
-    weights = case.inspection.checkpoint.weights
-    names = tuple(n for n in weights if classify_tensor(n).kind == "expert_linear")
-    if names:
-        whole = case.inspection.model.moe and all(_can_split(weights[n]) for n in names)
+    found: dict[bool, list[str]] = {}
+    for name, weight in case.inspection.checkpoint.weights.items():
+        if classify_tensor(name).kind == "expert_linear":
+            found.setdefault(case.inspection.model.moe and _can_split(weight), []).append(name)
+    for whole, names in found.items():
         reason = None if whole else "they are not whole matrices of a mixture in 4 bits; --bf16 may join them"
-        yield Hit(Severity.FAILS, names, "one of a list of linear modules, a form that only its tool reads", reason)
+        yield Hit(Severity.FAILS, tuple(names), "one of a list of linear modules, which only its tool reads", reason)
 
 
 def _experts(case: Case) -> list[LinearWeight]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Weight
@@ -55,7 +56,7 @@ def compare_quantized(source: Source, op: Quantize, output: Source, file: str, a
 
 
 def compare_split(source: Source, op: Split, output: Source, file: str, at: int) -> str | None:
-    """What is wrong with a weight that was cut out of another: it must decode to the same values, to the bit."""
+    """What is wrong with a weight that was cut out of another: its scales and values must be the same, to the bit."""
     parts, state = _read_parts(op, output, file, at), op.state()
     if problem := _compare_constants(op, parts):
         return problem
@@ -66,8 +67,10 @@ def compare_split(source: Source, op: Split, output: Source, file: str, at: int)
         parts.get(".nested_absmax"),
         parts.get(".nested_quant_map"),
     )
-    got = b"".join(_four_bit(made))
-    want = b"".join(cut_values(op.values, _four_bit(quantized_rows(source, op.values))))
+    origin, first = quantized_rows(source, op.values), op.values.begin % op.values.unit // state.blocksize
+    if _scales(made).tobytes() != _scales(origin)[first : first + state.blocks].tobytes():
+        return "its scales are not those of the quantized weight that it was cut out of"
+    got, want = b"".join(_four_bit(made)), b"".join(cut_values(op.values, _four_bit(origin)))
     if got != want and not reference.same_values(got, want, state.safetensors_dtype):
         return "does not decode to the values of the quantized weight that it was cut out of"
     return None
@@ -121,9 +124,14 @@ def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator
             yield from copy_range(source, t.shard, t.offset, t.info.nbytes)
 
 
+def _scales(quantized: QuantizedTensor) -> Any:  # F32 [blocks]
+    return reference.absmax_values(
+        quantized.state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map
+    )
+
+
 def _four_bit(quantized: QuantizedTensor) -> Iterator[bytes]:
-    state = quantized.state
-    scales = reference.absmax_values(state, quantized.absmax, quantized.nested_absmax, quantized.nested_quant_map)
+    state, scales = quantized.state, _scales(quantized)
     width, blocks = qs.WIDTH[state.dtype], max(1, CHUNK_BYTES // (4 * state.blocksize))
     for first in range(0, state.blocks, blocks):
         begin, end = first * state.blocksize, min((first + blocks) * state.blocksize, state.numel)
