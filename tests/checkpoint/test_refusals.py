@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bnbfix
-from tests.support.build import Make, copy_weight, json_of, scan, state_tensors, tensors_of, zeros
+from tests.support.build import Make, json_of, opened, scan, state_tensors, tensors_of, zeros
 from tests.support.command_line import Cli
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 32169626\n"
@@ -175,26 +176,78 @@ def test_quant_states_of_a_weight_that_the_model_does_not_use_are_not_lost(check
     assert scan(source, "0.32.0").verdict == "loads"
 
 
-def test_experts_as_a_list_of_linear_modules(checkpoint: Make, tmp_path: Path) -> None:
+def test_experts_in_a_list_of_linear_modules_that_are_no_matrices(checkpoint: Make) -> None:
     source = checkpoint("moe26b", "skip")
     with tensors_of(source) as tensors:
-        for part in ("gate_up", "down"):
-            copy_weight(tensors, f"{LAYER}mlp.up_proj.weight", f"{LAYER}experts.{part}_projs.0.weight")
-    ((code, hint),) = refused(source, tmp_path / "out")
-    assert code == "BNB407" and "save_pretrained_merged" in hint
+        tensors[f"{LAYER}experts.gate_up_projs.0.weight"] = zeros(128)
+    with pytest.raises(bnbfix.Unrepairable, match=r"layers\.0\.experts\.gate_up_projs\.0\.weight.*BNB407") as caught:
+        bnbfix.plan_repair(source, "0.32.0")
+    assert caught.value.hint and "not whole matrices" in caught.value.hint
 
 
-def test_experts_stacked_in_4_bits(run: Cli, checkpoint: Make, tmp_path: Path) -> None:
+STACK = f"{LAYER}experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("stack", "absmax", "config", "words"),
+    [
+        ((4, 8192), None, {}, "without its scales, which bitsandbytes names gate_up_absmax"),
+        ((4, 8192), ("gate_up_proj_absmax", 4, 256), {}, "without its scales, which bitsandbytes names gate_up_absmax"),
+        ((4, 8192), ("gate_up_absmax", 1024), {}, "but U8 [4, 8192] with F32 [1024], not U8 [experts, bytes]"),
+        ((4, 8192), ("gate_up_absmax", 2, 512), {}, "but U8 [4, 8192] with F32 [2, 512], not"),
+        ((32768,), ("gate_up_absmax", 4, 256), {}, "but U8 [32768] with F32 [4, 256], not"),
+        ((4, 8192), ("gate_up_absmax", 4, 300), {}, "but its 32,768 bytes and 1,200 blocks are not 4 matrices of 128"),
+        (
+            (4, 8192),
+            ("gate_up_absmax", 4, 64),
+            {},
+            "but its 32,768 bytes and 256 blocks are not",
+        ),  # two rows in a block
+        ((4, 4096), ("gate_up_absmax", 4, 128), {}, "but its 16,384 bytes and 512 blocks are not"),
+        ((4, 0), ("gate_up_absmax", 4, 0), {}, "but its 0 bytes and 0 blocks are not"),
+        ((0, 8192), ("gate_up_absmax", 0, 256), {}, "but its 0 bytes and 0 blocks are not"),
+        (
+            (4, 8192),
+            ("gate_up_absmax", 4, 256),
+            {"quantization_config.bnb_4bit_quant_type": None},
+            "does not say all of",
+        ),
+        ((4, 8192), ("gate_up_absmax", 4, 256), {"text_config.hidden_size": -128}, "does not say all of"),
+        ((4, 8192), ("gate_up_absmax", 4, 256), {"text_config.moe_intermediate_size": [64]}, "does not say all of"),
+        ((4, 8192), ("gate_up_absmax", 4, 256), {"text_config.dtype": ["bfloat16"]}, "does not say all of"),
+    ],
+)
+def test_a_stack_of_experts_that_is_not_as_bitsandbytes_saves_it(
+    run: Cli,
+    checkpoint: Make,
+    tmp_path: Path,
+    stack: tuple[int, ...],
+    absmax: tuple[Any, ...] | None,
+    config: dict[str, Any],
+    words: str,
+) -> None:
     source = checkpoint("moe26b", "skip")
     with tensors_of(source) as tensors:
-        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-            tensors[name] = zeros(4, 8192, dtype="U8")
-            tensors[f"{name}_absmax"] = zeros(4, 256, dtype="F32")
+        tensors[STACK] = zeros(*stack, dtype="U8")
+        if absmax is not None:
+            tensors[f"{LAYER}experts.{absmax[0]}"] = zeros(*absmax[1:], dtype="F32")
+    with json_of(source) as doc:
+        for path, value in config.items():
+            part, key = path.split(".")
+            doc[part][key] = value
     for bf16 in ([], ["--bf16"]):
         done = run("repair", source, "--vllm", "0.32.0", "--out", tmp_path / "out", *bf16)
-        assert done.code == 2 and "is a stack of experts in 4 bits" in done.err and "in bfloat16" in done.err
-        assert not (tmp_path / "out").exists()
-    assert scan(source, "0.32.0").verdict == "fails"
+        assert done.code == 2 and not (tmp_path / "out").exists()
+        assert "is a stack of experts in 4 bits, " in done.err and words in done.err and "in bfloat16" in done.err
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_scales_of_a_stack_in_another_dtype(checkpoint: Make, dtype: str) -> None:
+    source = checkpoint("moe26b", "skip")
+    with tensors_of(source) as tensors:
+        tensors |= {STACK: zeros(4, 8192, dtype="U8"), f"{LAYER}experts.gate_up_absmax": zeros(4, 256, dtype=dtype)}
+    (damaged,) = opened(source).damaged
+    assert f"with {dtype} [4, 256], not" in str(damaged) and scan(source, "0.32.0").verdict == "fails"
 
 
 def test_a_config_that_the_older_keys_cannot_express_is_refused_in_full_precision_too(

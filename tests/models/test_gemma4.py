@@ -163,6 +163,8 @@ NAMES = {  # real names: (role, layer, part)
     L + "experts.down_proj": ("fused_experts", 11, "down_proj"),
     L + "experts.127.gate_proj.weight": ("expert", 11, "gate_proj"),
     L + "moe.experts.0.down_proj.weight": ("expert", 11, "down_proj"),
+    L + "experts.gate_up_proj_4bit.12.weight": ("expert_linear", 11, "gate_up_proj"),
+    L + "experts.down_projs.0.weight": ("expert_linear", 11, "down_proj"),
     L + "self_attn.q_norm.weight": ("other", None, None),
     L + "self_attn.k_norm.weight": ("other", None, None),
     L + "input_layernorm.weight": ("other", None, None),
@@ -200,7 +202,8 @@ def older(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_has_its_role_layer_and_part_under_either_prefix(name: str) -> None:
-    expected = TensorRole(name, *NAMES[name], prefix=classify_tensor(name).prefix)
+    number = next((int(part) for part in name.partition("experts.")[2].split(".") if part.isdecimal()), None)
+    expected = TensorRole(name, *NAMES[name], prefix=classify_tensor(name).prefix, number=number)
     assert classify_tensor(name) == expected
     assert classify_tensor(older(name)) == expected
     assert canonical(older(name)) == canonical(name) == name
