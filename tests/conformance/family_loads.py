@@ -18,11 +18,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import run
+from cells import SECONDS, WAY_RELEASES, environment
 from dry_loads import compare, open_folder, verdict, words, write_repair
 from families import FAMILIES
 from make_family import FORMS
-from run import WAY_RELEASES, environment
 from survey import SHAPES_RELEASE
 from venvs import PINS
 
@@ -77,7 +76,7 @@ def main() -> None:
         sources = make(a.work, name, environment(SHAPES_RELEASE, venvs))
         for release in releases:
             python = str(environment(release, venvs))
-            live = LiveVllm(python, seconds=run.SECONDS * 3)
+            live = LiveVllm(python, seconds=SECONDS * 3)
             answers = live.dry_load([open_folder(source) for source in sources])
             faults = []
             for source, answer in zip(sources, answers, strict=True):
