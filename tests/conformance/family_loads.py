@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cells import SECONDS, WAY_RELEASES, environment
@@ -58,6 +59,45 @@ def compare_real(python: str, folders: Sequence[Path], answers: Sequence[DryLoad
     return faults
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a release did with the forms of a class."""
+
+    words: str
+    faults: list[str]
+
+
+def load_release(
+    release: str, python: Path, sources: dict[str, list[Path]], referee: Path, options: argparse.Namespace
+) -> dict[str, Found]:
+    """Dry-loads every class's checkpoints in one vLLM process, and in another what repairs write, by class."""
+    live = LiveVllm(str(python), seconds=SECONDS * 6)
+    everything = [source for folders in sources.values() for source in folders]
+    before = dict(zip(everything, live.dry_load([open_folder(s) for s in everything]), strict=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        outs = {s: Path(scratch) / s.parent.name / s.name for s in everything}
+        for out in outs.values():
+            out.parent.mkdir(exist_ok=True)
+        written = [s for s in everything if write_repair(s, outs[s], release)]
+        repaired = live.dry_load([open_folder(outs[s]) for s in written]) if written else []
+        after = dict(zip(written, repaired, strict=True))
+        real = []
+        if options.real:
+            real += compare_real(str(python), everything, list(before.values()))
+            real += compare_real(str(python), [outs[s] for s in written], repaired) if written else []
+        if options.transformers and written:
+            pairs = [path for s in written for path in (s, outs[s])]
+            subprocess.run([referee, Path(__file__).with_name("same_outputs.py"), *pairs], check=False)
+    out = {}
+    for name, folders in sources.items():
+        faults = [f"{s.name}: {fault}" for s in folders for fault in compare(s, release, before[s])]
+        faults += [f"{s.name}: repaired, {words(after[s])}" for s in folders if s in after and not after[s].ok]
+        faults += [fault for fault in real if f"/{name}/" in fault]
+        seen = " ".join(f"{s.name}={verdict(before[s])}" for s in folders)
+        out[name] = Found(f"{seen}; repaired: {' '.join(s.name for s in folders if s in after)}", faults)
+    return out
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,36 +111,15 @@ def main() -> None:
     a = parser.parse_args()
     releases = a.releases.split(",") if a.releases else list(PINS["releases"]) if a.all else WAY_RELEASES
     venvs = a.venvs or a.work / "venvs"
+    names = a.classes.split(",") if a.classes else CLASSES
+    referee = environment(SHAPES_RELEASE, venvs)
+    sources = {name: make(a.work, name, referee) for name in names}
     bad = 0
-    for name in a.classes.split(",") if a.classes else CLASSES:
-        sources = make(a.work, name, environment(SHAPES_RELEASE, venvs))
-        for release in releases:
-            python = str(environment(release, venvs))
-            live = LiveVllm(python, seconds=SECONDS * 3)
-            answers = live.dry_load([open_folder(source) for source in sources])
-            faults = []
-            for source, answer in zip(sources, answers, strict=True):
-                faults += [f"{source.name}: {fault}" for fault in compare(source, release, answer)]
-            if a.real:
-                faults += compare_real(python, sources, answers)
-            with tempfile.TemporaryDirectory() as scratch:
-                outs = {s.name: Path(scratch) / s.name for s in sources}
-                written = [s for s in sources if write_repair(s, outs[s.name], release)]
-                repaired = live.dry_load([open_folder(outs[s.name]) for s in written]) if written else []
-                if a.real and written:
-                    faults += compare_real(python, [outs[s.name] for s in written], repaired)
-                if a.transformers and written:
-                    pairs = [path for s in written for path in (s, outs[s.name])]
-                    referee = environment(SHAPES_RELEASE, venvs)
-                    subprocess.run([referee, Path(__file__).with_name("same_outputs.py"), *pairs], check=False)
-                for source, answer in zip(written, repaired, strict=True):
-                    if not answer.ok:
-                        faults.append(f"{source.name}: repaired, {words(answer)}")
-            seen = " ".join(f"{s.name}={verdict(answer)}" for s, answer in zip(sources, answers, strict=True))
-            after = " ".join(s.name for s in written)
-            print(f"{release} {name}: {seen}; repaired: {after}; {len(faults)} disagreements")
-            print(*(f"  NO {fault}" for fault in faults), sep="\n", flush=True)
-            bad += len(faults)
+    for release in releases:
+        for name, found in load_release(release, environment(release, venvs), sources, referee, a).items():
+            print(f"{release} {name}: {found.words}; {len(found.faults)} disagreements")
+            print(*(f"  NO {fault}" for fault in found.faults), sep="\n", flush=True)
+            bad += len(found.faults)
     sys.exit(1 if bad else 0)
 
 

@@ -66,6 +66,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
         "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27, "image_size": 896, "patch_size": 14},
     },
+    "Qwen2.5-VL-7B": {  # without a text_config
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+        },
+    },
     "Qwen3-VL-8B": {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "text_config": {
@@ -124,6 +141,9 @@ SIZES = [
     ("Gemma-3-27B", "vision_tower.vision_model.embeddings.position_embedding.weight", (4096, 1152)),
     ("Gemma-3-4B", "language_model.model.layers.0.self_attn.o_proj.weight", (2560, 2048)),
     ("Gemma-3-4B", "language_model.model.embed_tokens.weight", (262208, 2560)),
+    ("Qwen2.5-VL-7B", "model.layers.27.self_attn.k_proj.weight", (512, 3584)),
+    ("Qwen2.5-VL-7B", "visual.merger.mlp.0.weight", (5120, 5120)),
+    ("Qwen2.5-VL-7B", "visual.merger.mlp.2.bias", (3584,)),
     ("Qwen3-VL-8B", "model.visual.merger.linear_fc2.weight", (4096, 4608)),
     ("Qwen3-VL-8B", "model.visual.patch_embed.proj.weight", (1152, 3, 2, 16, 16)),
     ("Qwen3-Coder-480B-A35B", "model.layers.61.mlp.experts.159.down_proj.weight", (6144, 2560)),

@@ -27,6 +27,7 @@ from .profiles import (
 REFUSED, IGNORED = Place(refused=True), Place()
 TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
 MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
+_TEXT = "text_config."
 _EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
 
@@ -43,6 +44,8 @@ class RecordedExpectation:
 
     def _read(self, path: str) -> Any:
         value = self._model.read(path)
+        if value is None and path.startswith(_TEXT) and not self._model.config.get("text_config"):
+            value = self._model.read(path.removeprefix(_TEXT))  # in one config, as transformers 4 wrote some
         if value is None and (older := self._profile.get("keys", {}).get(path)):
             value = self._model.read(older)
         if value is None:
