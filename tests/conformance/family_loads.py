@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,16 @@ from cells import SECONDS, WAY_RELEASES, environment
 from dry_loads import compare, open_folder, verdict, words, write_repair
 from families import FAMILIES
 from make_family import FORMS
+from run import run_in
 from survey import SHAPES_RELEASE
 from venvs import PINS
 
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
+from bnbfix.engines.vllm.recorded import expect
+from bnbfix.engines.vllm.releases import find_range
+from bnbfix.models.detect import read_model
 
+ROWS = str.maketrans("qkv", "012")  # parts of qkv_proj in the order of its rows; others sort by their names
 CLASSES = tuple(name for name in FAMILIES if not name.startswith("Gemma4"))  # whose cells are run.py's
 
 
@@ -46,16 +52,43 @@ def make(work: Path, name: str, python: Path) -> list[Path]:
     return [path for form in FORMS if (path := folder / form) and (path / "config.json").exists()]
 
 
-def compare_real(python: str, folders: Sequence[Path], answers: Sequence[DryLoad]) -> list[str]:
-    """Where dry loads disagree with loads of the bytes."""
-    command = [python, str(Path(__file__).with_name("real_load.py")), *map(str, folders)]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    faults = []
+def list_sources(original: Path, release: str) -> dict[str, list[str]]:
+    """The tensors that make up each of vLLM's parameters, in the order of its rows, as the profile has them."""
+    checkpoint, found = open_folder(original), find_range(release)
+    expectation = expect(read_model(checkpoint.config), found) if found else None
+    parts: dict[str, list[tuple[tuple[int, str], str]]] = {}
+    for name in checkpoint.tensors if expectation else ():
+        if (place := expectation.place(name)) is not None:
+            for parameter, part in place.fills:
+                number, _, matrix = part.rpartition(",")
+                parts.setdefault(parameter, []).append(((int(number or 0), matrix.translate(ROWS)), name))
+    return {parameter: [name for _, name in sorted(found)] for parameter, found in parts.items()}
+
+
+def compare_real(
+    python: Path, release: str, folders: Sequence[tuple[Path, Path]], answers: Sequence[DryLoad]
+) -> list[str]:
+    """Where loads of the bytes disagree with dry loads, or give other weights than the originals'."""
+    jobs = [
+        {"folder": str(folder), "original": str(original), "sources": list_sources(original, release)}
+        for folder, original in folders
+    ]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as f:
+        json.dump(jobs, f)
+        f.flush()
+        lines = run_in(python, Path(__file__).with_name("real_load.py"), f.name).stdout.splitlines()
+    faults, total = [], Counter[str]()
     for real, answer in zip([json.loads(line) for line in lines if line.startswith("{")], answers, strict=True):
         said = (answer.error is None, answer.quantized, len(answer.unbound), len(answer.requantized))
         seen = (real["error"] is None, *(real.get(key) for key in ("quantized", "unbound", "requantized")))
         if said[0] != seen[0] or (said[0] and said != seen):
             faults.append(f"{real['folder']}: a dry load says {said}, a real one {seen} {real['error'] or ''}")
+        if answer.ok and real.get("wrong"):
+            faults.append(f"{real['folder']}: {len(real['wrong'])} parameters hold other values: {real['wrong'][:3]}")
+        if answer.ok:
+            total += Counter({key: real.get(key, 0) for key in ("exact", "rounded", "permuted")})
+    counts = ", ".join(f"{count} {key}" for key, count in total.items())
+    print(f"{release}: {len(jobs)} real loads; parameters of those that load: {counts}")
     return faults
 
 
@@ -83,8 +116,9 @@ def load_release(
         after = dict(zip(written, repaired, strict=True))
         real = []
         if options.real:
-            real += compare_real(str(python), everything, list(before.values()))
-            real += compare_real(str(python), [outs[s] for s in written], repaired) if written else []
+            originals = {s: s.with_name("bf16") for s in everything}
+            real += compare_real(python, release, list(originals.items()), list(before.values()))
+            real += compare_real(python, release, [(outs[s], originals[s]) for s in written], repaired)
         if options.transformers and written:
             pairs = [path for s in written for path in (s, outs[s])]
             subprocess.run([referee, Path(__file__).with_name("same_outputs.py"), *pairs], check=False)
@@ -117,8 +151,8 @@ def main() -> None:
     bad = 0
     for release in releases:
         for name, found in load_release(release, environment(release, venvs), sources, referee, a).items():
-            print(f"{release} {name}: {found.words}; {len(found.faults)} disagreements")
-            print(*(f"  NO {fault}" for fault in found.faults), sep="\n", flush=True)
+            line = f"{release} {name}: {found.words}; {len(found.faults)} disagreements"
+            print(line, *(f"  NO {fault}" for fault in found.faults), sep="\n", flush=True)
             bad += len(found.faults)
     sys.exit(1 if bad else 0)
 
