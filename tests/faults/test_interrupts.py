@@ -220,3 +220,16 @@ source.LocalSource.open = interrupted
 def test_a_signal_that_is_ignored_stays_so(source: Path) -> None:
     done = interrupt(dict(os.environ), "scan", source, "--exit-zero", when=lambda: True, times=0, script=IGNORED)
     assert (done.code, done.err) == (0, "")
+
+
+UNREADABLE = """
+import socket
+def fail(self, *args):
+    raise ConnectionResetError(104, "Connection reset by peer")
+socket.socket.recv = fail
+"""
+
+
+def test_without_a_watcher_of_signals_nothing_else_changes(source: Path) -> None:
+    done = interrupt(dict(os.environ), "scan", source, "--exit-zero", when=lambda: True, times=0, script=UNREADABLE)
+    assert (done.code, done.err) == (0, "")
