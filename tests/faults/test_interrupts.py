@@ -90,8 +90,8 @@ def used(fault: Fault) -> Callable[[], bool]:
     return lambda: fault.times < before
 
 
-def incomplete(hub: Hub) -> list[Path]:
-    return list(hub.home.rglob("*.incomplete"))
+def incomplete(hub: Hub, repo: str) -> list[Path]:
+    return list((hub.home / "hub" / f"models--{repo.replace('/', '--')}").rglob("*.incomplete"))
 
 
 @SIGNALS
@@ -117,7 +117,7 @@ def test_a_download_that_trickles_ends_and_leaves_no_part(held: Hub, repo: str, 
     begun = fetching(held, "model-00003")
     done = interrupt(held.environment, "repair", repo, "--out", tmp_path / "out", *TARGET, when=begun)
     assert (done.code, done.out) == (130, "") and done.err.startswith("error: interrupted"), done.err
-    assert incomplete(held) == []
+    assert incomplete(held, repo) == []
 
 
 def test_a_scan_of_many_models_ends(held: Hub, repo: str, tmp_path: Path) -> None:
