@@ -168,6 +168,14 @@ QWEN_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size":
 QWEN_VISION_LARGE = {"depth": 5, "hidden_size": 96, "num_heads": 3, "out_hidden_size": 192, "intermediate_size": 224}
 MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
 MROPE_LARGE = MROPE | {"mrope_section": [8, 12, 12]}
+QWEN_PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+}
 VISION_MODEL = [("vision_tower.", "vision_tower.vision_model.")]  # transformers 5, and 4
 FIRST_LINEAR = {"first_linear": ["number", "0"]}  # of a projector that is a list of modules
 UNTIED = {"tie_word_embeddings": False}
@@ -227,6 +235,13 @@ _OTHERS: dict[str, Family] = {
     "Gemma3ForCausalLM": _text("Gemma3ForCausalLM", "gemma3_text", sliding_window=64),
     "Phi3ForCausalLM": _text("Phi3ForCausalLM", "phi3"),
     "GraniteForCausalLM": _text("GraniteForCausalLM", "granite"),
+    "Gemma2ForCausalLM": replace(  # vLLM builds it with tied embeddings only
+        (_gemma2 := _text("Gemma2ForCausalLM", "gemma2", sliding_window=64)),
+        configs=[config | {"tie_word_embeddings": True} for config in (_gemma2.configs[0], _gemma2.configs[-1])],
+    ),
+    "SmolLM3ForCausalLM": _text("SmolLM3ForCausalLM", "smollm3"),
+    "Olmo2ForCausalLM": _text("Olmo2ForCausalLM", "olmo2"),
+    "Glm4ForCausalLM": _text("Glm4ForCausalLM", "glm4", attention_bias=True),
     "Qwen3MoeForCausalLM": Family(
         [
             {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | UNTIED | size | _MOE | more
@@ -265,14 +280,19 @@ _OTHERS: dict[str, Family] = {
         ),
         FIRST_LINEAR,
         sizes=(DERIVED, DERIVED_LARGE),
-        preprocessor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-        },
+        preprocessor=QWEN_PREPROCESSOR,
+    ),
+    "Qwen2VLForConditionalGeneration": _multimodal(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        ({"rope_parameters": MROPE}, {"rope_parameters": MROPE_LARGE}),
+        (
+            {"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
+            {"depth": 5, "embed_dim": 96, "hidden_size": 256, "num_heads": 3, "mlp_ratio": 4},
+        ),
+        FIRST_LINEAR,
+        sizes=(DERIVED, DERIVED_LARGE),
+        preprocessor=QWEN_PREPROCESSOR,
     ),
     "Qwen3VLForConditionalGeneration": _multimodal(
         "Qwen3VLForConditionalGeneration",

@@ -65,6 +65,13 @@ SIZES: dict[str, list[Config]] = {
         _text(32064, 5120, 17920, 40, 40, 10),  # Phi-3-medium
     ],
     "GraniteForCausalLM": [_text(49155, 4096, 12800, 40, 32, 8), _text(49155, 2048, 8192, 40, 32, 8)],
+    "Gemma2ForCausalLM": [
+        _text(256000, 3584, 14336, 42, 16, 8, head_dim=256),  # 9B
+        _text(256000, 4608, 36864, 46, 32, 16, head_dim=128),  # 27B
+    ],
+    "SmolLM3ForCausalLM": [_text(128256, 2048, 11008, 36, 16, 4, head_dim=128)],
+    "Olmo2ForCausalLM": [_text(100352, 5120, 27648, 64, 40, 8, head_dim=128)],
+    "Glm4ForCausalLM": [_text(151552, 4096, 13696, 40, 32, 2, head_dim=128)],
     "Qwen3MoeForCausalLM": [
         _text(151936, 2048, 6144, 6, 32, 4, head_dim=128, num_experts=128, moe_intermediate_size=768)
     ],
@@ -82,6 +89,13 @@ SIZES: dict[str, list[Config]] = {
                 "intermediate_size": 3420,
                 "out_hidden_size": 3584,
             },
+        },
+        {"vision_config": {"patch_size": 16}},  # all that are published have 14
+    ],
+    "Qwen2VLForConditionalGeneration": [
+        {
+            "text_config": _QWEN25_7B,
+            "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4},
         },
         {"vision_config": {"patch_size": 16}},  # all that are published have 14
     ],
