@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -19,7 +20,11 @@ from .signals import INTERRUPTED, Interrupted, Signals, exit_interrupted
 def main() -> None:
     """Runs the command line and exits with its code. What an input causes never ends in a traceback."""
     gc.freeze()  # what was imported stays: a tenth of a scan went into searching it for garbage
-    open_streams()
+    try:
+        open_streams()
+    except OSError as e:
+        _report(f"a standard stream cannot be used ({e.strerror})", None, command_line(*sys.argv[1:]))
+        sys.exit(2)
     # OpenBLAS, which numpy loads and nothing here calls, starts a thread for each core. Where the system refuses one it
     # interrupts or ends the process, and where there is little address space too.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -52,7 +57,8 @@ def _run(arguments: list[str], signals: Signals) -> int:
         return 1
     except OSError as e:
         drop_output()
-        _report(f"{e.filename or 'input/output'}: {e.strerror or e}", None, again)
+        hint = "Is it limited (ulimit -n)?" if e.errno == errno.EMFILE else None
+        _report(f"{e.filename or 'input/output'}: {e.strerror or e}", hint, again)
     except MemoryError:
         _report("there is not enough memory", "Is it limited (ulimit -v, a container)? See also --max-memory.", again)
     except ImportError as e:

@@ -91,9 +91,15 @@ def _watch(read: socket.socket) -> None:
 
 
 def _next_signal(read: socket.socket) -> int | None:
-    while number := read.recv(1):
-        if number[0] in CODES:
-            return number[0]
+    """Return the signal that comes next; None where none can: the other end is closed, or reading fails."""
+    try:
+        while number := read.recv(1):
+            if number[0] in CODES:
+                return number[0]
+    except TimeoutError:
+        raise
+    except OSError:  # as without a watcher, the signal's handler has to do
+        pass
     return None
 
 

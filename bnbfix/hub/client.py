@@ -284,12 +284,14 @@ def hook_session(on_request: Callable[[Any], None], on_response: Callable[[Any],
 def stopping_trace() -> Callable[[str, Mapping[str, Any]], None]:
     """Return what httpx calls with each event of a request: it raises Stopped once this thread has to stop.
 
-    An error would not do, after which huggingface_hub says that it resumes, and does.
+    An error would not do, after which huggingface_hub says that it resumes, and does. What is being closed goes on
+    to be closed: that may be the garbage collector's work, and what it raises Python prints as a traceback.
     """
     stop = current_stop()
 
     def trace(event: str, details: Mapping[str, Any]) -> None:
-        stop.check()
+        if "response_closed" not in event and not isinstance(details.get("exception"), GeneratorExit):
+            stop.check()
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             connections.add(details["return_value"].get_extra_info("socket"))
 

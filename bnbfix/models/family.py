@@ -10,10 +10,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_path(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of config.json's keys, joined by dots; None where there is none."""
+    """The value at a path of config.json's keys and numbers of list items, joined by dots; None where there is none."""
     at: Any = config
     for key in path.split("."):
-        at = at.get(key) if isinstance(at, Mapping) else None
+        if isinstance(at, list) and key.isdigit():
+            at = at[int(key)] if int(key) < len(at) else None
+        else:
+            at = at.get(key) if isinstance(at, Mapping) else None
     return at
 
 

@@ -1,29 +1,20 @@
-"""Holds dry loads against what `scan` says without one, and a sample of them against real loads.
-
-    python tests/conformance/dry_loads.py                     0.22.1, 0.27.1 and 0.32.0, every cell, 15 minutes
-    python tests/conformance/dry_loads.py --real 20           and 20 of a release's cells loaded for real
-    python tests/conformance/dry_loads.py --all               every release of pins.json
-    python tests/conformance/dry_loads.py --smoke             the cells and releases of run.py --smoke
-    python tests/conformance/dry_loads.py --releases 0.27.1 --work WORK
+"""Dry loads of cells: against what `scan` says without one, and against real loads.
 
 Of every checkpoint: a dry load says what the rules say, with the same tensors re-quantized, but for the findings about
-what happens after loading; and what a repair writes loads. Of the sample: the real load stops where the dry load does,
-and makes as many quantized parameters, with quant states bound to as many. A release's checkpoints share one vLLM
-process. Exits as run.py does.
+what happens after loading; and what a repair writes loads. A real load stops where the dry load does, and makes as many
+quantized parameters, with quant states bound to as many.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import run
-from run import CELLS, SMOKE, SMOKE_RELEASES, WAY_RELEASES, environment, make
-from venvs import PINS
+from cells import SECONDS, make
 
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -93,43 +84,36 @@ def write_repair(source: Path, out: Path, release: str) -> bool:
     return False
 
 
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
-    parser.add_argument("--releases", help="comma-separated")
-    parser.add_argument("--all", action="store_true", help="every release of pins.json")
-    parser.add_argument("--real", type=int, default=0, metavar="N", help="load N cells a release for real")
-    parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
-    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
-    a = parser.parse_args()
-    chosen = list(PINS["releases"]) if a.all else SMOKE_RELEASES if a.smoke else WAY_RELEASES
-    releases = a.releases.split(",") if a.releases else chosen
-    names = SMOKE if a.smoke else CELLS
-    bad = 0
-    for release in releases:
-        python = str(environment(release, a.venvs or a.work / "venvs"))
-        live = LiveVllm(python, seconds=run.SECONDS * 3)
-        sources = [make(a.work, name) for name in names]
-        answers = live.dry_load([open_folder(source) for source in sources])
-        found = list(zip(names, sources, answers, strict=True))
-        faults = [f"{name}: {fault}" for name, source, answer in found for fault in compare(source, release, answer)]
-        sample = random.Random(release).sample(found, min(a.real, len(found)))
-        folders = [source for _, source, _ in sample]
-        real = run_worker("load", folders, seconds=run.SECONDS * 6, python=python) if folders else []
-        for (name, _, answer), loaded in zip(sample, real, strict=True):
-            faults += [f"{name}: {fault}" for fault in compare_real(answer, loaded)]
-        with tempfile.TemporaryDirectory() as scratch:
-            written = [s for s in sources if write_repair(s, Path(scratch) / s.name, release)]
-            repaired = live.dry_load([open_folder(Path(scratch) / s.name) for s in written])
-        for source, answer in zip(written, repaired, strict=True):
-            if not answer.ok:
-                faults.append(f"{source.name}: repaired, {words(answer)}")
-        print(f"{release}: {len(names)} dry loads ({len(sample)} against real ones), {len(written)} repaired outputs")
-        print(*(f"  NO {fault}" for fault in faults), f"  {len(faults)} disagreements", sep="\n", flush=True)
-        bad += len(faults)
-    sys.exit(1 if bad else 0)
+@dataclass(frozen=True)
+class DryCells:
+    """What dry loads said of a release's cells."""
+
+    answers: dict[str, DryLoad]
+    loaded: int  # of them loaded for real as well
+    repaired: int  # outputs that were dry-loaded
+    faults: list[str]
+
+    def verdict(self, name: str) -> str:
+        """What the dry load of a cell amounts to."""
+        return str(verdict(self.answers[name]))
 
 
-if __name__ == "__main__":
-    main()
+def load_dry(work: Path, release: str, python: Path, names: Sequence[str], real: int = 0) -> DryCells:
+    """Dry-loads cells in one vLLM process, `real` of them for real as well, and in another what repairs write."""
+    live = LiveVllm(str(python), seconds=SECONDS * 3)
+    sources = [make(work, name) for name in names]
+    answers = live.dry_load([open_folder(source) for source in sources])
+    found = list(zip(names, sources, answers, strict=True))
+    faults = [f"{name}: {fault}" for name, source, answer in found for fault in compare(source, release, answer)]
+    sample = random.Random(release).sample(found, min(real, len(found)))
+    folders = [source for _, source, _ in sample]
+    loaded = run_worker("load", folders, seconds=SECONDS * 6, python=str(python)) if folders else []
+    for (name, _, answer), seen in zip(sample, loaded, strict=True):
+        faults += [f"{name}: {fault}" for fault in compare_real(answer, seen)]
+    with tempfile.TemporaryDirectory() as scratch:
+        written = [s for s in sources if write_repair(s, Path(scratch) / s.name, release)]
+        repaired = live.dry_load([open_folder(Path(scratch) / s.name) for s in written]) if written else []
+    for source, answer in zip(written, repaired, strict=True):
+        if not answer.ok:
+            faults.append(f"{source.name}: repaired, {words(answer)}")
+    return DryCells(dict(zip(names, answers, strict=True)), len(sample), len(written), faults)

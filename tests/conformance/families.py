@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 import tiny_gemma4 as gemma4
+from published import SIZES
 
 Config = dict[str, Any]
 
@@ -25,6 +26,7 @@ class Family:
 
     configs: list[Config]
     features: dict[str, list[str]] = field(default_factory=dict)
+    sizes: list[Config] = field(default_factory=list)  # more of them, to tell sizes apart: asked of transformers only
     renames: list[tuple[str, str]] = field(default_factory=list)  # other names to try: (part of a name, what instead)
     processor: str | None = None  # of a processor_config.json that the class needs
     preprocessor: Config | None = None  # preprocessor_config.json, without which some releases build no such model
@@ -166,7 +168,16 @@ QWEN_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size":
 QWEN_VISION_LARGE = {"depth": 5, "hidden_size": 96, "num_heads": 3, "out_hidden_size": 192, "intermediate_size": 224}
 MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
 MROPE_LARGE = MROPE | {"mrope_section": [8, 12, 12]}
+QWEN_PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+}
 VISION_MODEL = [("vision_tower.", "vision_tower.vision_model.")]  # transformers 5, and 4
+FIRST_LINEAR = {"first_linear": ["number", "0"]}  # of a projector that is a list of modules
 UNTIED = {"tie_word_embeddings": False}
 TIED = {"tied": ["true", "tie_word_embeddings"]}
 TIED_MULTIMODAL = TIED | {"tied_text": ["true", "text_config.tie_word_embeddings"]}
@@ -178,7 +189,8 @@ def _text(
     """A text-only class in two sizes, and in variants of the small one."""
     named = {"architectures": [architecture], "model_type": model_type}
     small = [named | sizes[0] | UNTIED | both | v for v in ({}, {"tie_word_embeddings": True}, *variants)]
-    return Family([*small, named | sizes[1] | UNTIED | both], TIED)
+    large = named | sizes[1] | UNTIED | both
+    return Family([*small, large], TIED)
 
 
 def _multimodal(
@@ -223,6 +235,13 @@ _OTHERS: dict[str, Family] = {
     "Gemma3ForCausalLM": _text("Gemma3ForCausalLM", "gemma3_text", sliding_window=64),
     "Phi3ForCausalLM": _text("Phi3ForCausalLM", "phi3"),
     "GraniteForCausalLM": _text("GraniteForCausalLM", "granite"),
+    "Gemma2ForCausalLM": replace(  # vLLM builds it with tied embeddings only
+        (_gemma2 := _text("Gemma2ForCausalLM", "gemma2", sliding_window=64)),
+        configs=[config | {"tie_word_embeddings": True} for config in (_gemma2.configs[0], _gemma2.configs[-1])],
+    ),
+    "SmolLM3ForCausalLM": _text("SmolLM3ForCausalLM", "smollm3"),
+    "Olmo2ForCausalLM": _text("Olmo2ForCausalLM", "olmo2"),
+    "Glm4ForCausalLM": _text("Glm4ForCausalLM", "glm4", attention_bias=True),
     "Qwen3MoeForCausalLM": Family(
         [
             {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | UNTIED | size | _MOE | more
@@ -259,15 +278,21 @@ _OTHERS: dict[str, Family] = {
             QWEN_VISION | {"fullatt_block_indexes": [1]},
             QWEN_VISION_LARGE | {"fullatt_block_indexes": [1], "out_hidden_size": 256},
         ),
+        FIRST_LINEAR,
         sizes=(DERIVED, DERIVED_LARGE),
-        preprocessor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-        },
+        preprocessor=QWEN_PREPROCESSOR,
+    ),
+    "Qwen2VLForConditionalGeneration": _multimodal(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        ({"rope_parameters": MROPE}, {"rope_parameters": MROPE_LARGE}),
+        (
+            {"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
+            {"depth": 5, "embed_dim": 96, "hidden_size": 256, "num_heads": 3, "mlp_ratio": 4},
+        ),
+        FIRST_LINEAR,
+        sizes=(DERIVED, DERIVED_LARGE),
+        preprocessor=QWEN_PREPROCESSOR,
     ),
     "Qwen3VLForConditionalGeneration": _multimodal(
         "Qwen3VLForConditionalGeneration",
@@ -342,7 +367,7 @@ _OTHERS: dict[str, Family] = {
     ),
 }
 
-FAMILIES: dict[str, Family] = _OTHERS | {
+_FAMILIES: dict[str, Family] = _OTHERS | {
     "Gemma4ForConditionalGeneration": Family(
         [
             *_gemma4("dense31b", **_VISION),
@@ -352,8 +377,8 @@ FAMILIES: dict[str, Family] = _OTHERS | {
             *_unlike(),
         ],
         _GEMMA4,
-        _K_AS_V,
-        "Gemma4",
+        renames=_K_AS_V,
+        processor="Gemma4",
     ),
     "Gemma4ForCausalLM": Family(
         [
@@ -364,7 +389,7 @@ FAMILIES: dict[str, Family] = _OTHERS | {
             ),
         ],
         _GEMMA4_TEXT,
-        _K_AS_V,
+        renames=_K_AS_V,
     ),
     "Gemma4UnifiedForConditionalGeneration": Family(
         _gemma4(
@@ -377,7 +402,19 @@ FAMILIES: dict[str, Family] = _OTHERS | {
             audio_config__audio_embed_dim=320,
         ),
         {k: v for k, v in _GEMMA4.items() if k in ("full", "k_eq_v", "tied", "vision", "audio")},
-        _K_AS_V,
-        "Gemma4Unified",
+        renames=_K_AS_V,
+        processor="Gemma4Unified",
     ),
+}
+
+
+def _set_sizes(config: Config, sizes: Config) -> Config:
+    """A copy with other sizes, in the parts that it has."""
+    out = config | {k: v for k, v in sizes.items() if not k.endswith("_config")}
+    return out | {k: _set_sizes(config[k], v) for k, v in sizes.items() if k.endswith("_config") and config.get(k)}
+
+
+FAMILIES = {
+    name: replace(f, sizes=[_set_sizes(config, sizes) for sizes in SIZES.get(name, []) for config in f.configs])
+    for name, f in _FAMILIES.items()
 }

@@ -2,10 +2,9 @@
 
     VENV/bin/python tests/conformance/model_shapes.py IN.json OUT.json
 
-IN.json holds configs; OUT.json, for each of them, {config, tensors, linears, defaults, axial}: the whole config,
-shapes by name, the modules that quantization replaces, the config class's defaults, and the vision tower's rope as
-transformers 5.19 names it. One that this transformers cannot build
-is {error}.
+IN.json holds configs; OUT.json, for each of them, {config, tensors, linears, defaults, keys, axial}: the whole config,
+shapes by name, the modules that quantization replaces, the config class's defaults, its keys that have an older name,
+and the vision tower's rope as transformers 5.19 names it. One that this transformers cannot build is {error}.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 
 def describe_model(config: dict[str, Any]) -> dict[str, Any]:
-    """{config, tensors, linears, defaults} of the model that a config.json describes."""
+    """{config, tensors, ...} of the model that a config.json describes."""
     import torch
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
@@ -38,6 +37,7 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
             renamed = [weight] if weight in on_disk else revert_weight_conversion(model, {weight: state[weight]})
             linears[next(iter(renamed))] = module
     whole = read.to_dict()
+    parts = {"": read} | {f"{key}.": part for key in read.sub_configs if (part := getattr(read, key, None)) is not None}
     rope = (whole.get("vision_config") or {}).get("rope_parameters") or {}
     axial = dict(rope) if rope.get("rope_type") == "axial" else None
     if axial:  # a name of transformers 5.19, which older ones may refuse
@@ -47,6 +47,7 @@ def describe_model(config: dict[str, Any]) -> dict[str, Any]:
         "tensors": {n: list(t.shape) for n, t in on_disk.items()},
         "linears": linears,
         "defaults": type(read)().to_dict(),
+        "keys": {at + new: at + old for at, part in parts.items() for old, new in part.attribute_map.items()},
         "axial": axial,
     }
 

@@ -14,9 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import run
+from cells import SECONDS, WAY_RELEASES, environment, make
 from dry_loads import open_folder, verdict
-from run import WAY_RELEASES, environment, make
 
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint
@@ -64,7 +63,7 @@ def main() -> None:
         cases = [
             mutate(open_folder(source), choose) for source in sources for mutate in MUTATIONS for _ in range(a.count)
         ]
-        live = LiveVllm(str(environment(release, a.venvs or a.work / "venvs")), seconds=run.SECONDS * 6)
+        live = LiveVllm(str(environment(release, a.venvs or a.work / "venvs")), seconds=SECONDS * 6)
         answers = live.dry_load([checkpoint for _, checkpoint in cases])
         too_good, too_strict = [], []
         for (words, checkpoint), answer in zip(cases, answers, strict=True):

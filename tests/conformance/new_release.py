@@ -36,11 +36,11 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
 
 import venvs
+from cells import CELLS, NEW_CONFIG, environment, make
 from dry_loads import compare, open_folder
 from families import FAMILIES
 from packaging.requirements import Requirement
 from profile_builder import build_profile
-from run import CELLS, NEW_CONFIG, environment, make
 from survey import SHAPES_RELEASE, find_shapes, survey, write_index
 
 import bnbfix
@@ -335,7 +335,7 @@ def judge_release(release: str, work: Path, folder: Path) -> int:
     print(f"{len(wrong)} of {len(CELLS)} cells were not judged rightly by the row of {before.last}")
     print(*(f"- {line}" for line in lines), sep="\n")
     print(f"{'a new row' if added else 'the newest row reaches further'}; {time.monotonic() - begin:.0f} s", flush=True)
-    check = [sys.executable, str(HERE / "dry_loads.py"), "--releases", release, "--work", str(work)]
+    check = [sys.executable, str(HERE / "run.py"), "--real", "none", "--releases", release, "--work", str(work)]
     return subprocess.run([*check, "--venvs", str(folder)], check=False).returncode
 
 

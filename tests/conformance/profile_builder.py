@@ -16,8 +16,10 @@ from bnbfix.models.family import read_path
 
 MAX_FEATURES = 4  # that one answer may depend on
 MAX_CONSTANT = 4  # kernels of convolutions, channels of images
+MAX_FACTOR = 32  # bins of a spectrum
 UNKNOWN_CLASS = ("are not supported for now", "The checkpoint you are trying to load")  # says vLLM, and transformers
 Answer = Any  # JSON
+ONLY_SHAPE = object()  # the answer of a point that only tells a size
 
 
 @dataclass
@@ -38,14 +40,24 @@ class Models:
     defaults: list[dict[str, Any]]
     features: dict[str, list[str]]
     sizes: dict[int, dict[str, int]] = field(default_factory=dict)
+    vectors: dict[tuple[int, int | None], str] = field(default_factory=dict)
 
     def read(self, model: int, path: str) -> Any:
         value = read_path(self.configs[model], path)
         value = read_path(self.defaults[model], path) if value is None else value
         return derive_size(path, partial(self.read, model)) if value is None else value
 
-    def vector(self, names: Iterable[str], p: Point) -> str:
-        return "".join(evaluate_feature(self.features[n], partial(self.read, p.model), p.layer) for n in names)
+    def values(self, p: Point) -> str:
+        """The value of each feature, a character each."""
+        key = p.model, p.layer
+        if key not in self.vectors:
+            read = partial(self.read, p.model)
+            self.vectors[key] = "".join(evaluate_feature(f, read, p.layer) for f in self.features.values())
+        return self.vectors[key]
+
+    def negatives(self, model: int) -> list[str]:
+        """The paths of numbers that count from the end."""
+        return [path for path in self.configs[model] if type(n := self.configs[model][path]) is int and n < 0]
 
     def integers(self, model: int) -> dict[str, int]:
         """Every count in a config, by path; lists count by their lengths."""
@@ -68,19 +80,25 @@ def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]
             yield at + key, value
         elif isinstance(value, list) and value and type(value[0]) is not dict:
             yield at + key, len(value)
+            if key.endswith("channels"):
+                yield from ((f"{at}{key}.{i}", size) for i, size in enumerate(value))
 
 
 def build_profile(
     name: str, family: Family, shapes: list[dict[str, Any]], releases: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """The profile of a class, from transformers' answers for its configs, and each release's."""
+    """The profile of a class, from transformers' answers for its configs, and each release's.
+
+    Of the configs after those that a release was asked about, only the sizes count.
+    """
     models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
     refuses_axial = {r: 1 for r, answers in releases.items() if any(a["error"] for a in answers if "axial" in a)}
     releases = {r: [a for a in answers if "axial" not in a] for r, answers in releases.items()}
     linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
     refused = {r: _find_refusal(answers) for r, answers in releases.items()}
     known = {r: answers for r, answers in releases.items() if refused[r] is None}
-    by_release = {r: _describe_release(models, answers) for r, answers in known.items()}
+    sized = list(_list_sizes(shapes, len(family.configs)))
+    by_release = {r: _describe_release(models, answers, sized) for r, answers in known.items()}
     paths = {path for _, path, *rest in family.features.values() for path in (path, *rest)}
     profile: dict[str, Any] = {
         "schema": 1,
@@ -89,8 +107,13 @@ def build_profile(
         "known": _merge_releases({r: 1 if w is None else w or None for r, w in refused.items()}, list(releases)),
         "features": family.features,
         "linears": linears,
-        "stacks": _fit_stacks(models, shapes, list(known.values())),
     }
+    stacks = _fit_stacks(models, [(i, s["tensors"]) for i, s in enumerate(shapes)], family.dialects)
+    parameters = [(i, m["parameters"]) for answers in known.values() for i, m in enumerate(answers) if not m["error"]]
+    built = _fit_stacks(models, parameters, [])
+    profile["stacks"] = built | stacks
+    if fewer := {stack: count for stack, count in built.items() if count != profile["stacks"][stack]}:
+        profile["built"] = fewer  # fewer layers than files have
     if refuses_axial:
         profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
     if family.dialects:
@@ -106,10 +129,13 @@ def build_profile(
         paths
         | {"tie_word_embeddings", "text_config.tie_word_embeddings"}
         | set(_list_paths(profile["tensors"]))
-        | set(_list_paths(profile["stacks"]))
+        | set(_list_paths([*profile["stacks"].values(), *built.values()]))
     )
     defaults = {path: read_path(models.defaults[0], path) for path in sorted(used)}
     derived = {path: derive_size(path, partial(read_path, models.defaults[0])) for path in defaults}
+    keys = {new: old for new, old in shapes[0]["keys"].items() if new in used}
+    if keys:
+        profile["keys"] = keys
     profile["defaults"] = {p: v for p, v in defaults.items() if isinstance(v, int) and v != derived[p]}
     return profile
 
@@ -127,7 +153,7 @@ def _find_refusal(answers: list[dict[str, Any]]) -> str | None:
 
 def _list_paths(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from (f for f in re.split(r"[*+/]", value) if f and not f.isdigit())
+        yield from (f for f in re.split(r"[*+/]+", value) if f and not f.isdigit())
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _list_paths(item)
@@ -145,7 +171,17 @@ def _merge_releases(answers: dict[str, Answer], order: list[str]) -> list[list[A
     return [row for row in rows if row[2] is not None]
 
 
-def _describe_release(models: Models, answers: list[dict[str, Any]]) -> dict[str, dict[str, Answer]]:
+def _list_sizes(shapes: list[dict[str, Any]], first: int) -> Iterator[tuple[str, Point]]:
+    """The tensors of the models from `first` on, by pattern."""
+    for number in range(first, len(shapes)):
+        for name, shape in shapes[number]["tensors"].items():
+            numbers = find_numbers(name)
+            yield find_pattern(name), Point(number, numbers[0] if numbers else None, ONLY_SHAPE, shape)
+
+
+def _describe_release(
+    models: Models, answers: list[dict[str, Any]], sized: list[tuple[str, Point]]
+) -> dict[str, dict[str, Answer]]:
     tensors: dict[str, list[Point]] = {}
     parameters: dict[str, list[Point]] = {}
     unknown: dict[str, Answer] = {}
@@ -193,6 +229,9 @@ def _describe_release(models: Models, answers: list[dict[str, Any]]) -> dict[str
             elif what[0].startswith("wrong") and "error" not in answer:
                 if answer["fills"]:
                     refused.setdefault(find_pattern(what[1]), []).append(what[2])
+    for pattern, point in sized:
+        if pattern in tensors:
+            tensors[pattern].append(point)
     for pattern in stacks:
         points = parameters.setdefault(pattern, [])
         for number, model in enumerate(answers):
@@ -260,17 +299,19 @@ def _shorten_unknown(unknown: dict[str, bool]) -> dict[str, Answer]:
 
 def fit_cases(models: Models, points: list[Point]) -> Answer:
     """The answer, or {by, cases} where it depends on features: as few of them as tell the answers apart."""
-    names = list(models.features)
-    fallback = None
+    names, fallback = list(models.features), None
+    found = {(p.model, models.values(p), repr(p.answer), repr(p.shape)): p for p in reversed(points)}
+    points = list(reversed(found.values()))  # of layers that are alike, one
     for count in range(min(MAX_FEATURES, len(names)) + 1):
-        for chosen in itertools.combinations(names, count):
+        for chosen in itertools.combinations(range(len(names)), count):
             groups: dict[str, list[Point]] = {}
             for p in points:
-                groups.setdefault(models.vector(chosen, p), []).append(p)
-            if any(p.answer != group[0].answer for group in groups.values() for p in group):
+                groups.setdefault("".join(models.values(p)[i] for i in chosen), []).append(p)
+            seen = {v: [p.answer for p in group if p.answer is not ONLY_SHAPE] for v, group in groups.items()}
+            if any(answer != answers[0] for answers in seen.values() for answer in answers):
                 continue
-            cases = {v: _with_shape(models, group) for v, group in groups.items()}
-            made = next(iter(cases.values())) if not chosen else {"by": list(chosen), "cases": cases}
+            cases = {v: _with_shape(models, groups[v], answers[0]) for v, answers in seen.items() if answers}
+            made = next(iter(cases.values())) if not chosen else {"by": [names[i] for i in chosen], "cases": cases}
             if not any(isinstance(c, dict) and "shape" in c and None in c["shape"] for c in cases.values()):
                 return made
             fallback = fallback or made
@@ -278,13 +319,13 @@ def fit_cases(models: Models, points: list[Point]) -> Answer:
     return fallback
 
 
-def _with_shape(models: Models, group: list[Point]) -> Answer:
-    first = group[0]
-    if first.shape is None or not isinstance(first.answer, dict):
-        return first.answer
-    if any(len(p.shape or ()) != len(first.shape) for p in group):
-        return {"fills": first.answer, "shape": [None]}
-    return {"fills": first.answer, "shape": [_fit_size(models, group, i) for i in range(len(first.shape))]}
+def _with_shape(models: Models, group: list[Point], answer: Answer) -> Answer:
+    first = group[0].shape
+    if first is None or not isinstance(answer, dict):
+        return answer
+    if any(len(p.shape or ()) != len(first) for p in group):
+        return {"fills": answer, "shape": [None]}
+    return {"fills": answer, "shape": [_fit_size(models, group, i) for i in range(len(first))]}
 
 
 def _fit_size(models: Models, group: list[Point], dim: int) -> str | None:
@@ -308,7 +349,7 @@ def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
     def fits(formula: str) -> bool:
         return all(evaluate_size(formula, partial(models.read, model)) == n for model, n in wanted.items())
 
-    for candidates in _list_formulas(models.integers(first), wanted[first]):
+    for candidates in _list_formulas(models.integers(first), models.negatives(first), wanted[first]):
         if found := [f for f in candidates if fits(f)]:
             if fits(constant):
                 return constant if wanted[first] <= MAX_CONSTANT else None
@@ -317,13 +358,14 @@ def fit_formula(models: Models, wanted: dict[int, int]) -> str | None:
 
 
 def _count_sections(formula: str) -> int:
-    return len({path.rpartition(".")[0] for path in re.split(r"[*+/]", formula) if not path.isdigit()})
+    return len({path.rpartition(".")[0] for path in re.split(r"[*+/]+", formula) if not path.isdigit()})
 
 
-def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
+def _list_formulas(sizes: dict[str, int], negatives: list[str], wanted: int) -> Iterator[list[str]]:
     """Formulas that have the wanted value in one model, simplest first."""
-    counts = re.compile(r"(layers|depth|blocks|experts)$")
+    counts = re.compile(r"(num_hidden_layers|depth|experts)$")
     yield [p for p, v in sizes.items() if v == wanted and counts.search(p)]
+    yield [f"{p}+{n}+1" for n in negatives for p, v in sizes.items() if counts.search(p) and v >= wanted]
     yield [p for p, v in sizes.items() if v == wanted and not p.endswith("types")]
     yield [f"{k}*{p}" for p, v in sizes.items() for k in (2, 3, 4) if k * v == wanted]
     yield [f"{p}/{k}" for p, v in sizes.items() for k in (2, 4) if v == k * wanted]
@@ -337,6 +379,10 @@ def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
     yield [f"{k}*{a}*{b}*{b}" for a, b in squares for k in (1, 2, 3) if k * sizes[a] * sizes[b] ** 2 == wanted]
     yield [f"{k}*{a}*{b}*{a}*{b}" for a, b in pairs for k in (1, 3) if k * (sizes[a] * sizes[b]) ** 2 == wanted]
     yield [f"{a}*{b}*{c}" for (a, b) in pairs for c in sizes if sizes[a] * sizes[b] * sizes[c] == wanted]
+    patches = [(a, b, sizes[a] // sizes[b]) for a in sizes for b in sizes if a.endswith("size") and b.endswith("size")]
+    yield [f"{a}//{b}*{a}//{b}" for a, b, side in patches if side**2 == wanted]
+    yield [f"{a}//{b}*{a}//{b}+1" for a, b, side in patches if side**2 + 1 == wanted]  # and one for the class
+    yield [f"{wanted // v}*{p}" for p, v in sizes.items() if wanted % v == 0 and 4 < wanted // v <= MAX_FACTOR]
     yield [
         f"{a}*{c}+2*{b}*{c}"
         for a in sizes
@@ -347,21 +393,25 @@ def _list_formulas(sizes: dict[str, int], wanted: int) -> Iterator[list[str]]:
 
 
 def _fit_stacks(
-    models: Models, shapes: list[dict[str, Any]], answers: list[list[dict[str, Any]]]
+    models: Models, lists: Iterable[tuple[int, dict[str, Any]]], dialects: list[tuple[str, str]]
 ) -> dict[str, str | list[int] | None]:
-    """How many layers each stack has, in the file and in the engine, by the pattern of its name.
+    """How many layers each stack has, by the pattern of its name, out of models' names.
 
     A list where they are not numbered from 0 on, such as the linear modules of a projector.
     """
     found: dict[str, dict[int, set[int]]] = {}
-    lists = [(i, s["tensors"]) for i, s in enumerate(shapes)]
-    lists += [(i, m["parameters"]) for release in answers for i, m in enumerate(release) if not m["error"]]
     for model, names in lists:
-        for name in names:
-            if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(names[name]) == 3:
+        others = {
+            theirs + name[len(ours) :]: shape
+            for ours, theirs in dialects
+            for name, shape in names.items()
+            if name.startswith(ours) and not name.startswith(theirs)
+        }
+        for name, shape in (names | others).items():
+            if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name) and len(shape) == 3:
                 for prefix in ("experts", "moe.experts"):
                     stack = find_pattern(name.rpartition(".experts.")[0]) + "." + prefix
-                    found.setdefault(stack, {}).setdefault(model, set()).update(range(names[name][0]))
+                    found.setdefault(stack, {}).setdefault(model, set()).update(range(shape[0]))
             parts = name.split(".")
             for at, part in enumerate(parts):
                 if part.isdigit():

@@ -1,8 +1,11 @@
 """Loads the weights of folders by real vLLM, bytes and all, without a forward pass. Run inside an environment.
 
-    VENV/bin/python tests/conformance/real_load.py FOLDER [FOLDER ...]
+    VENV/bin/python tests/conformance/real_load.py JOBS.json
 
-For each folder a line of JSON: {folder, error, quantized, unbound, requantized}.
+JOBS.json is a list of {folder, original, sources}: what to load, the model in full precision, and the tensors of it
+that make up each parameter of the engine. For each folder a line of JSON: {folder, error, quantized, unbound,
+requantized, exact, rounded, permuted, wrong}: of the parameters, how many hold the original's values, within 4-bit
+rounding, or in another order, which some classes load q and k in; and the names of those that hold others.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from judge import EXACT, ROUNDED, dequantized
+
 INSIDE = Path(__file__).parents[2] / "bnbfix" / "engines" / "vllm" / "inside"
 
 
@@ -22,19 +27,50 @@ class Loaded(Exception):
     """Ends a load when the weights are in place; holds the model."""
 
 
-def load(folder: str) -> dict[str, Any]:
-    """{error, quantized, unbound, requantized} of one folder."""
+def compare_weights(model: Any, original: Path, sources: dict[str, list[str]]) -> dict[str, Any]:
+    """Counts of exact, rounded and permuted parameters, and the names of wrong ones."""
+    import torch
+    from safetensors.torch import load_file
+
+    want = {name: value for file in sorted(original.glob("*.safetensors")) for name, value in load_file(file).items()}
+    out: dict[str, Any] = {"exact": 0, "rounded": 0, "permuted": 0, "wrong": []}
+    for name, p in model.named_parameters():
+        if not (parts := sources.get(name)):
+            continue
+        values, true = dequantized(p), torch.cat([want[part].float().reshape(-1) for part in parts])
+        if values is None or values.numel() < true.numel():
+            out["wrong"].append(name)
+            continue
+        values = values[: true.numel()]
+        ordered = _distance(values, true)
+        if ordered < EXACT:
+            out["exact"] += 1
+        elif ordered < ROUNDED and want[parts[0]].dim() > 1:
+            out["rounded"] += 1
+        elif _distance(values.sort().values, true.sort().values) < ROUNDED:
+            out["permuted"] += 1
+        else:
+            out["wrong"].append(name)
+    return out
+
+
+def _distance(values: Any, true: Any) -> float:
+    return float((values - true).norm() / (true.norm() + 1e-9))
+
+
+def load(folder: str, original: str, sources: dict[str, list[str]]) -> dict[str, Any]:
+    """The answer for one folder."""
     import bitsandbytes.functional as bnb
     import torch
     from inside.engine import after_loading, build_skeleton, current_config
     from vllm.model_executor.model_loader import get_model_loader
 
     count, functions = [0], bnb
-    original = functions.quantize_4bit
+    quantize = functions.quantize_4bit
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        return original(*args, **kwargs)
+        return quantize(*args, **kwargs)
 
     functions.quantize_4bit = counted
     torch.accelerator.empty_cache = lambda: None
@@ -52,7 +88,8 @@ def load(folder: str) -> dict[str, Any]:
     except Loaded:
         parameters = [p for _, p in seen[0].named_parameters() if p.data.dtype in (torch.uint8, torch.int8)]
         unbound = sum(getattr(p, "bnb_quant_state", None) is None for p in parameters)
-        return {"error": None, "quantized": len(parameters), "unbound": unbound, "requantized": count[0]}
+        found = {"error": None, "quantized": len(parameters), "unbound": unbound, "requantized": count[0]}
+        return found | compare_weights(seen[0], Path(original), sources)
     return {"error": "the weights were not processed after loading"}
 
 
@@ -64,15 +101,15 @@ def main() -> None:
     from inside.engine import import_vllm
 
     import_vllm()
-    for folder in sys.argv[1:]:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()  # each folder gets a vLLM that has loaded nothing yet
         if child == 0:
             try:
-                answer = load(folder)
+                answer = load(**job)
             except BaseException as e:
                 traceback.print_exc()
                 answer = {"error": f"{type(e).__name__}: {e}"[:300]}
-            print("\n" + json.dumps({"folder": folder} | answer), flush=True)
+            print("\n" + json.dumps({"folder": job["folder"]} | answer), flush=True)
             os._exit(0)
         os.waitpid(child, 0)
 

@@ -1,7 +1,9 @@
 """Judges bnbfix by real vLLM: does each checkpoint do in each release what `scan` says, before a repair and after?
 
-    python tests/conformance/run.py                       every release of pins.json, every cell: hours
-    python tests/conformance/run.py --boundaries          every release, about fifteen cells: two hours
+    python tests/conformance/run.py                       every release of pins.json: every cell by dry load, about
+                                                          fifteen in the real engine: two hours
+    python tests/conformance/run.py --real all            every cell in the real engine: many hours
+    python tests/conformance/run.py --real none --load 20 dry loads; 20 of them against real loads, without a prompt
     python tests/conformance/run.py --smoke               0.22.1 and the newest, cells that cover each code once
     python tests/conformance/run.py --bf16                what `repair --bf16` writes, in a vLLM without bitsandbytes
                                                           and in transformers
@@ -10,9 +12,11 @@
     python tests/conformance/run.py --results tests/conformance/RESULTS.md
 
 It makes its checkpoints and, one release after another, its virtual environments below --work. Cells
-recorded in WORK/cells.jsonl are not run again: an interrupted run resumes, and a new one needs a new --work. The exit
-status is 0 only when every prediction is right and every repaired checkpoint loads and answers right; 75 when an
-environment could not be built, so that nothing was judged in it. OMP_NUM_THREADS (default 2) is every engine's.
+recorded in WORK/cells.jsonl are not run again: an interrupted run resumes, and a new one needs a new --work. Dry loads
+are made again. Where the real engine does otherwise than a dry load, the forward pass is why: `scan` knows, and the
+end of the output lists it. The exit status is 0 only when every prediction is right and every repaired checkpoint loads
+and answers right; 75 when an environment could not be built, so that nothing was judged in it. OMP_NUM_THREADS
+(default 2) is every engine's.
 """
 
 from __future__ import annotations
@@ -34,40 +38,14 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
 
 import numpy as np
-import tiny_gemma4
 import venvs
+from cells import BOUNDARIES, CELLS, FAMILIES, SECONDS, SMOKE, SMOKE_RELEASES, WAY_RELEASES, environment, make, split
+from dry_loads import DryCells, load_dry
 from judge import TOLERANCE_INT8
 
 import bnbfix
 
-FAMILIES = ("dense31b", "e4b", "e4b-noshared", "e2b", "moe26b", "unified12b")
-QUANTS = ("all", "skip", "mixed", "partial", "fp4", "single", "storage-bf16", "int8")
-NEW_CONFIG = "+per-layer-config"  # a checkpoint whose config.json has the newer form
-CELLS = [f"{f}-{q}" for f in FAMILIES for q in QUANTS] + [f"dense31b-skip{NEW_CONFIG}", f"e4b-all{NEW_CONFIG}"]
-SMOKE = [
-    "dense31b-all",
-    "dense31b-partial",
-    "dense31b-storage-bf16",
-    "e4b-noshared-skip",
-    "moe26b-skip",
-    "unified12b-all",
-    f"dense31b-skip{NEW_CONFIG}",
-]
-BOUNDARIES = [
-    *SMOKE,
-    "dense31b-skip",
-    "dense31b-fp4",
-    "dense31b-int8",
-    "e4b-all",
-    "e4b-single",
-    "e2b-mixed",
-    "moe26b-all",
-    "unified12b-skip",
-]
-SMOKE_RELEASES = ["0.22.1", "0.32.0"]
 REFERENCE = "0.27.1"  # any release whose pinned transformers is 5.13 or newer serves for the right answers
-WAY_RELEASES = ["0.22.1", "0.27.1", "0.32.0"]
-SECONDS = 600
 OWN_ERROR = 1.5  # times what a release's outputs are off in full precision: still no fault of the checkpoint
 
 
@@ -140,22 +118,6 @@ class Cell:
             return True
         said = "loads" if self.predicted == "degraded" else self.predicted
         return self.before.verdict == said
-
-
-def make(work: Path, name: str) -> Path:
-    """The checkpoint of a cell."""
-    folder = work / "checkpoints" / name
-    if not (folder / "config.json").exists():
-        family, quant = split(name)
-        tiny_gemma4.make(folder, family, quant, per_layer_config=name.endswith(NEW_CONFIG))
-    return folder
-
-
-def split(name: str) -> tuple[str, str]:
-    """(family, quant) of a cell's name."""
-    name = name.removesuffix(NEW_CONFIG)
-    family = max((f for f in FAMILIES if name.startswith(f + "-")), key=len)
-    return family, name[len(family) + 1 :]
 
 
 def quantization(folder: Path) -> dict[str, Any]:
@@ -355,6 +317,8 @@ def table(cells: list[Cell]) -> str:
 
 def summary(cells: list[Cell]) -> str:
     """Counts, and the versions behind them."""
+    if not cells:
+        return "No cell was run in the engine."
     repaired, found = [c for c in cells if c.after], [c for c in cells if c.before]
     words = [f"{len(cells)} cells"]
     if found:
@@ -373,13 +337,19 @@ def summary(cells: list[Cell]) -> str:
     return "\n".join(rows)
 
 
-def environment(release: str, folder: Path) -> Path:
-    """A release's interpreter. Ends with 75 where it cannot be built: no network, no disk."""
-    try:
-        return venvs.build(release, folder / release)
-    except (subprocess.CalledProcessError, OSError) as e:
-        print(f"the environment of vLLM {release} could not be built: {e}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
+def describe_dry(dry: DryCells) -> str:
+    """What was dry-loaded, in a line."""
+    loaded = f" ({dry.loaded} against real loads)" if dry.loaded else ""
+    return f"{len(dry.answers)} dry loads{loaded}, {dry.repaired} repaired outputs; {len(dry.faults)} disagreements"
+
+
+def describe_cell(cell: Cell) -> str:
+    """A cell in a line."""
+    seen = (cell.before, cell.after, cell.transformers)
+    before, after, elsewhere = (f"{s.verdict}: {s.why}" if s else "-" for s in seen)
+    words = f"{before} (scan: {cell.predicted or '-'}) -> {cell.repair} -> {after}"
+    words += f"; transformers: {elsewhere}" if cell.transformers else ""
+    return f"{'ok ' if cell.ok else 'NO '} {cell.release} {cell.checkpoint}: {words}"
 
 
 def main() -> None:
@@ -389,7 +359,8 @@ def main() -> None:
     parser.add_argument("--releases", help="comma-separated; default: all of pins.json")
     parser.add_argument("--cells", help="comma-separated; default: all")
     parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
-    parser.add_argument("--boundaries", action="store_true", help="every release, some cells")
+    parser.add_argument("--real", choices=["boundaries", "all", "none"], default="boundaries", help="cells that run")
+    parser.add_argument("--load", type=int, default=0, metavar="N", help="load N cells a release without a prompt")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--bf16", action="store_const", dest="way", const=BF16, help="judge `repair --bf16`")
     ways.add_argument("--partial-groups", choices=["quantize"], help="judge `repair --partial-groups quantize`")
@@ -399,39 +370,42 @@ def main() -> None:
     way: Way | None = PARTIAL_GROUPS if a.partial_groups else a.way
     default = SMOKE_RELEASES if a.smoke else WAY_RELEASES if way else list(venvs.PINS["releases"])
     releases = a.releases.split(",") if a.releases else default
-    default = SMOKE if a.smoke else BOUNDARIES if a.boundaries else way.cells if way else CELLS
+    default = SMOKE if a.smoke else way.cells if way else CELLS
     names = a.cells.split(",") if a.cells else default
+    sample = [] if a.real == "none" else names if a.real == "all" or way or a.cells or a.smoke else BOUNDARIES
     folder = a.venvs or a.work / "venvs"
-    newest = releases[-1] if not way and (releases[-1] in SMOKE_RELEASES or a.smoke) else REFERENCE
-    referee = environment(newest, folder)
     log = a.work / (f"cells-{way.name}.jsonl" if way else "cells.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     done = read_log(log)
     cells: list[Cell] = []
+    faults: list[str] = []
+    unlike: list[str] = []
     for release in releases:
-        for name in names:
-            if (release, name) in done:
-                cells.append(done[release, name])
-                continue
-            python = environment(release, folder)
-            common = (a.work, release, name, python, referee)
-            cell = run_way(*common, way) if way else run_cell(*common)
-            cells.append(cell)
-            with log.open("a") as f:
-                print(json.dumps(asdict(cell)), file=f)
-            seen = (cell.before, cell.after, cell.transformers)
-            before, after, elsewhere = (f"{s.verdict}: {s.why}" if s else "-" for s in seen)
-            words = f"{before} (scan: {cell.predicted or '-'}) -> {cell.repair} -> {after}"
-            words += f"; transformers: {elsewhere}" if cell.transformers else ""
-            print(f"{'ok ' if cell.ok else 'NO '} {release} {name}: {words}", flush=True)
-    text = f"{summary(cells)}\n\n{table(cells)}\n"
-    if a.results:
+        python = environment(release, folder)
+        dry = None if way else load_dry(a.work, release, python, names, a.load)
+        if dry:
+            print(f"{release}: {describe_dry(dry)}", *(f"  NO {fault}" for fault in dry.faults), sep="\n", flush=True)
+            faults += dry.faults
+        for name in sample:
+            if (release, name) not in done:
+                newest = releases[-1] if not way and (releases[-1] in SMOKE_RELEASES or a.smoke) else REFERENCE
+                common = (a.work, release, name, python, environment(newest, folder))
+                done[release, name] = run_way(*common, way) if way else run_cell(*common)
+                with log.open("a") as f:
+                    print(json.dumps(asdict(done[release, name])), file=f)
+            cells.append(done[release, name])
+            print(describe_cell(cells[-1]), flush=True)
+            if dry and (before := cells[-1].before) and before.verdict != dry.verdict(name):
+                unlike.append(f"{release} {name}: {dry.verdict(name)} in a dry load, {before.verdict}: {before.why}")
+    if a.results and cells:
         command = f"python tests/conformance/run.py {way.words if way else ''}".rstrip()
         head = f"# Conformance, {datetime.date.today()}\n\nMade by `{command}`.\n\n"
-        a.results.write_text(head + text)
+        a.results.write_text(f"{head}{summary(cells)}\n\n{table(cells)}\n")
+    if unlike:
+        print("\nAfter loading, and so in no dry load:", *unlike, sep="\n  ")
     bad = [c for c in cells if not c.ok]
-    print(f"\n{summary(cells)}\n\n{len(cells) - len(bad)} passed, {len(bad)} failed")
-    sys.exit(1 if bad else 0)
+    print(f"\n{summary(cells)}\n\n{len(cells) - len(bad)} passed, {len(bad)} failed; {len(faults)} faults of dry loads")
+    sys.exit(1 if bad or faults else 0)
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def prefixes_of(name: str) -> Iterator[str]:
 
 
 def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dict[str, Any]]:
-    """What transformers says of a class's configs (model_shapes.py), asked once."""
-    kept, asked = work / "shapes" / f"{name}.json", json.dumps(family.configs)
+    """What transformers says of a class's configs, and of those for sizes (model_shapes.py), asked once."""
+    kept, asked = work / "shapes" / f"{name}.json", json.dumps(family.configs + family.sizes)
     if not kept.exists() or json.loads(kept.read_text())["asked"] != asked:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
@@ -187,7 +187,10 @@ def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dic
             given.write_text(asked)
             subprocess.run([str(python), str(HERE / "model_shapes.py"), str(given), str(answer)], check=True)
             kept.write_text(json.dumps({"asked": asked, "models": json.loads(answer.read_text())}))
-    return list(json.loads(kept.read_text())["models"])
+    models = list(json.loads(kept.read_text())["models"])
+    for model in models[len(family.configs) :]:
+        model["tensors"] = complete_tensors(model["tensors"], family)
+    return models
 
 
 def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family) -> None:
@@ -221,6 +224,7 @@ def list_questions(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder for the worker for each model of a class, and what is asked there."""
     seen = set[str]()
+    models = models[: len(family.configs)]
     complete = [complete_tensors(model["tensors"], family) for model in models]
     examples = {find_pattern(name): (name, shape) for tensors in reversed(complete) for name, shape in tensors.items()}
     for number, (model, own) in enumerate(zip(models, complete, strict=True)):
@@ -261,18 +265,6 @@ def write_index() -> None:
     profiles = sorted(path for path in FOLDER.glob("*.json") if path.name != INDEX)
     known = {path.stem: json.loads(path.read_text("utf-8"))["known"] for path in profiles}
     (FOLDER / INDEX).write_text(json.dumps(known, indent=1) + "\n")
-
-
-def survey_axial(work: Path, release: str, python: Path, name: str, family: Family, model: dict[str, Any]) -> None:
-    """Asks whether a release builds the class with the vision tower's rope as transformers 5.19 names it."""
-    config = change(model["config"], vision_config__rope_parameters=model["axial"])
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        write_folder(folder, {"config": config}, model["tensors"], family)
-        (folder / "bnbfix-experiments.json").write_text("[]")
-        (answer,) = run_worker("expect", [folder], seconds=SECONDS, python=str(python))
-    (work / "survey" / release / f"{name}.axial.json").write_text(json.dumps({"error": answer["error"]}))
-    print(f"{release} {name}: axial:", answer["error"] or "builds", flush=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ from bnbfix.engines.vllm.profiles import FOLDER, INDEX, evaluate_feature, evalua
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import find_range, ranges
 from bnbfix.models.detect import read_model
-from bnbfix.models.family import Model
+from bnbfix.models.family import Model, read_path
 from tests.support.build import Make, opened
 
 L = "model.language_model.layers.2."
@@ -164,7 +165,8 @@ def test_both_sides_leave_language_model_out_of_a_text_only_class(models: dict[s
 
 @pytest.mark.parametrize("path", sorted(p for p in FOLDER.glob("*.json") if p.name != INDEX), ids=lambda p: p.stem)
 def test_every_row_of_a_profile_is_a_range_and_every_size_a_formula(path) -> None:  # type: ignore[no-untyped-def]
-    profile = json.loads(path.read_text("utf-8"))
+    text = path.read_text("utf-8")
+    profile = json.loads(text)
     assert profile["architecture"] == path.stem and profile["schema"] == 1
     assert len(path.read_bytes()) < 150_000
     for kind in ("known", "tensors", "parameters", "unknown", "aliases"):
@@ -173,6 +175,7 @@ def test_every_row_of_a_profile_is_a_range_and_every_size_a_formula(path) -> Non
             for first, last, _ in rows:
                 assert find_range(first) and find_range(last) and first <= last
     assert all(formula is not None for formula in profile["stacks"].values())
+    assert '"shape":[null' not in text and ",null" not in text  # no size is left unchecked
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,7 @@ def test_every_row_of_a_profile_is_a_range_and_every_size_a_formula(path) -> Non
         (["in", "cross"], {}, 3, "0"),
         (["every", "step"], {"step": 2}, 1, "1"),
         (["every", "step"], {"step": 0}, 1, "?"),
+        (["number", "2"], {}, 2, "1"),
     ],
 )
 def test_features(feature: list[str], config: dict[str, object], layer: int | None, value: str) -> None:
@@ -203,6 +207,10 @@ def test_features(feature: list[str], config: dict[str, object], layer: int | No
         ("a*b", 24),
         ("a*b/4", 6),
         ("a*b+2*b", 32),
+        ("b//a", 0),
+        ("a//b*a//b+1", 2),
+        ("a//c", None),
+        ("list.1", 2),
         ("7", 7),
         ("c", None),
         ("list", 3),
@@ -211,7 +219,7 @@ def test_features(feature: list[str], config: dict[str, object], layer: int | No
 )
 def test_sizes(formula: str | None, size: int | None) -> None:
     config: dict[str, object] = {"a": 6, "b": 4, "list": [1, 2, 3], "c": "x"}
-    assert evaluate_size(formula, config.get) == size
+    assert evaluate_size(formula, partial(read_path, config)) == size
 
 
 def test_numbers_in_names() -> None:

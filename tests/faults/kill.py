@@ -26,7 +26,6 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 LET_THROUGH = 5  # one in so many runs is not killed
 LASTS = 30.0  # seconds after which a run that was interrupted hangs
+STARTS = 20.0  # seconds that a start of Python may take on a loaded machine
 OLD = {"old.txt": b"old"}
 MARK = "BNBFIX_KILL_RUN"  # in the environment of every process of a run
 REPO, PUSHED = "org/source", "me/pushed-"
@@ -88,12 +88,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def left_over(run: str) -> list[str]:
-    """The processes of a run that are still there."""
+    """The command lines of the processes of a run that are still there."""
     mark, found = f"{MARK}={run}\0".encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (process / "environ").read_bytes():
-                found.append(process.name)
+                found.append((process / "cmdline").read_text().replace("\0", " "))
         except OSError:
             continue
     return found
@@ -205,7 +205,7 @@ def kill(place: Place, what: str, number: int, count: int, rng: random.Random) -
         expect(
             process.returncode in ((0,) if let_through else (0, -9, 130, -2)), f"{what}: {process.returncode}, {err}"
         )
-        wait_for(lambda run=run: not left_over(run), f"{what}: a process is left")  # type: ignore[misc]
+        wait_for_end(run, f"{what}: a process is left")
         left = check(place, run, before, clean, OLD if overwrite else {})
         ended = "ended before" if process.returncode == 0 else "killed" if number == signal.SIGKILL else "interrupted"
         seen[f"{what}: {'let through' if let_through else ended}, {left}"] += 1
@@ -219,11 +219,11 @@ def kill(place: Place, what: str, number: int, count: int, rng: random.Random) -
     return seen, stops
 
 
-def wait_for(happened: Callable[[], bool], words: str) -> None:
-    """Waits a little; raises Loss when it does not happen."""
-    deadline = time.monotonic() + 5
-    while not happened():
-        expect(time.monotonic() < deadline, words)
+def wait_for_end(run: str, words: str) -> None:
+    """Waits for the processes of a run: one that has just started looks for its parent once Python runs in it."""
+    deadline = time.monotonic() + STARTS
+    while left := left_over(run):
+        expect(time.monotonic() < deadline, f"{words}: {left}")
         time.sleep(0.05)
 
 

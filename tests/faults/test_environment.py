@@ -54,6 +54,54 @@ def test_a_scan_without_streams_has_the_same_exit_code(
     assert done.returncode == code and "Traceback" not in done.stderr
 
 
+FEW_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
+"""
+NO_NULL_DEVICE = """
+import os
+os.close(0)
+def refuse(*args):
+    raise OSError(2, "No such file or directory")
+os.open = refuse
+"""
+
+
+def run_after(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line after a script, once Python has started and imported it."""
+    command = [sys.executable, "-c", f"from bnbfix.cli.main import main\n{script}main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("files", range(3, 11))
+def test_few_open_files_end_in_words_or_the_right_bytes(source: Path, tmp_path: Path, files: int) -> None:
+    command = ["repair", source, "--out", tmp_path / "out", "--vllm", "0.22.1", "--device", "cpu"]
+    done = run_after(FEW_FILES.format(files=files), *command)
+    if done.returncode != 0:
+        assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out").exists()
+        assert done.stderr.startswith("error: ") and "Too many open files" in done.stderr.splitlines()[0]
+        assert shell(*command, streams="").returncode == 0
+    bnbfix.repair(source, tmp_path / "right", "0.22.1", device="cpu")
+    assert tree(tmp_path / "out") == tree(tmp_path / "right")
+
+
+def test_too_few_open_files_to_import_name_their_limit(source: Path) -> None:
+    done = run_after(FEW_FILES.format(files=3), "scan", source)
+    assert done.returncode == 2 and "  Is it limited (ulimit -n)?" in done.stderr.splitlines()
+
+
+def test_too_few_open_files_to_ask_a_vllm_are_one_error(source: Path, tmp_path: Path) -> None:
+    done = run_after(FEW_FILES.format(files=6), "scan", source, "--dry-load", "--python", fake_python(tmp_path))
+    error = "error: vLLM: cannot be asked ([Errno 24] Too many open files: "
+    assert done.returncode == 2 and done.stderr.startswith(error), done.stderr
+
+
+def test_without_a_null_device_closed_streams_are_an_error(source: Path) -> None:
+    done = run_after(NO_NULL_DEVICE, "scan", source)
+    error = "error: a standard stream cannot be used (No such file or directory)"
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, error)
+
+
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code() -> None:
     assert shell("scan", "nowhere", streams="2>/dev/full").returncode == 2
 

@@ -21,6 +21,7 @@ import torch
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
 from bnbfix.checkpoint.quant_state import FOUR_BIT_SUFFIXES
 from bnbfix.engines.vllm import live, process
+from bnbfix.engines.vllm.profiles import fill_pattern, known_classes, load_profile
 from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import BnbfixError, EngineError, InputError, NotApplicable, QuantStateError, Unrepairable
 from bnbfix.planner.plan import Options
@@ -31,6 +32,7 @@ from tests.fuzz.judges import judge_checkpoint, judge_header, judge_plan, judge_
 from tests.fuzz.memory import MemorySource, quantized
 from tests.support.build import Raw as Tensor
 from tests.support.build import read_tensors
+from tests.support.families import FORMS, SHAPES, make_family
 from tests.support.surgery import pack
 
 Files = dict[str, bytes]
@@ -207,6 +209,50 @@ def config(r: Random) -> str:
     return json_file(r, r.randrange(len(CORPUS)), CONFIG)
 
 
+@cache
+def families() -> tuple[Files, ...]:
+    """Small checkpoints of classes besides Gemma4, made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = [make_family(Path(folder) / f"{name}-{form}", name, form) for name in SHAPES for form in FORMS]
+        return tuple({p.name: p.read_bytes() for p in sorted(path.iterdir())} for path in made)
+
+
+@cache
+def profile_words() -> dict[str, tuple[str, ...]]:
+    """What profiles ask about: by class, patterns of tensors, keys of config.json that decide, and other classes."""
+    out = {}
+    for name in known_classes():
+        profile = load_profile(name) or {}
+        paths = {part for path in profile["defaults"] for part in path.split(".")}
+        out[name] = (*sorted(profile["parameters"]), *sorted(paths), *profile["model_types"], name)
+    return out
+
+
+NUMBERS = (0, 1, 2, 3, 61, 99_999, 999_999)
+
+
+def profile(r: Random) -> str:
+    """The config and the names of tensors that a class's profile is asked about; now and then another class's."""
+    files = r.choice(families())
+    own, other = json.loads(files[CONFIG])["architectures"][0], r.choice(sorted(profile_words()))
+    words = tuple(fill_pattern(word, r.choices(NUMBERS, k=3)) for word in profile_words()[r.choice([own, other])])
+    values = (*JSON_VALUES, *(structure.Raw(json.dumps([word])) for word in words))
+    if r.random() < 0.6:
+        return outcome(r, files | {CONFIG: mutated_json(r, files[CONFIG], values, words)})
+    shard = files["model.safetensors"]
+    end = 8 + int.from_bytes(shard[:8], "little")
+    header = mutated_json(r, shard[8:end], structure.HOSTILE, words)
+    return outcome(r, files | {"model.safetensors": pack(header, shard[end:])})
+
+
+def mutated_json(r: Random, content: bytes, values: tuple[structure.Raw, ...], words: tuple[str, ...]) -> bytes:
+    """A document with a few things in its structure turned wrong."""
+    doc = structure.tree(json.loads(content))
+    for _ in range(r.choice([1, 1, 2, 4])):
+        doc = structure.mutate(r, doc, structure.some_node(r, doc), values, words)
+    return structure.write_json(doc).encode("utf-8", "surrogatepass")
+
+
 def shard_bytes(r: Random) -> str:
     """Bytes of a shard's length, header and the start of its data."""
     which, shard = some_shard(r)
@@ -343,7 +389,7 @@ def dry_load_answer(r: Random) -> str:
 
 
 SURFACES: dict[Callable[[Random], str], int] = {  # with how many of a hundred mutations go there
-    header_structure: 40,
+    header_structure: 38,
     header_bytes: 32,
     header_of_a_model: 12,
     index: 2,
@@ -352,6 +398,7 @@ SURFACES: dict[Callable[[Random], str], int] = {  # with how many of a hundred m
     quant_state: 3,
     layout: 3,
     dry_load_answer: 2,
+    profile: 2,
 }
 WHEEL = tuple(surface for surface, share in SURFACES.items() for _ in range(share))
 

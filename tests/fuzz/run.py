@@ -20,7 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "examples")]
 
-from tests.fuzz.cases import case, corpus  # noqa: E402
+from tests.fuzz.cases import case, corpus, families  # noqa: E402
 from tests.fuzz.runner import Figures, run_cases  # noqa: E402
 
 BATCH = 2000
@@ -51,7 +51,7 @@ def main() -> int:
     args = parser.parse_args()
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
-    corpus()
+    corpus(), families()  # before the forks
     if args.case is not None:
         print(*case(seed, args.case)[0:1], case(seed, args.case)[1](), sep=": ")
         return 0

@@ -30,6 +30,33 @@ def test_ranges_that_trickle_end(hub: Hub, repo: str) -> None:
     assert "BNBFIX_HUB_ANSWER_TIMEOUT sets this limit" in done.err
 
 
+STOPPED_WHILE_READING = """
+import gc, time
+from bnbfix.hub.parallel import run_parallel
+from bnbfix.hub.source import HubSource
+
+source = HubSource.open("{repo}")
+
+def work(job):
+    if job == "fail":
+        time.sleep(0.7)
+        raise MemoryError
+    source.read("model-00001-of-00002.safetensors", [(0, 2_000)])
+
+try:
+    run_parallel(work, ["read", "fail"], 2, name="test")
+except MemoryError:
+    gc.collect()
+    print("stopped")
+"""
+
+
+def test_an_answer_that_an_error_elsewhere_stops_is_closed_silently(hub: Hub, repo: str) -> None:
+    hub.server.fault("trickles ranges")
+    done = hub.run(script=STOPPED_WHILE_READING.format(repo=repo))
+    assert (done.out, done.err) == ("stopped\n", "")
+
+
 def test_a_listing_that_trickles_ends(hub: Hub, repo: str) -> None:
     hub.server.fault("trickles", "/api/models/", origin="hub")
     done = hub.process("scan", repo, BNBFIX_HUB_ANSWER_TIMEOUT="1")
@@ -49,7 +76,8 @@ def test_a_download_without_progress_ends(hub: Hub, repo: str, tmp_path: Path, s
     done = hub.process(*command, BNBFIX_HUB_DOWNLOAD_TIMEOUT="2")
     assert done.code == 2 and f"{repo}: the download makes no progress for 2 s" in done.err, done.err
     assert "BNBFIX_HUB_DOWNLOAD_TIMEOUT sets this limit" in done.err
-    assert list(tmp_path.iterdir()) == [] and list(hub.home.rglob("*.incomplete")) == []
+    cache = hub.home / "hub" / f"models--{repo.replace('/', '--')}"
+    assert list(tmp_path.iterdir()) == [] and list(cache.rglob("*.incomplete")) == []
 
 
 @pytest.mark.parametrize("what", ["scan", "repair"])

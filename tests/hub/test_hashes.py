@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -55,6 +56,32 @@ def test_what_was_damaged_on_the_way_is_not_published(
     assert error.startswith(f"error: {shard}: has SHA-256 ") and "where the Hub lists " in error
     assert hint == "  Run it again." if stream else hint.startswith(f"  Delete {hub.home}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("hf_xet") is None, reason="hf_xet is not installed")
+@pytest.mark.parametrize("damaged", [None, True, False], ids=["whole", "copied", "rewritten"])
+def test_what_comes_through_xet_is_compared_too(hub: Hub, source: Path, tmp_path: Path, damaged: bool | None) -> None:
+    repo = f"org/xet-{next(NUMBERS)}"
+    hub.server.add(repo, source, xet=True)
+    bnbfix.repair(source, tmp_path / "right", "0.22.1", device="cpu")
+    shard = "" if damaged is None else shards_of(source)[damaged]
+    if shard:
+        flip(source / shard)  # hf_xet does not compare it with the Hub's SHA-256
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"}  # hf_xet has a cache of its own there
+    done = hub.process("repair", repo, "--out", tmp_path / "out", *TARGET, **home)
+    assert any(s.path.startswith("/xorbs/") for s in hub.server.seen)
+    if not shard:
+        assert (done.code, done.err) == (0, "") and same_weights(tmp_path / "out", tmp_path / "right")
+        return
+    assert (done.code, done.out) == (2, ""), done.err
+    assert done.err.startswith(f"error: {shard}: has SHA-256 ") and "where the Hub lists " in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Have two folders the same shards?"""
+    shards = [{p.name: p.read_bytes() for p in folder.glob("*.safetensors")} for folder in (one, other)]
+    return bool(shards[0]) and shards[0] == shards[1]
 
 
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])

@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 TOKEN = "hf_OnlyForTheHub"
 CHUNK = 256 << 10
+XET_CHUNK = 64 << 10
 HASHED = 1 << 30  # bytes; the "SHA-256" of a larger file is made up, since reading it would take too long
 
 
@@ -53,6 +54,7 @@ class Repo:
     access: str = "public"
     allowed: bool = True  # does TOKEN give access?
     hidden: bool = False  # made with private=True
+    xet: bool = False  # are large files offered through Xet too?
     pulls: list[str] = field(default_factory=list)  # titles of pull requests
 
 
@@ -174,6 +176,7 @@ class FakeHub:
             Route(f"/api/models/{name}/preupload/{{rev}}", self._preupload, methods=["POST"]),
             Route(f"/api/models/{name}/commit/{{rev}}", self._receive_commit, methods=["POST"]),
             Route(f"/api/models/{name}/paths-info/{{rev:path}}", self._paths_info, methods=["POST"]),
+            Route(f"/api/models/{name}/xet-read-token/{{rev:path}}", self._xet_token),
             Route(f"/api/models/{name}/lfs-files/duplicate", self._duplicate, methods=["POST"]),
             Route(f"/{name}.git/info/lfs/objects/batch", self._batch, methods=["POST"]),
             Route(f"/api/resolve-cache/{name}/{{rev}}/{{file:path}}", self._resolve_small, methods=["GET", "HEAD"]),
@@ -184,6 +187,8 @@ class FakeHub:
         return [
             Route("/files/{org}/{name}/{rev}/{file:path}", self._cdn_file, methods=["GET", "HEAD"]),
             Route("/upload/{oid}", self._upload, methods=["PUT"]),
+            Route("/v1/reconstructions/{oid}", self._xet_reconstruction),
+            Route("/xorbs/{oid}", self._xet_xorb),
         ]
 
     def _note(self, request: Request, origin: str) -> Fault | None:
@@ -329,6 +334,9 @@ class FakeHub:
             if fault and fault.kind == "leaves" and request.method == "HEAD":
                 etag = "../../../../stolen"
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{etag}"'}
+            if found[0].xet:
+                token = f"{self.url}/api/models/{name}/xet-read-token/{sha}"
+                headers |= {"X-Xet-Hash": blob.oid, "Link": f'<{token}>; rel="xet-auth"'}
             location = f"{self.cdn}/files/{name}/{sha}/{file}?signature={self.signature}"
             return Response(status_code=302, headers=headers | {"Location": location})
         if not direct:  # as the Hub does for small files, on its own origin
@@ -409,6 +417,43 @@ class FakeHub:
                 await asyncio.sleep(0.05 if kind == "slow" else 0)  # where a client that has gone is noticed
         finally:
             os.close(fd)
+
+    # Xet: a file is the chunks of one "xorb", under the file's own SHA-256 in place of Xet's hashes
+
+    async def _xet_token(self, request: Request) -> Response:
+        self._note(request, "hub")
+        token, ends = "xet-token", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": self.cdn, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(ends)}
+        return JSONResponse({"casUrl": self.cdn, "accessToken": token, "exp": ends}, headers=headers)
+
+    def _xorb(self, oid: str) -> tuple[int, int, bytes]:
+        """The length of a file, the number of its chunks, and its chunks."""
+        blobs = [b for r in self.repos.values() for c in r.commits.values() for b in c.values() if b.oid == oid]
+        data = blobs[-1].path.read_bytes()
+        chunks = [data[at : at + XET_CHUNK] for at in range(0, len(data), XET_CHUNK)]
+        sizes = [len(chunk).to_bytes(3, "little") for chunk in chunks]
+        xorb = b"".join(b"\0" + n + b"\0" + n + chunk for n, chunk in zip(sizes, chunks, strict=True))
+        return len(data), len(chunks), xorb
+
+    async def _xet_reconstruction(self, request: Request) -> Response:
+        self._note(request, "cdn")
+        oid = request.path_params["oid"]
+        size, count, xorb = self._xorb(oid)
+        begin = int((request.headers.get("range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if begin >= size:
+            return Response(status_code=416)
+        chunks = {"start": 0, "end": count}
+        found = {"range": chunks, "url": f"{self.cdn}/xorbs/{oid}", "url_range": {"start": 0, "end": len(xorb) - 1}}
+        term = {"hash": oid, "unpacked_length": size, "range": chunks}
+        return JSONResponse({"offset_into_first_range": begin, "terms": [term], "fetch_info": {oid: [found]}})
+
+    async def _xet_xorb(self, request: Request) -> Response:
+        self._note(request, "cdn")
+        _, _, xorb = self._xorb(request.path_params["oid"])
+        first, _, last = request.headers["range"].removeprefix("bytes=").partition("-")
+        part = xorb[int(first) : int(last) + 1]
+        shown = f"bytes {first}-{int(first) + len(part) - 1}/{len(xorb)}"
+        return Response(part, 206, {"Content-Range": shown, "Content-Type": "application/octet-stream"})
 
     async def _hold(self) -> None:
         """Answers nothing until the test says so."""

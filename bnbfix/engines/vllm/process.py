@@ -84,7 +84,8 @@ def scratch_folder() -> Iterator[str]:
             yield folder
     except OSError as e:
         hint = "vLLM is asked through a temporary folder: set TMPDIR to one that can be written to."
-        raise EngineError(f"cannot be asked ({e.strerror or e})", where="vLLM", hint=hint) from e
+        reason = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror or e  # of the first of many files
+        raise EngineError(f"cannot be asked ({reason})", where="vLLM", hint=hint) from e
 
 
 def _wait(

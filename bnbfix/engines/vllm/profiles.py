@@ -2,7 +2,7 @@
 
 A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
-are formulas over the keys of config.json.
+are formulas over the keys of config.json; `keys` are older names of some.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ INDEX = "index.json"
 FOLDER = Path(__file__).with_name("profiles")
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
 
+_DIVIDED = re.compile(r"(.*?)(?:(?<!/)/([0-9]+))?")
 Feature = Sequence[str]  # [kind, path, ...]
 
 
@@ -72,7 +73,7 @@ def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | 
     Kinds: `true` PATH; `item` PATH VALUE: the layer's item of a list is VALUE; `in` PATH: a list holds the layer's
     number; `last` PATH COUNT: the layer is one of the last; `first` PATH: one of the first; `after` PATH COUNT: after
     the one whose output is used, counted from 1, or backwards from -1; `every` PATH: the layer's number, counted from
-    1, is a multiple.
+    1, is a multiple; `number` N: its number is N.
     """
     kind, path, *rest = feature
     value = read(path)
@@ -80,6 +81,8 @@ def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | 
         return str(int(bool(value)))
     if layer is None:
         return "?"
+    if kind == "number":
+        return str(int(layer == int(path)))
     if kind == "item" and isinstance(value, list) and layer < len(value):
         return str(int(value[layer] == rest[0]))
     if kind == "in" and isinstance(value, list | None):
@@ -98,22 +101,31 @@ def evaluate_feature(feature: Feature, read: Callable[[str], Any], layer: int | 
 
 
 def evaluate_size(formula: str | None, read: Callable[[str], Any]) -> int | None:
-    """A size from a formula such as `2*text_config.head_dim*text_config.num_attention_heads/4+8`; None if unknown."""
+    """A size from a formula such as `2*text_config.head_dim*text_config.num_attention_heads/4+8`; None if unknown.
+
+    A `/` divides the product before it, a `//` only the factor before it.
+    """
     if formula is None:
         return None
     total = 0
     for product in formula.split("+"):
-        factors, _, divisor = product.partition("/")
+        factors, divisor = _DIVIDED.fullmatch(product).groups()  # type: ignore[union-attr]
         value = 1
         for factor in factors.split("*"):
-            found = int(factor) if factor.isdigit() else read(factor)
-            if isinstance(found, list):
-                found = len(found)
-            if type(found) is not int:
+            numbers = [_evaluate_factor(part, read) for part in factor.split("//")]
+            if None in numbers or 0 in numbers[1:]:
                 return None
-            value *= found
+            value *= numbers[0] // numbers[1] if numbers[1:] else numbers[0]  # type: ignore[operator]
         total += value // int(divisor or 1)
     return total
+
+
+def _evaluate_factor(factor: str, read: Callable[[str], Any]) -> int | None:
+    """A number, the value of a key, or the length of a list."""
+    found = int(factor) if factor.isdigit() else read(factor)
+    if isinstance(found, list):
+        return len(found)
+    return found if type(found) is int else None
 
 
 def overlapping_row(rows: Sequence[Sequence[Any]], first: str, last: str) -> Any:

@@ -27,6 +27,7 @@ from .profiles import (
 REFUSED, IGNORED = Place(refused=True), Place()
 TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
 MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
+_TEXT = "text_config."
 _EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
 
@@ -43,6 +44,10 @@ class RecordedExpectation:
 
     def _read(self, path: str) -> Any:
         value = self._model.read(path)
+        if value is None and path.startswith(_TEXT) and not self._model.config.get("text_config"):
+            value = self._model.read(path.removeprefix(_TEXT))  # in one config, as transformers 4 wrote some
+        if value is None and (older := self._profile.get("keys", {}).get(path)):
+            value = self._model.read(older)
         if value is None:
             value = self._profile["defaults"].get(path)
         return derive_size(path, self._read) if value is None else value
@@ -96,7 +101,7 @@ class RecordedExpectation:
         """Every parameter that has to be filled, by name."""
         out = {}
         for pattern in self._rows["parameters"]:
-            for numbers in self._expand(pattern):
+            for numbers in self._expand(pattern, built=True):
                 answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
                 if pattern.endswith("lm_head.weight") and self.tied:
                     continue  # the embeddings take its place
@@ -106,21 +111,23 @@ class RecordedExpectation:
                     out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
         return out
 
-    def _stack(self, pattern: str) -> Sequence[int] | None:
-        """The numbers of a stack's layers; None where they are not known."""
+    def _stack(self, pattern: str, *, built: bool = False) -> Sequence[int] | None:
+        """The numbers of a stack's layers in a file, or as built, which may be fewer; None where they are not known."""
         known = self._profile["stacks"].get(pattern)
+        if built:
+            known = self._profile.get("built", {}).get(pattern, known)
         if isinstance(known, list):
             return known
         length = self._size(known)
         return None if length is None else range(length)
 
-    def _expand(self, pattern: str) -> list[tuple[int, ...]]:
+    def _expand(self, pattern: str, *, built: bool = False) -> list[tuple[int, ...]]:
         """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""
         out: list[tuple[int, ...]] = [()]
         parts = pattern.split(".")
         for at, part in enumerate(parts):
             if part == "*":
-                stack = self._stack(find_pattern(".".join(parts[:at]))) or ()
+                stack = self._stack(find_pattern(".".join(parts[:at])), built=built) or ()
                 if len(out) * len(stack) > MAX_PARAMETERS:
                     raise InputError(f"asks for {len(stack):,} {'.'.join(parts[:at])}, as no model has", where=CONFIG)
                 out = [(*numbers, n) for numbers in out for n in stack]
