@@ -17,7 +17,7 @@ from ..errors import InputError, NotApplicable, QuantStateError
 from . import quant_state as qs
 from . import safetensors as st
 from .source import LocalSource, Source, read_file
-from .stacked_experts import absmax_name, derive_state, is_stack
+from .stacked_experts import CHECKED, absmax_name, derive_state, is_stack
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -314,16 +314,17 @@ def _group_weights(
     weights: dict[str, Weight] = {}
     orphans: dict[str, Tensor] = {}
     damaged: list[QuantStateError] = []
-    stacked = [n for n, t in bases.items() if is_stack(t.info) and n not in state_tensors]
-    stacks = {name: bases.pop(absmax_name(name), None) for name in stacked}
+    stacks = {n: t for n, t in bases.items() if is_stack(t.info) and n not in state_tensors}
+    scales = {name: bases.pop(absmax_name(name), None) for name in stacks}
+    starts = _read_starts(source, stacks)
     for name in sorted(set(bases) | set(state_tensors)):
         own, state = state_tensors.get(name, {}), None
         t = bases.get(name)
         if t is not None:
             try:
                 if name in stacks:
-                    absmax = stacks[name]
-                    state = derive_state(t.info, absmax.info if absmax else None, config, f"{t.shard}: {name}")
+                    info = absmax.info if (absmax := scales[name]) else None
+                    state = derive_state(t.info, info, starts[name], config, f"{t.shard}: {name}")
                     own = {".absmax": absmax} if absmax else {}
                 else:
                     state = _check_state(name, t, own, raw)
@@ -359,6 +360,16 @@ def _check_state(
         return None  # an unquantized weight, and stale quant-state tensors
     qs.check_state(state, t.info, {k: v.info for k, v in own.items()}, where)
     return state
+
+
+def _read_starts(source: Source, stacks: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the first bytes of stacks of experts, all in one call."""
+    names: dict[str, list[str]] = {}
+    for name, t in stacks.items():
+        names.setdefault(t.shard, []).append(name)
+    wanted = {s: [(stacks[n].offset, min(CHECKED, stacks[n].info.nbytes)) for n in ns] for s, ns in names.items()}
+    found = source.read_many(wanted) if wanted else {}
+    return {name: part for shard, parts in found.items() for name, part in zip(names[shard], parts, strict=True)}
 
 
 def _read_states(source: Source, state_tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], bytes]:

@@ -14,6 +14,12 @@ from ..errors import QuantStateError
 from . import quant_state as qs
 from .safetensors import TensorInfo
 
+# The codes of 1 and -1. Every block has one of them, its largest value, unless all are zeros. Read as of the other type
+# one block in a hundred (of FP4) or in ten thousand (of NF4) has neither, and a real model has millions.
+ONES = {"nf4": {0, 15}, "fp4": {3, 11}}
+ZEROS = {"nf4": {7}, "fp4": {0, 8}}
+CHECKED = 64 << 10  # bytes of each stack whose codes are looked at
+
 
 def is_stack(tensor: TensorInfo) -> bool:
     """Return True for quantized bytes with the name of a layer's experts."""
@@ -25,10 +31,12 @@ def absmax_name(stack: str) -> str:
     return f"{stack.removesuffix('_proj')}_absmax"
 
 
-def derive_state(stack: TensorInfo, absmax: TensorInfo | None, config: Mapping[str, Any], where: str) -> qs.QuantState:
-    """The quant state of a stack of experts.
+def derive_state(
+    stack: TensorInfo, absmax: TensorInfo | None, start: bytes, config: Mapping[str, Any], where: str
+) -> qs.QuantState:
+    """The quant state of a stack of experts. `start` are its first bytes.
 
-    Raises QuantStateError when the sizes and config.json do not tell it, or contradict each other.
+    Raises QuantStateError when the sizes and config.json do not tell it, or contradict each other or the bytes.
     """
 
     def bad(why: str) -> QuantStateError:
@@ -55,4 +63,14 @@ def derive_state(stack: TensorInfo, absmax: TensorInfo | None, config: Mapping[s
     if 2 * stack.nbytes != experts * rows * columns or blocksize is None or not experts or columns % blocksize:
         wanted = f"{experts} matrices of {rows:,} rows and {columns:,} columns, for which config.json asks"
         raise bad(f"but its {stack.nbytes:,} bytes and {blocks:,} blocks are not {wanted}")
+    if not _has_codes(start, str(quant_type), blocksize):
+        raise bad(f"but not in {quant_type}, as bnb_4bit_quant_type in config.json says: its codes are of another type")
     return qs.QuantState(str(quant_type), blocksize, str(dtype), (experts, rows, columns), None)
+
+
+def _has_codes(quantized: bytes, quant_type: str, blocksize: int) -> bool:
+    """Return True if every whole block of quantized bytes has a 1 or -1 of the type, or only zeros."""
+    size, ones, zeros = blocksize // 2, ONES[quant_type], ZEROS[quant_type]
+    marks = quantized.translate(bytes(byte >> 4 in ones or byte & 15 in ones for byte in range(256)))
+    lacking = [at for at in range(0, len(marks) - size + 1, size) if marks.find(1, at, at + size) < 0]
+    return all({byte >> 4, byte & 15} <= zeros for at in lacking for byte in quantized[at : at + size])

@@ -28,6 +28,7 @@ _PREFIXES = "; ".join(
     for prefix in dict.fromkeys(r.expert_prefix for r in ranges() if r.expert_prefix)
 )
 _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
+BLOCK = 64  # values; vLLM joins the blocks of a layer's experts, so one that is not full would shift those behind it
 
 
 @rule(
@@ -58,15 +59,25 @@ def check_moe_refused(case: Case) -> Iterator[Hit]:
     "are split, and keep their values.",
 )
 def check_fused_experts(case: Case) -> Iterator[Hit]:
-    weights = case.inspection.checkpoint.weights
-    names = tuple(n for n in weights if classify_tensor(n).kind == "fused_experts")
-    if names and case.expert_prefix is not None:
-        whole = all(_can_split(weights[n]) for n in names if weights[n].quantized)
-        reason = None if whole else "they are quantized, and are not whole matrices; --bf16 dequantizes them"
-        if case.expectation is not None and case.expectation.transposed_experts:
-            reason = "bnbfix does not split experts that are stored transposed; --bf16 leaves them as they are"
-        words = "all experts in one tensor; the release takes them quantized, per expert"
-        yield Hit(Severity.FAILS, names, words, reason)
+    if case.expectation is None or case.expert_prefix is None:
+        return
+    reason = "they are not whole matrices of full blocks; --bf16 keeps them in one tensor"
+    if case.expectation.transposed_experts:
+        reason = "bnbfix does not split experts that are stored transposed; --bf16 leaves them as they are"
+    for splits, names in _group_experts(case, "fused_experts"):
+        kept = None if splits and not case.expectation.transposed_experts else reason
+        yield Hit(
+            Severity.FAILS, names, "all experts in one tensor; the release takes them quantized, per expert", kept
+        )
+
+
+def _group_experts(case: Case, kind: str) -> Iterator[tuple[bool, tuple[str, ...]]]:
+    """(can they be split?, their names) of the tensors of experts in one form."""
+    found: dict[bool, list[str]] = {}
+    for name, weight in case.inspection.checkpoint.weights.items():
+        if classify_tensor(name).kind == kind:
+            found.setdefault(_can_split(weight), []).append(name)
+    yield from ((splits, tuple(names)) for splits, names in found.items())
 
 
 @rule(
@@ -127,13 +138,10 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     release_independent=True,
 )
 def check_expert_linears(case: Case) -> Iterator[Hit]:
-    found: dict[bool, list[str]] = {}
-    for name, weight in case.inspection.checkpoint.weights.items():
-        if classify_tensor(name).kind == "expert_linear":
-            found.setdefault(case.inspection.model.moe and _can_split(weight), []).append(name)
-    for whole, names in found.items():
-        reason = None if whole else "they are not whole matrices of a mixture in 4 bits; --bf16 may join them"
-        yield Hit(Severity.FAILS, tuple(names), "one of a list of linear modules, which only its tool reads", reason)
+    reason = "they are not whole matrices of a mixture of experts; --bf16 may join them"
+    for splits, names in _group_experts(case, "expert_linear"):
+        kept = None if splits and case.inspection.model.moe else reason
+        yield Hit(Severity.FAILS, names, "one of a list of linear modules, which only its tool reads", kept)
 
 
 def _experts(case: Case) -> list[LinearWeight]:
@@ -155,54 +163,49 @@ def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
     transposed = any(e.transposed_experts for e in request.expectations)
     out = {}
     for name, weight in request.inspection.checkpoint.weights.items():
-        kind = classify_tensor(name).kind
-        if kind not in _CODES or (kind == "fused_experts" and (transposed or not _can_split(weight))):
+        role = classify_tensor(name)
+        if role.kind == "fused_experts" and (transposed or not _can_split(weight)):
             continue
-        if (change := _change_expert(weight, prefix)) is not None:
-            out[name] = change
+        if role.kind == "expert" and role.prefix == prefix and weight.form == "nf4":
+            continue
+        if role.kind in ("fused_experts", "expert_linear", "expert"):
+            out[name] = _change_experts(weight, prefix)
     return Changes(experts=out)
 
 
-_CODES = {
-    "fused_experts": Code.FUSED_EXPERTS,
-    "expert_linear": Code.EXPERT_LINEARS,
-    "expert": Code.UNQUANTIZED_IN_QUANTIZED,
-}
-
-
-def _change_expert(weight: Weight, prefix: str) -> ExpertChange | None:
-    """What brings one tensor of experts under a prefix; None where it is there."""
-    code = _CODES[classify_tensor(weight.name).kind]
+def _change_experts(weight: Weight, prefix: str) -> ExpertChange:
+    """What brings one tensor of experts into the form of those under a prefix."""
     if not _can_split(weight):
         what = f"{weight.form} {list(weight.shape)[:8]}"
         raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
+    forms = {"fused_experts": Code.FUSED_EXPERTS, "expert_linear": Code.EXPERT_LINEARS}
+    code, state = forms.get(classify_tensor(weight.name).kind), weight.state
     matrices = split_experts(weight, prefix)
     first, (rows, columns) = matrices[0]
     split = f"split into {len(matrices)} matrices, " if len(matrices) > 1 else ""
-    state = weight.state
     if state is None:
-        return ExpertChange("quantize", prefix, code, f"{split}quantized to NF4, which loses precision")
+        words = f"{split}quantized to NF4, which loses precision"
+        return ExpertChange("quantize", prefix, code or Code.UNQUANTIZED_IN_QUANTIZED, words)
     if state.quant_type != "nf4":
-        code = Code.FP4_EXPERTS if code is Code.UNQUANTIZED_IN_QUANTIZED else code
-        return ExpertChange("quantize", prefix, code, f"{split}FP4 to NF4, which loses precision again")
-    if split and rows * columns % state.blocksize:  # a block reaches from one matrix into the next
+        words = f"{split}FP4 to NF4, which loses precision again"
+        return ExpertChange("quantize", prefix, code or Code.FP4_EXPERTS, words)
+    if not split:
+        return ExpertChange("rename", prefix, code or Code.EXPERT_PREFIX, f"to {first}")
+    assert code is not None  # of several matrices in one tensor
+    if rows * columns % state.blocksize:  # a block reaches from one into the next
         return ExpertChange("quantize", prefix, code, f"{split}quantized anew, which loses precision again")
-    if split:
-        return ExpertChange("split", prefix, code, f"{split}same values")
-    if first == weight.name:
-        return None
-    code = Code.EXPERT_PREFIX if code is Code.UNQUANTIZED_IN_QUANTIZED else code
-    return ExpertChange("rename", prefix, code, f"to {first}")
+    return ExpertChange("split", prefix, code, f"{split}same values")
 
 
 def _can_split(weight: Weight) -> bool:
-    """Return True for a tensor of experts, in 4 bits or unquantized, that consists of whole matrices."""
+    """Return True for a tensor of experts, in 4 bits or unquantized, that consists of matrices of whole blocks."""
     role, shape = classify_tensor(weight.name), weight.shape
     if weight.state is None and weight.tensor.info.dtype not in DTYPES.values():
         return False
     if len(shape) != (3 if role.kind == "fused_experts" else 2) or 0 in shape:
         return False
-    return shape[-2] % len(_matrices(role.part)) == 0
+    rows, left = divmod(shape[-2], len(_matrices(role.part)))
+    return not left and rows * shape[-1] % BLOCK == 0
 
 
 def _matrices(part: str | None) -> tuple[str, ...]:

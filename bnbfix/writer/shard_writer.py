@@ -30,7 +30,7 @@ from .output_file import OutputFile, write_small
 from .record import build_record
 from .source_hashes import SourceHashes
 from .staging import Staging
-from .tensor_data import quantized_parts, split_parts, weight_values
+from .tensor_data import made_parts, weight_values
 
 logger = logging.getLogger(__name__)
 AHEAD = 4  # chunks made before their turn
@@ -105,10 +105,8 @@ def shard_parts(source: Source, shards: Iterable[ShardPlan], device: str) -> Ite
                 use_threads(max(1, (os.cpu_count() or 1) - 1))
             if isinstance(step, Dequantize):
                 made = weight_values(source, step.weights, step.dtype, chosen)
-            elif isinstance(step, Split):
-                made = split_parts(source, step)
             else:
-                made = quantized_parts(source, step, chosen)
+                made = made_parts(source, step, chosen)
             for data in made:
                 yield shard.name, Chunk(data)
 

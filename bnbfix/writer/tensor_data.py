@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Tensor, Weight
 from ..checkpoint.source import Source
-from ..kernels.bnb import QuantizedTensor, block_scales, dequantize, dequantize_int8, quantize
+from ..kernels.bnb import Quantized, QuantizedTensor, block_scales, dequantize, dequantize_int8, quantize
 from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Rows, Slice, Split
 
 CHUNK_BYTES = 4 << 20  # at a time; a multiple of every blocksize in every dtype
@@ -63,15 +63,14 @@ def _reader(source: Source, tensor: Tensor) -> Callable[[int, int], bytes]:
     return read
 
 
-def quantized_parts(source: Source, op: Quantize, device: str) -> Iterator[bytes]:
-    """The tensors of a quantized weight, in the order of `op.infos()`."""
-    made = quantize(
-        quantize_input(source, op, device),
-        op.dtype,
-        device,
-        blocksize=BLOCKSIZE,
-        nested_blocksize=NESTED_BLOCKSIZE if op.double else None,
-    )
+def made_parts(source: Source, op: Quantize | Split, device: str) -> Iterator[bytes]:
+    """The tensors of a weight that is made with its quant state, in the order of `op.infos()`."""
+    if isinstance(op, Split):
+        made = _cut_matrix(source, op)
+    else:
+        nested_blocksize = NESTED_BLOCKSIZE if op.double else None
+        values = quantize_input(source, op, device)
+        made = quantize(values, op.dtype, device, blocksize=BLOCKSIZE, nested_blocksize=nested_blocksize)
     parts = {
         "": made.weight,
         ".absmax": made.absmax,
@@ -124,23 +123,15 @@ def cut_values(rows: Rows, decoded: Iterable[bytes | memoryview]) -> Iterator[by
             yield part
 
 
-def split_parts(source: Source, op: Split) -> Iterator[bytes]:
-    """The tensors of a weight that is cut out of another, in the order of `op.infos()`."""
+def _cut_matrix(source: Source, op: Split) -> Quantized:
     from ..kernels.reference import code_table  # here, since it imports numpy
 
-    rows, state = op.values, op.state()
-    quantized, skip = quantized_rows(source, rows), rows.begin % rows.unit
-    absmax = quantized.absmax
-    if quantized.state.nested and not state.nested:
-        first = skip // state.blocksize
-        absmax = block_scales(quantized)[4 * first : 4 * (first + state.blocks)]
-    parts = {
-        "": quantized.read(skip // 2, state.quantized_nbytes),
-        ".absmax": absmax,
-        ".quant_map": code_table(state.quant_type).tobytes(),
-        ".nested_absmax": quantized.nested_absmax,
-        ".nested_quant_map": quantized.nested_quant_map,
-    }
-    for info in op.infos():
-        suffix = info.name[len(op.name) :]
-        yield op.state_json() if ".quant_state." in suffix else parts[suffix] or b""
+    quantized, state = quantized_rows(source, op.values), op.state()
+    skip = op.values.begin % op.values.unit
+    weight, quant_map = quantized.read(skip // 2, state.quantized_nbytes), code_table(state.quant_type).tobytes()
+    if state.nested or not quantized.state.nested:
+        nested = quantized.nested_absmax, quantized.nested_quant_map
+        return Quantized(weight, quantized.absmax, quant_map, *nested, offset=None)
+    first = skip // state.blocksize
+    absmax = block_scales(quantized)[4 * first : 4 * (first + state.blocks)]
+    return Quantized(weight, absmax, quant_map, None, None, None)

@@ -192,6 +192,35 @@ def test_blocks_that_reach_from_gate_into_up_are_quantized_anew(pristine: Make, 
     assert bnbfix.verify(tmp_path / "out", source).ok and bnbfix.scan(tmp_path / "out", "0.32.0").ok
 
 
+def test_a_stack_whose_bytes_are_of_another_type_than_config_json_says_is_not_read(
+    pristine: Make, tmp_path: Path
+) -> None:
+    """transformers writes fp4 where nobody chose, and Experts4bit takes nf4 where nobody chose."""
+
+    def ternary(name: str, values: torch.Tensor) -> Tensors:
+        return stacks(name, values.sign())
+
+    for form, said in (ternary, "fp4"), (fp4_stacks, "nf4"):
+        source = build(pristine, tmp_path / said, form)
+        with json_of(source) as config:
+            config["quantization_config"]["bnb_4bit_quant_type"] = said
+        for bf16 in (False, True):
+            with pytest.raises(bnbfix.QuantStateError, match=f"not in {said}, as bnb_4bit_quant_type in config.json"):
+                bnbfix.plan_repair(source, vllm="0.32.0", bf16=bf16)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_experts_of_zeros_are_of_every_type(pristine: Make, tmp_path: Path, quant_type: str) -> None:
+    def form(name: str, values: torch.Tensor) -> Tensors:
+        return stacks(name, torch.zeros_like(values), quant_type=quant_type)
+
+    source = build(pristine, tmp_path / "source", form)
+    with json_of(source) as config:
+        config["quantization_config"]["bnb_4bit_quant_type"] = quant_type
+    bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
+    assert not any(t.any() for n, t in load_file(tmp_path / "out" / FILE).items() if ".experts." in n)
+
+
 def test_an_interrupted_split_goes_on(pristine: Make, tmp_path: Path) -> None:
     source = build(pristine, tmp_path / "source", linears())
     seen = 0
