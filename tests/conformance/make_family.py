@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FORMS = ("all", "skip", "partial", "fp4", "int8")
-_LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp|feed_forward)\.")
-_TOWER = re.compile(r"vision|visual|audio|tower")
+LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp|feed_forward)\.")
+TOWER = re.compile(r"vision|visual|audio|tower")
 
 
 def make_model(config: dict[str, Any]) -> Any:
@@ -43,7 +43,7 @@ def list_skipped(model: Any, form: str) -> list[str] | None:
     if form not in ("skip", "partial", "fp4"):
         return None
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    skipped = [name for name in linears if not _LANGUAGE.search(name) or _TOWER.search(name)]
+    skipped = [name for name in linears if not LANGUAGE.search(name) or TOWER.search(name)]
     if form == "partial":
         skipped += [name for name in linears if name not in skipped and name.endswith("layers.1.self_attn.q_proj")]
     return skipped

@@ -37,6 +37,8 @@ _QWEN25_7B = _text(152064, 3584, 18944, 28, 28, 4)
 _QWEN25_14B = _text(152064, 5120, 13824, 48, 40, 8)
 _QWEN3_8B = _text(151936, 4096, 12288, 36, 32, 8, head_dim=128)
 _QWEN3_4B = _text(151936, 2560, 9728, 36, 32, 8, head_dim=128)
+_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_MROPE_3 = _MROPE | {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
 _GEMMA3_1B = _text(262144, 1152, 6912, 26, 4, 1, head_dim=256)
 _GEMMA3_27B = _text(262208, 5376, 21504, 62, 32, 16, head_dim=128)
 _CLIP = _vision(1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768)
@@ -81,7 +83,7 @@ SIZES: dict[str, list[Config]] = {
     ],
     "Qwen2_5_VLForConditionalGeneration": [
         {
-            "text_config": _QWEN25_7B,
+            "text_config": _QWEN25_7B | {"rope_parameters": _MROPE},
             "vision_config": {
                 "depth": 32,
                 "hidden_size": 1280,
@@ -94,14 +96,14 @@ SIZES: dict[str, list[Config]] = {
     ],
     "Qwen2VLForConditionalGeneration": [
         {
-            "text_config": _QWEN25_7B,
+            "text_config": _QWEN25_7B | {"rope_parameters": _MROPE},
             "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4},
         },
         {"vision_config": {"patch_size": 16}},  # all that are published have 14
     ],
     "Qwen3VLForConditionalGeneration": [
         {
-            "text_config": _QWEN3_8B,
+            "text_config": _QWEN3_8B | {"rope_parameters": _MROPE_3},
             "vision_config": {
                 "depth": 27,
                 "hidden_size": 1152,
