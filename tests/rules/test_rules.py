@@ -331,6 +331,15 @@ def expert_linears(tensors: Tensors) -> None:
     copy_weight(tensors, donor, f"{L}0.experts.gate_up_projs.3.weight")
 
 
+def stacked_experts(tensors: Tensors) -> None:
+    """Layer 3 in 4 bits, as Experts4bit keeps them."""
+    for part, columns in ("gate_up", 128), ("down", 64):
+        experts, rows, _ = tensors[f"{L}3.experts.{part}_proj"].shape
+        size = rows * columns
+        tensors[f"{L}3.experts.{part}_proj"] = zeros(experts, size // 2, dtype="U8")
+        tensors[f"{L}3.experts.{part}_absmax"] = zeros(experts, size // 64, dtype="F32")
+
+
 def lora_leftover(tensors: Tensors) -> None:
     tensors[f"{L}0.self_attn.q_proj.lora_A.default.weight"] = zeros(4, 128)
 
@@ -718,6 +727,16 @@ FOUND = [
     Found(Code.FLOAT16, "dense31b", "all", "0.27.1", float16, severity=NOTE, releases=ALL),
     Found(Code.SOFT_TOKENS, "unified12b", "all", "0.27.1", no_soft_tokens, releases=FROM_023),
     Found(
+        Code.FUSED_EXPERTS,
+        "moe26b",
+        "all",
+        "0.32.0",
+        edit(stacked_experts),
+        "stacks",
+        releases=EXPERTS,
+        tensors=r".*\.experts\.(gate_up|down)_proj",
+    ),
+    Found(
         Code.EXPERT_LINEARS,
         "moe26b",
         "all",
@@ -801,9 +820,9 @@ FOUND = [
         "all",
         "0.32.0",
         edit(quantized_experts),
-        "quantized",
+        "not whole matrices",
         releases=EXPERTS,
-        tensors=r".*\.experts\.(gate_up|down)_proj",
+        tensors=rf"{L}3\.experts\.down_proj",
     ),
     Found(
         Code.EXPERT_PREFIX,
