@@ -86,6 +86,9 @@ def extend_profile(profile: Profile, release: str, surveyed: Profile) -> Profile
         out[AXIAL] = rows
     for part in ("linears", "stacks", "defaults"):
         out[part] = surveyed[part] | profile[part]
+    for part in ("built", "keys"):
+        if found := surveyed.get(part, {}) | profile.get(part, {}):
+            out[part] = found
     return out
 
 
