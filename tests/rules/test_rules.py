@@ -823,6 +823,7 @@ FOUND = [
         "not whole matrices",
         releases=EXPERTS,
         tensors=rf"{L}3\.experts\.down_proj",
+        others=1,  # those that are whole
     ),
     Found(
         Code.EXPERT_PREFIX,
