@@ -239,8 +239,6 @@ _OTHERS: dict[str, Family] = {
         (_gemma2 := _text("Gemma2ForCausalLM", "gemma2", sliding_window=64)),
         configs=[config | {"tie_word_embeddings": True} for config in (_gemma2.configs[0], _gemma2.configs[-1])],
     ),
-    "SmolLM3ForCausalLM": _text("SmolLM3ForCausalLM", "smollm3"),
-    "Olmo2ForCausalLM": _text("Olmo2ForCausalLM", "olmo2"),
     "Glm4ForCausalLM": _text("Glm4ForCausalLM", "glm4", attention_bias=True),
     "Qwen3MoeForCausalLM": Family(
         [

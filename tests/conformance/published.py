@@ -71,8 +71,6 @@ SIZES: dict[str, list[Config]] = {
         _text(256000, 3584, 14336, 42, 16, 8, head_dim=256),  # 9B
         _text(256000, 4608, 36864, 46, 32, 16, head_dim=128),  # 27B
     ],
-    "SmolLM3ForCausalLM": [_text(128256, 2048, 11008, 36, 16, 4, head_dim=128)],
-    "Olmo2ForCausalLM": [_text(100352, 5120, 27648, 64, 40, 8, head_dim=128)],
     "Glm4ForCausalLM": [_text(151552, 4096, 13696, 40, 32, 2, head_dim=128)],
     "Qwen3MoeForCausalLM": [
         _text(151936, 2048, 6144, 6, 32, 4, head_dim=128, num_experts=128, moe_intermediate_size=768)
