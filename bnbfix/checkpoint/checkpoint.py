@@ -97,6 +97,7 @@ class Checkpoint:
     duplicates: Mapping[str, tuple[str, ...]]  # tensors that several shards have
     damaged: tuple[QuantStateError, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)  # new names of weights, by those in the file
+    memory: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what was derived
 
     @property
     def quantization(self) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Weight
@@ -25,19 +25,15 @@ class Load:
 
 def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
     """What a release does with these tensors by their names, dtypes and shapes."""
-    refused, renamed, wrong_shapes, no_floats = list[str](), {}, {}, list[str]()
+    refused, wrong_shapes, no_floats = list[str](), {}, list[str]()
+    renamed = dict(find_known_names(weights, expectation))
     filled: dict[str, set[str]] = {}
     for name, weight in weights.items():
-        place = expectation.place(name)
-        if place is None or not place.fills:
-            known = expectation.rename(name)
-            if known is not None and known not in weights:
-                renamed[name] = known
-                place = expectation.place(known)
-            elif place is not None and place.refused:
+        place = expectation.place(renamed.get(name, name))
+        if place is None or place.refused:
+            if place is not None and name not in renamed:
                 refused.append(name)
-            if place is None or place.refused:
-                continue
+            continue
         for parameter, part in place.fills:
             filled.setdefault(parameter, set()).add(part)
         if place.shape is not None and not _fits(weight.shape, place.shape):
@@ -49,6 +45,16 @@ def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
         missing = expectation.missing(parameter, filled.get(parameter, set()))
         (partial if parameter in filled else unfilled).extend(missing)
     return Load(tuple(refused), renamed, wrong_shapes, tuple(no_floats), tuple(unfilled), tuple(partial))
+
+
+def find_known_names(weights: Mapping[str, Weight], expectation: Expectation) -> Iterator[tuple[str, str]]:
+    """(name, the name that the release knows) of tensors whose beginning it does not know."""
+    for name in weights:
+        place = expectation.place(name)
+        if place is None or not place.fills:
+            known = expectation.rename(name)
+            if known is not None and known not in weights:
+                yield name, known
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

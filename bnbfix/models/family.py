@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -18,6 +20,10 @@ def read_path(config: Mapping[str, Any], path: str) -> Any:
         else:
             at = at.get(key) if isinstance(at, Mapping) else None
     return at
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,12 @@ class Model:
     moe: bool
     text_config: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """The same text for every config that asks for the same parameters."""
+        inner = {"text_config": _without_quantization(text)} if (text := self.config.get("text_config")) else {}
+        return json.dumps(_without_quantization(self.config) | inner, sort_keys=True)
 
     def read(self, path: str) -> Any:
         """The value at a path of config.json's keys, joined by dots; None where there is none."""

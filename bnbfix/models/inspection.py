@@ -111,11 +111,18 @@ class Inspection:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Reads the config and gives every linear weight its role.
+    """Reads the config and gives every linear weight its role, once.
 
     Raises NotApplicable when this is not a bitsandbytes checkpoint of a known family, InputError when its config
     makes no sense or it has more linear modules than any model.
     """
+    if "inspection" not in checkpoint.memory:
+        checkpoint.memory["inspection"] = _inspect(checkpoint)
+    found: Inspection = checkpoint.memory["inspection"]
+    return found
+
+
+def _inspect(checkpoint: Checkpoint) -> Inspection:
     model = check_applicable(checkpoint)
     linears = tuple(_find_linears(checkpoint))
     if (count := sum(linear.role.kind not in EXPERTS for linear in linears)) > MAX_LINEARS:

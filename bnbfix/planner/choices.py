@@ -12,6 +12,7 @@ from ..engines.vllm.recorded import check_class
 from ..engines.vllm.releases import ranges, resolve_target
 from ..errors import BnbfixError, NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
+from ..rules.scan import ScanResult, scan_inspection
 from .plan import Options
 from .plan_repair import plan_inspection
 
@@ -30,20 +31,21 @@ class Choice:
     config_only: bool
 
 
-def find_choices(checkpoint: Checkpoint, target: Target) -> tuple[Choice, ...]:
+def find_choices(checkpoint: Checkpoint, target: Target, scan: ScanResult | None = None) -> tuple[Choice, ...]:
     """The repairs worth proposing, the best first; none where nothing can be repaired.
 
     The target's own; where that changes shards and the newest release needs only a change of config.json, that as well;
-    where the target has none, the nearest that is possible: another release, the newest first, else --bf16.
+    where the target has none, the nearest that is possible: another release, the newest first, else --bf16. `scan` is
+    the checkpoint's for the target, where that was made already.
     """
     try:
         inspection = inspect_checkpoint(checkpoint)
         check_class(inspection.model)
     except NotApplicable:  # no rule knows the model; an installed vLLM was asked about it
         return ()
-    own = _plan_choice(inspection, target)
+    own = _plan_choice(inspection, target, scan)
     if own is None:
-        nearest = next(_other_choices(inspection, target), None)
+        nearest = next(_other_choices(inspection, target, scan), None)
         return (nearest,) if nearest else ()
     newest = resolve_target(ranges()[-1].last)
     if own.config_only or target.ranges == newest.ranges:
@@ -52,17 +54,20 @@ def find_choices(checkpoint: Checkpoint, target: Target) -> tuple[Choice, ...]:
     return (own, cheaper) if cheaper and (cheaper.config_only or cheaper.nothing_to_do) else (own,)
 
 
-def _other_choices(inspection: Inspection, target: Target) -> Iterator[Choice]:
+def _other_choices(inspection: Inspection, target: Target, scan: ScanResult | None) -> Iterator[Choice]:
     for row in reversed(ranges()):
         if (row,) != target.ranges and (choice := _plan_choice(inspection, resolve_target(row.last))):
             yield choice
-    if choice := _plan_choice(inspection, target, bf16=True):
+    if choice := _plan_choice(inspection, target, scan, bf16=True):
         yield choice
 
 
-def _plan_choice(inspection: Inspection, target: Target, *, bf16: bool = False) -> Choice | None:
+def _plan_choice(
+    inspection: Inspection, target: Target, scan: ScanResult | None = None, *, bf16: bool = False
+) -> Choice | None:
     try:
-        plan = plan_inspection(inspection, target, Options(bf16))
+        scan = scan or scan_inspection(inspection, target, judged=target.ranges)
+        plan = plan_inspection(inspection, target, Options(bf16), scan)
     except BnbfixError as e:
         logger.info("no repair for %s%s: %s", target.name, " in full precision" if bf16 else "", e)
         return None

@@ -17,7 +17,7 @@ from ..rules.changes import Changes, Request
 from ..rules.files import is_pickle, unused_weights
 from ..rules.manifest import find_renames
 from ..rules.rule import Code, Severity
-from ..rules.scan import Finding, ScanResult, scan_checkpoint, scan_inspection
+from ..rules.scan import Finding, ScanResult, scan_inspection
 from ..rules.support import describe_dry_load
 from . import json_edit, model_card
 from .fixes import DEQUANTIZE_ALL, REPAIR, collect_changes
@@ -46,12 +46,12 @@ def plan_checkpoint(source: Source, target: Target, options: Options | None = No
     return plan_inspection(inspect_checkpoint(open_checkpoint(source)), target, options or Options())
 
 
-def plan_inspection(inspection: Inspection, target: Target, options: Options) -> Plan:
-    """`plan_checkpoint` of a checkpoint that was inspected already."""
+def plan_inspection(inspection: Inspection, target: Target, options: Options, scan: ScanResult | None = None) -> Plan:
+    """`plan_checkpoint` of a checkpoint that was inspected already, and perhaps scanned for the target."""
     checkpoint = inspection.checkpoint
     if inspection.invalid:
         raise inspection.invalid[0]
-    scan = scan_inspection(inspection, target)
+    scan = scan or scan_inspection(inspection, target)
     blocking = [f for f in scan.findings if f.blocking and f.reason is not None]
     if options.bf16:
         blocking = [f for f in blocking if f.code not in SOLVED_BY_DEQUANTIZING]
@@ -77,7 +77,8 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options) ->
     plan = _complete_plan(inspection, target, scan, changes, tuple(repaired_shards(checkpoint, changes)), options)
     if plan.drops_quantization:
         return plan
-    after = scan_checkpoint(open_checkpoint(PlannedSource(plan)), target)
+    planned = inspect_checkpoint(open_checkpoint(PlannedSource(plan)))
+    after = scan_inspection(planned, target, judged=target.ranges)
     if left := [f for f in after.findings if f.blocking]:
         raise _refusal(target, left)
     return plan

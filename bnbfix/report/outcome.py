@@ -68,13 +68,14 @@ def scan_models(
     for model in models:
         try:
             checkpoint = open_checkpoint(open_source(model, revision))
-            outcome = _scan_one(checkpoint, model, target, selection or Selection(), live)
+            result = _scan_one(checkpoint, target, live)
+            outcome = _select_findings(checkpoint, model, result, selection or Selection())
             if with_map and outcome.result and outcome.result.releases:
                 outcome = replace(outcome, layer_map=_draw_map(checkpoint, outcome.result))
             if with_choices and outcome.result and any(f.blocking for f in outcome.result.findings):
                 from ..planner.choices import find_choices
 
-                outcome = replace(outcome, choices=find_choices(checkpoint, target))
+                outcome = replace(outcome, choices=find_choices(checkpoint, target, None if live else result))
             yield outcome
         except BnbfixError as e:
             yield ScanOutcome(model, error=e)
@@ -83,14 +84,14 @@ def scan_models(
             yield ScanOutcome(model, error=error)
 
 
-def _scan_one(
-    checkpoint: Checkpoint, model: str, target: Target, selection: Selection, live: LiveVllm | None
-) -> ScanOutcome:
+def _scan_one(checkpoint: Checkpoint, target: Target, live: LiveVllm | None) -> ScanResult:
     if live is None:
-        result = scan_checkpoint(checkpoint, target)
-    else:
-        result = scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
-    logger.info("%s: %s for %s, %d findings", model, result.verdict, target.name, len(result.findings))
+        return scan_checkpoint(checkpoint, target)
+    return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
+
+
+def _select_findings(checkpoint: Checkpoint, model: str, result: ScanResult, selection: Selection) -> ScanOutcome:
+    logger.info("%s: %s for %s, %d findings", model, result.verdict, result.target.name, len(result.findings))
     chosen = selection.of(result.findings)
     files = _files(checkpoint, {name for f in chosen for name in f.tensors})
     return ScanOutcome(model, replace(result, findings=chosen), None, len(result.findings) - len(chosen), files)

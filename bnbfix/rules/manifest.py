@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..engines.manifest import load_names
+from ..engines.manifest import find_known_names
 from .changes import Request
 from .rule import Case, Code, Hit, Severity, rule
 
@@ -97,5 +97,5 @@ def find_renames(request: Request) -> dict[str, str]:
     """New names of the weights whose names some release of the target does not know."""
     out: dict[str, str] = {}
     for expectation in request.expectations:
-        out |= load_names(request.inspection.checkpoint.weights, expectation).renamed
+        out |= dict(find_known_names(request.inspection.checkpoint.weights, expectation))
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,15 +146,23 @@ def scan_checkpoint(checkpoint: Checkpoint, target: Target) -> ScanResult:
     return scan_inspection(inspect_checkpoint(checkpoint), target)
 
 
-def scan_inspection(inspection: Inspection, target: Target, dry_load: DryLoad | None = None) -> ScanResult:
-    """`scan_checkpoint` of a checkpoint that was inspected already, perhaps with the target's own answer to it."""
+def scan_inspection(
+    inspection: Inspection,
+    target: Target,
+    dry_load: DryLoad | None = None,
+    judged: Sequence[ReleaseRange] | None = None,
+) -> ScanResult:
+    """`scan_checkpoint` of a checkpoint that was inspected already, perhaps with the target's own answer to it.
+
+    `judged` are the ranges that get a verdict; by default, the whole table.
+    """
     checkpoint, model = inspection.checkpoint, inspection.model
     check_class(model)
     check_skip_entries(checkpoint.skip_modules)
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
-    for release in ranges():
+    for release in ranges() if judged is None else judged:
         asked = release in target.ranges
         case = Case.of(inspection, release, target.installed if asked else None, dry_load if asked else None)
         hits = find_hits(case, known)

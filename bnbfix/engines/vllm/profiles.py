@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def find_numbers(name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in _NUMBER.findall(name))
 
 
-def fill_pattern(pattern: str, numbers: Iterable[int]) -> str:
+@lru_cache(1 << 14)
+def fill_pattern(pattern: str, numbers: tuple[int, ...]) -> str:
     """A pattern with layer numbers in the place of its first stars."""
     for n in numbers:
         pattern = pattern.replace("*", str(n), 1)

@@ -27,6 +27,8 @@ from .profiles import (
 REFUSED, IGNORED = Place(refused=True), Place()
 TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
 MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
+REMEMBERED = 64  # expectations: those of a model for every range, and of what repairs would make of it
+_RECENT: dict[tuple[str, ReleaseRange], RecordedExpectation] = {}
 _TEXT = "text_config."
 _EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
@@ -40,6 +42,8 @@ class RecordedExpectation:
         self._vectors: dict[tuple[str, int | None], str] = {}
         self._sizes: dict[str, int | None] = {}
         self._places: dict[str, Place | None] = {}
+        self._shapes: dict[int, tuple[int | None, ...]] = {}  # by the answer that has their formulas
+        self._stacks: dict[str, list[Sequence[int] | None]] = {}  # of a pattern's stars
         self._answers: dict[tuple[str, str, int | None], Any] = {}
 
     def _read(self, path: str) -> Any:
@@ -145,15 +149,18 @@ class RecordedExpectation:
             return self._place_unknown(name)
         pattern, numbers = find_pattern(canonical), find_numbers(canonical)
         answer = self._answer("tensors", pattern, numbers[0] if numbers else None)
-        if self._is_beyond(canonical):
+        if self._is_beyond(pattern, numbers):
             return self._place_unknown(canonical)
         if isinstance(answer, dict):
+            shape = self._shapes.get(id(answer))
+            if shape is None:
+                shape = self._shapes[id(answer)] = tuple(map(self._size, answer["shape"]))
             parts = tuple(
                 (fill_pattern(parameter, numbers), part.replace("*", str(numbers[-1])) if numbers else part)
                 for parameter, found in answer["fills"].items()
                 for part in found
             )
-            return Place(parts, tuple(map(self._size, answer["shape"])))
+            return Place(parts, shape)
         return {"refused": REFUSED, "ignored": IGNORED}.get(answer)
 
     def ignores(self, name: str) -> bool:
@@ -184,15 +191,12 @@ class RecordedExpectation:
                 return other
         return None
 
-    def _is_beyond(self, name: str) -> bool:
+    def _is_beyond(self, pattern: str, numbers: tuple[int, ...]) -> bool:
         """Return True if a layer number is past the end of its stack."""
-        pattern, numbers = find_pattern(name).split("."), iter(find_numbers(name))
-        for at, part in enumerate(pattern):
-            if part == "*":
-                number, stack = next(numbers), self._stack(".".join(pattern[:at]))
-                if stack is not None and number not in stack:
-                    return True
-        return False
+        if pattern not in self._stacks:
+            parts = pattern.split(".")
+            self._stacks[pattern] = [self._stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*"]
+        return any(s is not None and n not in s for n, s in zip(numbers, self._stacks[pattern], strict=True))
 
     def _place_unknown(self, name: str) -> Place | None:
         """What becomes of a name that the class does not have: refused, or ignored."""
@@ -201,7 +205,7 @@ class RecordedExpectation:
             pattern = pattern.rpartition(".")[0]
         if (answers := self._rows["unknown"].get(pattern)) is None:
             return None
-        if self._is_beyond(name):
+        if self._is_beyond(find_pattern(name), find_numbers(name)):
             answer = answers.get("beyond", 1)
         elif name.endswith("rotary_emb.inv_freq"):
             answer = answers["rotary_emb.inv_freq"]
@@ -288,4 +292,9 @@ def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:
     profile = load_profile(model.family.architecture)
     if profile is None or overlapping_row(profile["known"], release.first, release.last) != 1:
         return None
-    return RecordedExpectation(profile, release, model)
+    found = _RECENT.get((model.key, release))
+    if found is None:
+        if len(_RECENT) >= REMEMBERED:
+            _RECENT.clear()
+        found = _RECENT[model.key, release] = RecordedExpectation(profile, release, model)
+    return found
