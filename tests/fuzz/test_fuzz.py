@@ -6,6 +6,7 @@ BNBFIX_FUZZ_SEED to it to see the failure again.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -21,7 +22,7 @@ from bnbfix.errors import InputError
 from bnbfix.models import inspection
 from bnbfix.rules.scan import scan_checkpoint
 from tests.fuzz import runner
-from tests.fuzz.cases import SURFACES, case, corpus
+from tests.fuzz.cases import SURFACES, case, corpus, families
 from tests.fuzz.judges import Disagreement, judge_checkpoint
 from tests.fuzz.memory import MemorySource
 from tests.fuzz.runner import Figures, run_cases
@@ -133,3 +134,12 @@ def test_a_crash_a_hang_and_a_disagreement_are_distinguished(monkeypatch: pytest
     assert len(figures.failures) == 3
     for failure, number, end in zip(figures.failures, range(3), ("crash", "disagreement", "hang"), strict=True):
         assert failure.startswith(f"seed 7, case {number}, surface: {end}")
+
+
+@pytest.mark.parametrize("layers", [4_097, 10_001, 2**31, 2**63, 2**64, 10**30])
+def test_more_layers_than_any_model_has_are_refused(layers: int) -> None:
+    files = families()[0]
+    config = json.loads(files["config.json"]) | {"num_hidden_layers": layers}
+    checkpoint = open_checkpoint(MemorySource(files | {"config.json": json.dumps(config).encode()}))
+    with pytest.raises(InputError, match=r"asks for [0-9,]+ model.layers, as no model has"):
+        scan_checkpoint(checkpoint, resolve_target("0.32.0"))

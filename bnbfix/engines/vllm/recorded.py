@@ -26,6 +26,7 @@ from .profiles import (
 
 REFUSED, IGNORED = Place(refused=True), Place()
 TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
+MAX_STACK = 4_096  # layers, or experts of a layer; the most that a model has are 512
 MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
 REMEMBERED = 64  # expectations: those of a model for every range, and of what repairs would make of it
 _RECENT: dict[tuple[str, ReleaseRange], RecordedExpectation] = {}
@@ -123,6 +124,8 @@ class RecordedExpectation:
         if isinstance(known, list):
             return known
         length = self._size(known)
+        if length is not None and length > MAX_STACK:
+            raise InputError(f"asks for {length:,} {pattern}, as no model has", where=CONFIG)
         return None if length is None else range(length)
 
     def _expand(self, pattern: str, *, built: bool = False) -> list[tuple[int, ...]]:
