@@ -16,6 +16,7 @@ PORTABLE, LATEST = "portable", "latest"
 Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
 
+@lru_cache(1 << 10)
 def version_key(version: str) -> tuple[int, int, int] | None:
     """(major, minor, patch) of a release like 0.22.1, v0.22, 0.22.1+cpu, 0.22.1.post1 or 0.22.1rc1.dev12+g1a2b3c.
 

@@ -6,7 +6,7 @@ Source: vLLM quantization/bitsandbytes.py, `is_layer_skipped_bnb`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 from ...models.inspection import LinearWeight
 from ..engine import Expectation, Parameter, Slot, matching_entries
@@ -23,6 +23,7 @@ def _names_matched(module: str) -> frozenset[str]:
     return frozenset(parts) | {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
+@lru_cache(1 << 15)  # several rules and plans ask the same
 def find_slot(name: str, expectation: Expectation) -> Slot | None:
     """The parameter that a tensor of the file goes into, a fused one perhaps; None for what the release drops."""
     place = expectation.place(name)
