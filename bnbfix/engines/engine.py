@@ -103,6 +103,9 @@ class Place:
 class Expectation(Protocol):
     """What a release expects of a model's checkpoint. Names of tensors are the file's, of parameters the engine's."""
 
+    def __hash__(self) -> int:
+        """Answers are remembered by the one who gave them."""
+
     @property
     def tied(self) -> bool:
         """Return True if config.json says that lm_head shares the embeddings' weight."""

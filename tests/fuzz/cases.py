@@ -235,7 +235,9 @@ def profile(r: Random) -> str:
     """The config and the names of tensors that a class's profile is asked about; now and then another class's."""
     files = r.choice(families())
     own, other = json.loads(files[CONFIG])["architectures"][0], r.choice(sorted(profile_words()))
-    words = tuple(fill_pattern(word, r.choices(NUMBERS, k=3)) for word in profile_words()[r.choice([own, other])])
+    words = tuple(
+        fill_pattern(word, tuple(r.choices(NUMBERS, k=3))) for word in profile_words()[r.choice([own, other])]
+    )
     values = (*JSON_VALUES, *(structure.Raw(json.dumps([word])) for word in words))
     if r.random() < 0.6:
         return outcome(r, files | {CONFIG: mutated_json(r, files[CONFIG], values, words)})
