@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -61,10 +61,14 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def key(self) -> str:
-        """The same text for every config that asks for the same parameters."""
-        inner = {"text_config": _without_quantization(text)} if (text := self.config.get("text_config")) else {}
-        return json.dumps(_without_quantization(self.config) | inner, sort_keys=True)
+    def key(self) -> Hashable:
+        """Equal for configs that ask for the same parameters."""
+        text = self.config.get("text_config")
+        inner = {"text_config": _without_quantization(text)} if isinstance(text, dict) else {}
+        try:
+            return json.dumps(_without_quantization(self.config) | inner, sort_keys=True)
+        except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+            return object()
 
     def read(self, path: str) -> Any:
         """The value at a path of config.json's keys, joined by dots; None where there is none."""

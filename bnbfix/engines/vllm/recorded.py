@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -29,7 +29,7 @@ TIED = ("tied", "tied_text")  # the features that say that lm_head shares the em
 MAX_STACK = 4_096  # layers, or experts of a layer; the most that a model has are 512
 MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
 REMEMBERED = 64  # expectations: those of a model for every range, and of what repairs would make of it
-_RECENT: dict[tuple[str, ReleaseRange], RecordedExpectation] = {}
+_RECENT: dict[tuple[Hashable, ReleaseRange], RecordedExpectation] = {}
 _TEXT = "text_config."
 _EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
