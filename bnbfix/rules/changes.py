@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -92,10 +92,16 @@ class Request:
         found = (expect(self.inspection.model, release) for release in self.releases)
         return tuple(e for e in found if e is not None)
 
-    def parameters(self, so_far: Changes) -> Iterator[Parameter]:
+    def parameters(self, so_far: Changes) -> Sequence[Parameter]:
         """The parameters of every release, without a skip list."""
-        for expectation in self.expectations:
-            yield from parameters(self.linears(so_far), expectation, ())
+        return self._parameters(self.linears(so_far)) if so_far.drop else self._undropped
+
+    @cached_property
+    def _undropped(self) -> Sequence[Parameter]:
+        return self._parameters(self.inspection.linears)
+
+    def _parameters(self, linears: Sequence[LinearWeight]) -> Sequence[Parameter]:
+        return [p for expectation in self.expectations for p in parameters(linears, expectation, ())]
 
 
 Fix = Callable[[Request, Changes], Changes]  # what is asked, what is decided already: what is added to that

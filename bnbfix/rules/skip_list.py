@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..engines.engine import Matches, matching_entries
 from ..engines.transformers import find_module, transformers_linears, transformers_skips
-from ..engines.vllm.parameters import find_slot, vllm_skips
+from ..engines.vllm.parameters import find_slot, names_matched, vllm_skips
 from ..models.inspection import LinearWeight
 from ..models.roles import classify_tensor
 from .changes import Changes, ConfigEdit, Request
@@ -57,12 +57,11 @@ def check_skip_entry(case: Case) -> Iterator[Hit]:
     unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
     architecture = case.inspection.model.family.architecture
     theirs = {module for m in unquantized if (module := find_module(m.name, architecture))}
-    modules = {p.module for p in case.params}
+    known = set[str]().union(*(names_matched(p.module) for p in case.params))
     unknown = tuple(
         entry
         for entry in case.inspection.checkpoint.skip_modules
-        if not any(vllm_skips(entry, module) for module in modules)
-        and any(transformers_skips(entry, module) for module in theirs)
+        if entry not in known and any(transformers_skips(entry, module) for module in theirs)
     )
     if unknown:
         yield Hit(Severity.NOTE, unknown, "skip entry only in transformers' spelling; vLLM does not match it")
@@ -117,8 +116,10 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
     names = {module: quantized_after[m.name] for m, module in theirs}
     spellings.append((names, transformers_skips))
 
+    kept = {(m, matches) for modules, matches in spellings for m, quantized in modules.items() if quantized}
+
     def matches_quantized(entry: str) -> bool:
-        return any(matches(entry, m) for modules, matches in spellings for m, quantized in modules.items() if quantized)
+        return any(matches(entry, m) for m, matches in kept)
 
     out = [e for e in entries if not matches_quantized(e)]
     for modules, matches in spellings:

@@ -201,9 +201,16 @@ class RecordedExpectation:
             self._stacks[pattern] = [self._stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*"]
         return any(s is not None and n not in s for n, s in zip(numbers, self._stacks[pattern], strict=True))
 
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """The patterns of every module of the class."""
+        names = [*self._rows["tensors"], *(f"{module}." for module in self._rows["unknown"])]
+        paths = (name.split(".") for name in names)
+        return frozenset(".".join(parts[:n]) for parts in paths for n in range(len(parts)))
+
     def _place_unknown(self, name: str) -> Place | None:
         """What becomes of a name that the class does not have: refused, or ignored."""
-        pattern = module = _find_module(find_pattern(name), self._rows["modules"])
+        pattern = module = _find_module(find_pattern(name), self._modules)
         while pattern and pattern not in self._rows["unknown"]:
             pattern = pattern.rpartition(".")[0]
         if (answers := self._rows["unknown"].get(pattern)) is None:
@@ -255,8 +262,6 @@ def _rows_of(architecture: str, release: ReleaseRange) -> dict[str, Any]:
     for kind in ("tensors", "parameters", "unknown"):
         found = {key: overlapping_row(rows, release.first, release.last) for key, rows in profile[kind].items()}
         out[kind] = {key: answer for key, answer in found.items() if answer is not None}
-    names = [*out["tensors"], *(f"{module}." for module in out["unknown"])]
-    out["modules"] = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(len(parts))}
     fillers: dict[str, list[str]] = {}
     prefixes = set()
     for pattern, answer in out["tensors"].items():
