@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -57,6 +59,21 @@ def split(name: str) -> tuple[str, str]:
     name = name.removesuffix(NEW_CONFIG)
     family = max((f for f in FAMILIES if name.startswith(f + "-")), key=len)
     return family, name[len(family) + 1 :]
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every script here has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
+    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
+    parser.add_argument("--releases", help="comma-separated")
+    return parser
+
+
+def choose_releases(options: argparse.Namespace) -> list[str]:
+    """The releases that are named, all of pins.json with --all, else those in which dry loads are compared."""
+    named = options.releases.split(",") if options.releases else None
+    return named or (list(venvs.PINS["releases"]) if options.all else WAY_RELEASES)
 
 
 def environment(release: str, folder: Path) -> Path:

@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import SECONDS, WAY_RELEASES, environment
+from cells import SECONDS, choose_releases, environment, make_parser
 from dry_loads import compare, open_folder, verdict, words, write_repair
 from families import FAMILIES
 from make_family import FORMS
 from run import run_in
 from survey import SHAPES_RELEASE
-from venvs import PINS
 
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
 from bnbfix.engines.vllm.recorded import expect
@@ -134,16 +133,13 @@ def load_release(
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
-    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
-    parser.add_argument("--releases", help="comma-separated")
+    parser = make_parser(__doc__)
     parser.add_argument("--all", action="store_true", help="every release of pins.json")
     parser.add_argument("--classes", help="comma-separated")
     parser.add_argument("--real", action="store_true", help="load everything for real as well")
     parser.add_argument("--transformers", action="store_true", help="and compare what transformers makes of both")
     a = parser.parse_args()
-    releases = a.releases.split(",") if a.releases else list(PINS["releases"]) if a.all else WAY_RELEASES
+    releases = choose_releases(a)
     venvs = a.venvs or a.work / "venvs"
     names = a.classes.split(",") if a.classes else CLASSES
     referee = environment(SHAPES_RELEASE, venvs)

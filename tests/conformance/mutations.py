@@ -8,13 +8,11 @@ The checkpoints load before. Exits with 1 where the scan promises more than vLLM
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
-import tempfile
 from pathlib import Path
 
-from cells import SECONDS, WAY_RELEASES, environment, make
+from cells import SECONDS, WAY_RELEASES, environment, make, make_parser
 from dry_loads import open_folder, verdict
 
 import bnbfix
@@ -49,10 +47,7 @@ def said(checkpoint: Checkpoint, release: str) -> Severity:
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
-    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
-    parser.add_argument("--releases", help="comma-separated")
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()

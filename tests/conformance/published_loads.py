@@ -9,7 +9,6 @@ takes no disk; a scan reads headers, and a dry load no bytes. Exits as run.py do
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,12 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cells import SECONDS, WAY_RELEASES, environment
+from cells import SECONDS, choose_releases, environment, make_parser
 from dry_loads import compare, open_folder, verdict
 from families import FAMILIES
 from make_family import LANGUAGE, TOWER
 from survey import SHAPES_RELEASE, describe_quantized, describe_tensor, find_shapes
-from venvs import PINS
 
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header
 from bnbfix.engines.vllm.live import LiveVllm
@@ -67,14 +65,11 @@ def write_sparse(folder: Path, model: dict[str, Any], preprocessor: dict[str, An
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
-    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
-    parser.add_argument("--releases", help="comma-separated")
+    parser = make_parser(__doc__)
     parser.add_argument("--all", action="store_true", help="every release of pins.json")
     parser.add_argument("--classes", help="comma-separated")
     a = parser.parse_args()
-    releases = a.releases.split(",") if a.releases else list(PINS["releases"]) if a.all else WAY_RELEASES
+    releases = choose_releases(a)
     venvs = a.venvs or a.work / "venvs"
     python = environment(SHAPES_RELEASE, venvs)
     bad = 0

@@ -21,7 +21,6 @@ and answers right; 75 when an environment could not be built, so that nothing wa
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -39,7 +38,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(HERE)]
 
 import numpy as np
 import venvs
-from cells import BOUNDARIES, CELLS, FAMILIES, SECONDS, SMOKE, SMOKE_RELEASES, WAY_RELEASES, environment, make, split
+from cells import (
+    BOUNDARIES,
+    CELLS,
+    FAMILIES,
+    SECONDS,
+    SMOKE,
+    SMOKE_RELEASES,
+    WAY_RELEASES,
+    environment,
+    make,
+    make_parser,
+    split,
+)
 from dry_loads import DryCells, load_dry
 from judge import TOLERANCE_INT8
 
@@ -354,9 +365,7 @@ def describe_cell(cell: Cell) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bnbfix-conformance")
-    parser.add_argument("--releases", help="comma-separated; default: all of pins.json")
+    parser = make_parser(__doc__)
     parser.add_argument("--cells", help="comma-separated; default: all")
     parser.add_argument("--smoke", action="store_true", help="two releases, a few cells")
     parser.add_argument("--real", choices=["boundaries", "all", "none"], default="boundaries", help="cells that run")
@@ -364,7 +373,6 @@ def main() -> None:
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--bf16", action="store_const", dest="way", const=BF16, help="judge `repair --bf16`")
     ways.add_argument("--partial-groups", choices=["quantize"], help="judge `repair --partial-groups quantize`")
-    parser.add_argument("--venvs", type=Path, help="where environments are or go; default: below --work")
     parser.add_argument("--results", type=Path, help="write the table to this markdown file")
     a = parser.parse_args()
     way: Way | None = PARTIAL_GROUPS if a.partial_groups else a.way

@@ -12,6 +12,8 @@ from bnbfix.models.detect import read_model
 
 MISTRAL_7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 MISTRAL_7B |= {"num_key_value_heads": 8, "vocab_size": 32064}
+QWEN25_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN25_7B |= {"num_key_value_heads": 4, "vocab_size": 152064}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Llama-3.2-3B": {
         "architectures": ["LlamaForCausalLM"],
@@ -24,15 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
-    "Qwen2.5-7B": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
+    "Qwen2.5-7B": {"architectures": ["Qwen2ForCausalLM"], **QWEN25_7B},
     "Phi-4-mini": {
         "architectures": ["Phi3ForCausalLM"],
         "hidden_size": 3072,
@@ -68,12 +62,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Qwen2.5-VL-7B": {  # without a text_config
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
+        **QWEN25_7B,
         "vision_config": {
             "depth": 32,
             "hidden_size": 1280,

@@ -2,7 +2,8 @@
 
 A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
-are formulas over the keys of config.json; `keys` are older names of some.
+are formulas over the keys of config.json; `keys` are older names of some. `built`
+are stacks of which the engine builds fewer layers than a file has.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ INDEX = "index.json"
 FOLDER = Path(__file__).with_name("profiles")
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
 
-_DIVIDED = re.compile(r"(.*?)(?:(?<!/)/([0-9]+))?")
+_DIVIDED = re.compile("(?<!/)/(?!/)")
 Feature = Sequence[str]  # [kind, path, ...]
 
 
@@ -110,19 +111,23 @@ def evaluate_size(formula: str | None, read: Callable[[str], Any]) -> int | None
         return None
     total = 0
     for product in formula.split("+"):
-        factors, divisor = _DIVIDED.fullmatch(product).groups()  # type: ignore[union-attr]
+        factors, *divisor = _DIVIDED.split(product)
         value = 1
         for factor in factors.split("*"):
-            numbers = [_evaluate_factor(part, read) for part in factor.split("//")]
-            if None in numbers or 0 in numbers[1:]:
+            number = _evaluate_factor(factor, read)
+            if number is None:
                 return None
-            value *= numbers[0] // numbers[1] if numbers[1:] else numbers[0]  # type: ignore[operator]
-        total += value // int(divisor or 1)
+            value *= number
+        total += value // int(divisor[0]) if divisor else value
     return total
 
 
 def _evaluate_factor(factor: str, read: Callable[[str], Any]) -> int | None:
-    """A number, the value of a key, or the length of a list."""
+    """A number, the value of a key, the length of a list, or one of these divided by another."""
+    dividend, _, divisor = factor.partition("//")
+    if divisor:
+        whole, part = _evaluate_factor(dividend, read), _evaluate_factor(divisor, read)
+        return whole // part if whole is not None and part else None
     found = int(factor) if factor.isdigit() else read(factor)
     if isinstance(found, list):
         return len(found)
