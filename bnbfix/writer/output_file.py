@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..checkpoint.source import Progress, Source, open_regular
+from ..errors import OutputError
 from . import syscalls
-from .background import Hasher
+from .background import STOPPED, Hasher
 from .tensor_data import copy_range
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ class OutputFile:
         cached_bytes: int | None,
     ) -> None:
         self._path, self._step, self._finished, self._at = path, step, finished, 0
+        self._finishing = False
         self._cached_bytes, self._dropped = cached_bytes, 0
         self._ways: set[str] = set()  # how its bytes came here
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, syscalls.open_flags("RDWR", "CREAT", "EXCL", "CLOEXEC"), 0o666)
-        self._flushing = False
+        self._ending = threading.Lock()  # taken once and for all, by who closes the file
         try:
             self._hasher = Hasher(self._fd, stop)
         except BaseException:  # no thread can be started; raised again
@@ -52,8 +54,8 @@ class OutputFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._flushing:
-            self._close()
+        if not self._finishing:
+            self._give_up()
 
     @property
     def hashed(self) -> int:
@@ -101,10 +103,14 @@ class OutputFile:
 
     def finish(self, pool: ThreadPoolExecutor) -> Future[str]:
         """Flushes, hashes and closes the file on a thread of the pool; the future has its SHA-256."""
-        self._flushing = True
-        return pool.submit(self._finish)
+        future = pool.submit(self._finish)  # may fail to start a thread, and then another of the pool may still run it
+        self._finishing = True
+        future.add_done_callback(lambda done: self._give_up() if done.cancelled() else None)
+        return future
 
     def _finish(self) -> str:
+        if not self._ending.acquire(blocking=False):
+            raise OutputError(STOPPED)
         try:
             os.fsync(self._fd)
             digest = self._hasher.result()
@@ -113,6 +119,10 @@ class OutputFile:
         self._finished(digest)
         logger.debug("%s: %s bytes, %s", self._path.name, f"{self._at:,}", ", ".join(sorted(self._ways)) or "empty")
         return digest
+
+    def _give_up(self) -> None:
+        if self._ending.acquire(blocking=False):
+            self._close()
 
     def _close(self) -> None:
         self._hasher.close()
