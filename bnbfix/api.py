@@ -282,6 +282,7 @@ def repair(
         revision: As in `scan`.
         stream: Fetch each shard of a repo when it is needed, and delete it after its last use.
         device: Where weights are dequantized: "auto", "cpu", "cuda" or "cuda:N". The result does not depend on it.
+            "auto" is the CPU, unless bitsandbytes must be called through torch and torch sees a CUDA device.
         overwrite: Replace what is in `out`.
         bf16: As in `plan_repair`.
         max_shard_size: As in `plan_repair`.

@@ -70,7 +70,7 @@ def made_parts(source: Source, op: Quantize | Split, device: str) -> Iterator[by
     else:
         nested_blocksize = NESTED_BLOCKSIZE if op.double else None
         values = quantize_input(source, op, device)
-        made = quantize(values, op.dtype, device, blocksize=BLOCKSIZE, nested_blocksize=nested_blocksize)
+        made = quantize(values, op.dtype, blocksize=BLOCKSIZE, nested_blocksize=nested_blocksize)
     parts = {
         "": made.weight,
         ".absmax": made.absmax,

@@ -5,6 +5,7 @@
     python tests/benchmarks/bench.py hardlink MODEL    against `cp` of only the changed shards and `sync`
     python tests/benchmarks/bench.py bf16 MODEL        against cp and sync of the output, and the kernel by itself
     python tests/benchmarks/bench.py hand MODEL        against load_file, dequantize_4bit, save_file, a shard at a time
+    python tests/benchmarks/bench.py gpu MODEL         --bf16 on the CPU against the first CUDA device
     python tests/benchmarks/bench.py scan MODEL        of a folder, from the shell
 
 MODEL is a folder that make_model.py made with --towers. Every side runs --rounds times; medians and ratios are
@@ -132,6 +133,31 @@ def hand(model: Path, scratch: Path, rounds: int) -> None:
     show(interleaved(sides, rounds, lambda: shutil.rmtree(out, ignore_errors=True)), "by hand")
 
 
+def gpu(model: Path, scratch: Path, rounds: int) -> None:
+    """--bf16 on the CPU against the first CUDA device, whose output must be the same; and the kernel by itself."""
+    outs = {device: scratch / device for device in ("cpu", "cuda")}
+    repairs = {
+        f"bnbfix repair --bf16 --device {d}": bnbfix(
+            "repair", model, "--out", out, "--vllm", RELEASE, "--bf16", "--device", d
+        )
+        for d, out in outs.items()
+    }
+    kernel = [sys.executable, str(HERE / "kernel_by_itself.py"), str(model)]
+    commands = repairs | {f"the kernel by itself, {d}": [*kernel, d] for d in outs}
+
+    def clean() -> None:
+        for out in outs.values():
+            shutil.rmtree(out, ignore_errors=True)
+
+    sides = {name: (command, model) for name, command in commands.items()}
+    show(interleaved(sides, rounds, clean), next(iter(repairs)))
+    for command in repairs.values():
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    subprocess.run(["diff", "-r", *map(str, outs.values())], check=True)
+    print("\nboth outputs are the same, byte for byte")
+    clean()
+
+
 def scan(model: Path, rounds: int) -> None:
     """A scan from the shell, and only the interpreter."""
     sides = {
@@ -144,7 +170,7 @@ def scan(model: Path, rounds: int) -> None:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=["repair", "hardlink", "bf16", "hand", "scan"])
+    parser.add_argument("case", choices=["repair", "hardlink", "bf16", "hand", "gpu", "scan"])
     parser.add_argument("model", type=Path)
     parser.add_argument("--scratch", type=Path, help="where outputs go; default: next to MODEL")
     parser.add_argument("--rounds", type=int, default=3)
@@ -157,6 +183,8 @@ def main() -> None:
         scan(a.model, a.rounds)
     elif a.case == "hardlink":
         hardlink(a.model, scratch, a.rounds)
+    elif a.case == "gpu":
+        gpu(a.model, scratch, a.rounds)
     elif a.case == "hand":
         hand(a.model, scratch, a.rounds)
     else:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from bnbfix.checkpoint.quant_state import DTYPES, NestedState, QuantState
 from bnbfix.errors import QuantStateError, UsageError
 from bnbfix.kernels import bnb as kernels
+from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.kernels.bnb import choose_device, resolve_device
 from tests.support.quantized import (
@@ -292,14 +293,6 @@ def test_an_error_of_the_gpu_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, w
     assert str(e.value) == f"device cuda:1: {words.partition(chr(10))[0] or 'OutOfMemoryError'}"
     assert "--device cpu" in str(e.value.hint)
 
-    def values() -> Iterator[bytes]:
-        raise torch.OutOfMemoryError(words)
-        yield
-
-    with pytest.raises(UsageError) as f:
-        kernels.quantize(values(), "bfloat16", "cuda:1", blocksize=64, nested_blocksize=None)
-    assert str(f.value) == str(e.value)
-
 
 def random_values(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
     """Values with blocks of very different scales, some of them zero."""
@@ -335,7 +328,6 @@ def test_quantizing_in_chunks_equals_bitsandbytes_on_the_whole_tensor(
     made = kernels.quantize(
         in_chunks(as_bytes(values), size * blocks * WIDTH[dtype]),
         dtype,
-        "cpu",
         blocksize=size,
         nested_blocksize=256 if nested else None,
     )
@@ -371,7 +363,7 @@ import hashlib, sys, torch
 from bnbfix.kernels import bnb
 values = torch.randn(300, 700, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 raw = values.view(torch.uint8).numpy().tobytes()
-made = bnb.quantize([raw], "bfloat16", "cpu", blocksize=64, nested_blocksize=256)
+made = bnb.quantize([raw], "bfloat16", blocksize=64, nested_blocksize=256)
 print(hashlib.sha256(repr(made).encode()).hexdigest())
 """
 
@@ -391,7 +383,7 @@ def test_every_vector_unit_makes_the_same_bytes() -> None:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_what_is_quantized_decodes_to_within_rounding_and_nothing_else_does(dtype: str, nested: int | None) -> None:
     values = random_values((40, 130), dtype, 3)
-    made = kernels.quantize([as_bytes(values)], dtype, "cpu", blocksize=64, nested_blocksize=nested)
+    made = kernels.quantize([as_bytes(values)], dtype, blocksize=64, nested_blocksize=nested)
     state = QuantState("nf4", 64, dtype, (40, 130), NestedState(nested, made.offset or 0.0) if nested else None)
     scales = decode.absmax_values(state, made.absmax, made.nested_absmax, made.nested_quant_map)
     slack = decode.scale_rounding(state, made.nested_absmax)
@@ -413,7 +405,7 @@ def test_quantizing_does_not_depend_on_torchs_default_dtype() -> None:
     for default in (before, torch.bfloat16, torch.float64):
         torch.set_default_dtype(default)
         try:
-            made.append(kernels.quantize([raw], "bfloat16", "cpu", blocksize=64, nested_blocksize=256))
+            made.append(kernels.quantize([raw], "bfloat16", blocksize=64, nested_blocksize=256))
         finally:
             torch.set_default_dtype(before)
     assert made[1:] == made[:1] * 2
@@ -480,7 +472,7 @@ def test_extreme_int8_scales_decode_alike_and_silently(dtype: str, recwarn: pyte
 def test_what_is_not_finite_is_within_rounding_of_nothing(value: float, recwarn: pytest.WarningsRecorder) -> None:
     values = random_values((4, 64), "float32", 1)
     values[2, 5] = value
-    made = kernels.quantize([as_bytes(values)], "float32", "cpu", blocksize=64, nested_blocksize=None)
+    made = kernels.quantize([as_bytes(values)], "float32", blocksize=64, nested_blocksize=None)
     scales = np.frombuffer(made.absmax, "<f4")
     state = QuantState("nf4", 64, "float32", (4, 64), None)
     slack = decode.scale_rounding(state, None)
@@ -511,7 +503,7 @@ def test_quantize_is_not_misled_by_tables_that_others_made_under_bfloat16() -> N
         "    torch.set_default_dtype(torch.bfloat16)\n"
         "    bnb.quantize_4bit(values.view(32, 64), quant_type='nf4', compress_statistics=True)\n"
         "raw = values.view(torch.uint8).numpy().tobytes()\n"
-        "made = kernels.quantize([raw], 'bfloat16', 'cpu', blocksize=64, nested_blocksize=256)\n"
+        "made = kernels.quantize([raw], 'bfloat16', blocksize=64, nested_blocksize=256)\n"
         "print(hashlib.sha256(repr(made).encode()).hexdigest())\n"
     )
     right, poisoned = (python(code.format(poison=poison)) for poison in (False, True))
@@ -552,6 +544,7 @@ def test_any_other_device_is_a_usage_error(request_: str) -> None:
 
 def test_resolve_device_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "gpu_driver", lambda: True)
+    monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [resolve_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
@@ -561,9 +554,21 @@ def test_resolve_device_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("auto") == "cpu"
 
 
+def test_auto_is_the_cpu_where_it_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gpu_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = []
+    for library in (object(), None):
+        monkeypatch.setattr(native, "load_library", lambda library=library: library)
+        found.append([resolve_device(d) for d in ("auto", "cuda")])
+    assert found == [["cpu", "cuda:0"], ["cuda:0", "cuda:0"]]
+
+
 def test_without_a_driver_auto_is_the_cpu_and_a_device_asked_for_by_name_is_still_refused_by_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
     monkeypatch.setattr(kernels, "GPU_DRIVERS", ("/dev/no-such-driver",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
