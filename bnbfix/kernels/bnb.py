@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.quant_state import WIDTH, QuantState
 from ..errors import QuantStateError, UsageError
 from .packages import require_packages
-from .threads import count_threads
+from .threads import SharedContext, count_threads
 
 if TYPE_CHECKING:
     import torch
@@ -295,8 +295,7 @@ def quantize(
     bnb = _bitsandbytes()
     kind: torch.dtype = getattr(torch, dtype)
     quantized, scales = bytearray(), []
-    with _gpu_errors("cpu"), _float32_default():
-        _clear_code_caches()
+    with _gpu_errors("cpu"), _QUANTIZING:
         for chunk in values:
             part = torch.frombuffer(bytearray(chunk), dtype=kind)
             q, state = bnb.quantize_4bit(part, blocksize=blocksize, compress_statistics=False, quant_type="nf4")
@@ -316,7 +315,7 @@ def quantize(
 
 @contextmanager
 def _float32_default() -> Iterator[None]:
-    """Runs quantization without a compiler and with tables in float32.
+    """Quantization without a compiler and with tables in float32, both of which are settings of the whole process.
 
     bitsandbytes compiles its generic fallback (odd sizes, large blocks), which would need a C++ compiler here; and it
     makes its code tables in torch's default dtype, which vLLM, for example, sets to bfloat16.
@@ -326,10 +325,14 @@ def _float32_default() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
+        _clear_code_caches()
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+_QUANTIZING = SharedContext(_float32_default)
 
 
 def _clear_code_caches() -> None:

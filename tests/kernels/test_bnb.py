@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -409,6 +410,37 @@ def test_quantizing_does_not_depend_on_torchs_default_dtype() -> None:
         finally:
             torch.set_default_dtype(before)
     assert made[1:] == made[:1] * 2
+
+
+def test_the_thread_that_ends_first_leaves_the_other_its_settings() -> None:
+    raw, seen = as_bytes(random_values((20, 64), "bfloat16", 1)), []
+    want = kernels.quantize([raw], "bfloat16", blocksize=64, nested_blocksize=256)
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def first() -> Iterator[bytes]:
+        yield raw
+        first_is_in.set()
+        assert second_is_in.wait(60)
+
+    def second() -> Iterator[bytes]:
+        second_is_in.set()
+        other.join()
+        seen.append(torch.get_default_dtype())
+        yield raw
+
+    def quantize(values: Iterator[bytes]) -> kernels.Quantized:
+        return kernels.quantize(values, "bfloat16", blocksize=64, nested_blocksize=256)
+
+    other = threading.Thread(target=lambda: seen.append(quantize(first())))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other.start()
+        assert first_is_in.wait(60)
+        assert (quantize(second()), torch.get_default_dtype()) == (want, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+    assert seen == [want, torch.float32]
 
 
 @examples(40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name = str(request.param)
     for call in SYSTEMS[name]:
         monkeypatch.delattr(os, call, raising=False)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # as where there are no such flags
     monkeypatch.setattr(files, "OPEN_FLAGS", syscalls.open_flags("RDONLY", "CLOEXEC"))
     if name == "Windows":
         monkeypatch.setitem(sys.modules, "fcntl", None)
