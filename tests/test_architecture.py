@@ -43,7 +43,11 @@ NOT_OF_A_SCAN = {"kernels", "planner", "writer", "verifier", "report", "fleet", 
 
 # Who may import what is neither the standard library nor ours. Nobody else may, inside a function neither.
 THIRD_PARTIES: dict[str, set[str]] = {
-    "torch": {"kernels.bnb", *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe"))},
+    "torch": {
+        "kernels.bnb",
+        "kernels.device",
+        *(f"{INSIDE}.{name}" for name in ("dry_load", "engine", "expect", "load", "probe")),
+    },
     "bitsandbytes": {"kernels.bnb", f"{INSIDE}.dry_load", f"{INSIDE}.engine"},
     "huggingface_hub": {"hub.source", "hub.client", "hub.listing"},
     "numpy": {"kernels.reference", "kernels.native"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -105,6 +105,12 @@ class Expectation(Protocol):
 
     def __hash__(self) -> int:
         """Answers are remembered by the one who gave them."""
+
+    def basis(self, names: Iterable[str]) -> object:
+        """What the answers about tensors of these names depend on: equal where releases do the same with all of them.
+
+        That is `place`, `rename`, `parameters` and `missing`.
+        """
 
     @property
     def tied(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Weight
@@ -21,6 +21,18 @@ class Load:
     no_floats: tuple[str, ...]
     unfilled: tuple[str, ...]  # names of tensors that would fill a parameter which nothing fills
     partial: tuple[str, ...]  # and the rest of a fused one
+
+
+def group_alike(expectations: Iterable[Expectation], names: Iterable[str]) -> dict[Expectation, Expectation]:
+    """For each expectation the first one that says the same of tensors of these names."""
+    names, firsts, out = tuple(names), list[tuple[object, Expectation]](), {}
+    for expectation in expectations:
+        basis = expectation.basis(names)
+        first = next((other for known, other in firsts if known == basis), None)
+        if first is None:
+            firsts.append((basis, expectation))
+        out[expectation] = first or expectation
+    return out
 
 
 def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
@@ -58,4 +70,6 @@ def find_known_names(weights: Mapping[str, Weight], expectation: Expectation) ->
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if shape == wanted:
+        return True
     return len(shape) == len(wanted) and all(b is None or a == b for a, b in zip(shape, wanted, strict=True))

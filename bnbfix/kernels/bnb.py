@@ -1,10 +1,8 @@
-"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. No other module imports torch and bitsandbytes."""
+"""bitsandbytes kernels, chunk by chunk, on the CPU or on CUDA. No other module imports bitsandbytes."""
 
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.quant_state import WIDTH, QuantState
 from ..errors import QuantStateError, UsageError
-from .packages import require_packages
+from .device import CPU_HINT
 from .threads import SharedContext, count_threads
 
 if TYPE_CHECKING:
@@ -29,8 +27,6 @@ Decode = Callable[[bytes, int, int], memoryview]
 StartDecode = Callable[[bytes, int, int], Callable[[], memoryview]]  # a Decode in two steps: started, and waited for
 SUBNORMAL = 2.0**-118  # a block of a smaller scale may hold numbers below the normal ones (2**-126)
 KERNEL_BLOCK = 1024  # values in a row for the kernel, at most; larger blocks become several rows with the same scale
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
-CPU_HINT = 'Use device="cpu" (--device cpu); the result is the same'
 # FP4 has two zeros. Whether the second, code 8, becomes +0 or -0 depends on the kernel and on the shape; the first is
 # +0 everywhere, as both are in bitsandbytes' table. So quantized bytes go through this table, which makes every 8 a 0.
 FP4_ONE_ZERO = bytes((0 if b >> 4 == 8 else b & 0xF0) | (0 if b & 15 == 8 else b & 15) for b in range(256))
@@ -45,50 +41,6 @@ class QuantizedTensor:
     absmax: bytes  # F32 [blocks], or U8 [blocks] with double quantization
     nested_absmax: bytes | None  # F32 [ceil(blocks / nested blocksize)]
     nested_quant_map: bytes | None  # F32 [256]
-
-
-def choose_device(request: str, cuda_count: int) -> str:
-    """The torch device that a request means on a machine with this many CUDA devices.
-
-    "auto" takes the first CUDA device where there is one. Raises UsageError for a device that torch does not see.
-    """
-    if request == "auto":
-        return "cuda:0" if cuda_count else "cpu"
-    if request == "cpu":
-        return "cpu"
-    m = re.fullmatch(r"cuda(?::(\d+))?", request)
-    if m is None:
-        raise UsageError(f"device {request!r} is not one of auto, cpu, cuda, cuda:N")
-    number = int(m[1] or 0)
-    if number >= cuda_count:
-        there = f"{cuda_count} CUDA device{'s' if cuda_count != 1 else ''}" if cuda_count else "no CUDA device"
-        raise UsageError(f"device {request}: torch sees {there}", hint=f"{CPU_HINT}.")
-    return f"cuda:{number}"
-
-
-def resolve_device(request: str) -> str:
-    """`choose_device` with the devices torch sees, if torch is needed.
-
-    "auto" is the CPU where there is no GPU driver, and where bitsandbytes is called without torch: an H200 decodes at
-    1.7 times the speed of one such thread, which gives back a fraction of the seconds that importing torch takes.
-    """
-    if request == "cpu" or (request == "auto" and (not gpu_driver() or _needs_no_torch())):
-        return "cpu"
-    require_packages(f"device {request} takes torch", ["torch"])
-    import torch
-
-    return choose_device(request, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-
-
-def _needs_no_torch() -> bool:
-    from . import native
-
-    return native.load_library() is not None
-
-
-def gpu_driver() -> bool:
-    """Is a GPU possible? On Linux its driver shows as a device file; on other systems only torch knows."""
-    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in GPU_DRIVERS)
 
 
 def use_threads(count: int) -> None:

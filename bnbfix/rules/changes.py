@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Weight
 from ..engines.engine import Expectation, Parameter, ReleaseRange
+from ..engines.manifest import group_alike
 from ..engines.vllm.parameters import parameters
 from ..engines.vllm.recorded import expect
 from ..models.inspection import Inspection, LinearWeight
@@ -92,8 +93,13 @@ class Request:
         found = (expect(self.inspection.model, release) for release in self.releases)
         return tuple(e for e in found if e is not None)
 
+    @cached_property
+    def readings(self) -> tuple[Expectation, ...]:
+        """Of the expectations that say the same of the file's tensors, one."""
+        return tuple(dict.fromkeys(group_alike(self.expectations, self.inspection.checkpoint.weights).values()))
+
     def parameters(self, so_far: Changes) -> Sequence[Parameter]:
-        """The parameters of every release, without a skip list."""
+        """The parameters of every release, without a skip list; where releases make the same, once."""
         return self._parameters(self.linears(so_far)) if so_far.drop else self._undropped
 
     @cached_property
@@ -101,7 +107,7 @@ class Request:
         return self._parameters(self.inspection.linears)
 
     def _parameters(self, linears: Sequence[LinearWeight]) -> Sequence[Parameter]:
-        return [p for expectation in self.expectations for p in parameters(linears, expectation, ())]
+        return [p for expectation in self.readings for p in parameters(linears, expectation, ())]
 
 
 Fix = Callable[[Request, Changes], Changes]  # what is asked, what is decided already: what is added to that

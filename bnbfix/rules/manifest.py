@@ -96,6 +96,6 @@ def check_wrong_prefix(case: Case) -> Iterator[Hit]:
 def find_renames(request: Request) -> dict[str, str]:
     """New names of the weights whose names some release of the target does not know."""
     out: dict[str, str] = {}
-    for expectation in request.expectations:
+    for expectation in request.readings:
         out |= dict(find_known_names(request.inspection.checkpoint.weights, expectation))
     return out

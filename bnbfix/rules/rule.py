@@ -13,8 +13,8 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange
-from ..engines.manifest import Load, load_names
+from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange, Target
+from ..engines.manifest import Load, group_alike, load_names
 from ..engines.vllm.parameters import parameters
 from ..engines.vllm.recorded import expect
 from ..engines.vllm.releases import format_ranges, ranges
@@ -140,15 +140,46 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A checkpoint, and what the releases with one expectation make of its names and shapes."""
+
+    inspection: Inspection
+    expectation: Expectation | None  # None where the releases do not know the class
+
+    @cached_property
+    def params(self) -> tuple[Parameter, ...]:
+        """The parameters that are made for it."""
+        skip = self.inspection.checkpoint.skip_modules
+        return tuple(parameters(self.inspection.linears, self.expectation, skip) if self.expectation else ())
+
+    @cached_property
+    def load(self) -> Load | None:
+        """What becomes of the tensors by their names and shapes; None where the class is not known."""
+        damaged = self.inspection.damaged
+        weights = {n: w for n, w in self.inspection.checkpoint.weights.items() if n not in damaged}
+        return load_names(weights, self.expectation) if self.expectation else None
+
+
+@dataclass(frozen=True)
 class Case:
     """A checkpoint and one range of releases, with the parameters that the release makes for it."""
 
     inspection: Inspection
     release: ReleaseRange
     expectation: Expectation | None  # None where the release does not know the class
-    params: tuple[Parameter, ...]
+    reading: Reading  # perhaps of an earlier release that reads the checkpoint alike
     installed: Installed | None = None
     dry_load: DryLoad | None = None  # what the installed release itself says
+
+    @property
+    def params(self) -> tuple[Parameter, ...]:
+        """The parameters that the release makes."""
+        return self.reading.params
+
+    @property
+    def load(self) -> Load | None:
+        """What becomes of the tensors by their names and shapes; None where the release does not know the class."""
+        return self.reading.load
 
     @property
     def expert_prefix(self) -> str | None:
@@ -160,25 +191,19 @@ class Case:
         """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
         return self.expectation is not None and ignores_lm_head(self.inspection, self.expectation)
 
-    @cached_property
-    def load(self) -> Load | None:
-        """What becomes of the tensors by their names and shapes; None where the release does not know the class."""
-        damaged = self.inspection.damaged
-        weights = {n: w for n, w in self.inspection.checkpoint.weights.items() if n not in damaged}
-        return load_names(weights, self.expectation) if self.expectation else None
 
-    @classmethod
-    def of(
-        cls,
-        inspection: Inspection,
-        release: ReleaseRange,
-        installed: Installed | None = None,
-        dry_load: DryLoad | None = None,
-    ) -> Case:
-        skip = inspection.checkpoint.skip_modules
-        expectation = expect(inspection.model, release)
-        params = parameters(inspection.linears, expectation, skip) if expectation else ()
-        return cls(inspection, release, expectation, tuple(params), installed, dry_load)
+def make_cases(
+    inspection: Inspection, releases: Sequence[ReleaseRange], target: Target, dry_load: DryLoad | None
+) -> Iterator[Case]:
+    """A case for each range; what the target's own vLLM is and says belongs to the target's."""
+    expectations = [expect(inspection.model, release) for release in releases]
+    alike = group_alike((e for e in expectations if e is not None), inspection.checkpoint.weights)
+    readings: dict[Expectation | None, Reading] = {}
+    for release, expectation in zip(releases, expectations, strict=True):
+        first = alike[expectation] if expectation is not None else None
+        reading = readings.setdefault(first, Reading(inspection, first))
+        own = (target.installed, dry_load) if release in target.ranges else (None, None)
+        yield Case(inspection, release, expectation, reading, *own)
 
 
 def ignores_lm_head(inspection: Inspection, expectation: Expectation) -> bool:

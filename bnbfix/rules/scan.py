@@ -17,7 +17,7 @@ from ..engines.vllm.releases import find_installed, ranges
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .manifest import MANIFEST
-from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity
+from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity, make_cases
 from .support import describe_dry_load
 
 if TYPE_CHECKING:
@@ -162,13 +162,11 @@ def scan_inspection(
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
-    for release in ranges() if judged is None else judged:
-        asked = release in target.ranges
-        case = Case.of(inspection, release, target.installed if asked else None, dry_load if asked else None)
+    for case in make_cases(inspection, ranges() if judged is None else judged, target, dry_load):
         hits = find_hits(case, known)
         for code, hit in hits:
-            merged.setdefault((code, hit), []).append(release)
-        verdicts.append(_judge_release(release, hits))
+            merged.setdefault((code, hit), []).append(case.release)
+        verdicts.append(_judge_release(case.release, hits))
     wanted = target.ranges_for(model)
     findings = []
     for (code, hit), found in merged.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..engines.engine import Matches, matching_entries
+from ..engines.manifest import group_alike
 from ..engines.transformers import find_module, transformers_linears, transformers_skips
 from ..engines.vllm.parameters import find_slot, names_matched, vllm_skips
 from ..models.inspection import LinearWeight
@@ -104,7 +105,8 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
         edit = ConfigEdit(("quantization_config",), None, Code.NOTHING_QUANTIZED, remove=True)
         return Changes(config=(edit,))
     spellings: list[tuple[Mapping[str, bool], Matches]] = []  # each reader's modules: are they quantized?
-    for expectation in request.expectations:
+    alike = group_alike(request.expectations, [linear.name for linear, _ in after])
+    for expectation in dict.fromkeys(alike.values()):
         names: dict[str, bool] = {}
         for linear, quantized in after:
             slot = find_slot(linear.name, expectation)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from ..checkpoint.checkpoint import INDEX
 from ..checkpoint.source import Progress, Source
-from ..kernels.bnb import resolve_device, use_threads
+from ..kernels.bnb import use_threads
+from ..kernels.device import resolve_device
 from ..planner.layout import Copy, Dequantize, Quantize, ShardPlan, Split, tensors_read
 from ..planner.plan import RECORD, Plan
 from . import syscalls

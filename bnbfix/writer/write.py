@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, as_remote
 from ..errors import InputError, UsageError, VerifyError
-from ..kernels.bnb import resolve_device
+from ..kernels.device import resolve_device
 from ..kernels.packages import require_packages
 from ..planner.layout import Dequantize, MadeWeight
 from ..planner.plan import RECORD, Plan

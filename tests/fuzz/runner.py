@@ -14,7 +14,7 @@ from types import FrameType
 from tests.fuzz.cases import case
 from tests.fuzz.judges import Disagreement
 
-LIMIT = 10.0  # seconds for a case; the slowest takes a tenth of one on an idle machine
+LIMIT = 10.0  # CPU seconds for a case; the slowest takes a tenth of one
 
 
 class Hang(BaseException):
@@ -59,18 +59,18 @@ class Figures:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises Hang inside when the block takes longer. Main thread only."""
+    """Raises Hang inside when the block takes longer, in CPU time: a machine may stop for a while. Main thread only."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run_cases(seed: int, numbers: Iterable[int]) -> Figures:

@@ -27,7 +27,7 @@ from bnbfix.checkpoint.source import LocalSource
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
-from bnbfix.kernels.bnb import resolve_device
+from bnbfix.kernels.device import resolve_device
 from bnbfix.writer import staging as destination
 from bnbfix.writer import syscalls, write
 from bnbfix.writer.record import record_checksum, repaired_tensors

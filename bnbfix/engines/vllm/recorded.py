@@ -3,66 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 from ...checkpoint.checkpoint import CONFIG
-from ...errors import InputError, NotApplicable
+from ...errors import NotApplicable
 from ...models.detect import DRY_LOAD
 from ...models.family import Model
 from ..engine import Place, ReleaseRange, Slot
-from .profiles import (
-    derive_size,
-    evaluate_feature,
-    evaluate_size,
-    fill_pattern,
-    find_numbers,
-    find_pattern,
-    known_classes,
-    load_profile,
-    overlapping_row,
-)
+from .facts import ModelFacts
+from .profiles import fill_pattern, find_numbers, find_pattern, known_classes, load_profile, overlapping_row
 
+NARROWED = ("tensors", "parameters")  # the answers that depend on the model
 REFUSED, IGNORED = Place(refused=True), Place()
-TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
-MAX_STACK = 4_096  # layers, or experts of a layer; the most that a model has are 512
-MAX_PARAMETERS = 1_000_000  # that a config may ask for; the largest models have a tenth
-REMEMBERED = 64  # expectations: those of a model for every range, and of what repairs would make of it
-_RECENT: dict[tuple[Hashable, ReleaseRange], RecordedExpectation] = {}
-_TEXT = "text_config."
+REMEMBERED = 8  # models, each with what every range expects of it: the one at hand, and what repairs would make of it
+_RECENT: dict[Hashable, tuple[ModelFacts, dict[ReleaseRange, RecordedExpectation]]] = {}
 _EXPERT = re.compile(r"\.((?:moe\.)?experts)\.\*\.\w+\.weight")
 
 
 class RecordedExpectation:
     """What one range of releases expects of a model. Names of tensors are the file's, of parameters vLLM's."""
 
-    def __init__(self, profile: Mapping[str, Any], release: ReleaseRange, model: Model) -> None:
-        self._profile, self._model = profile, model
-        self._rows = _rows_of(profile["architecture"], release)
-        self._vectors: dict[tuple[str, int | None], str] = {}
-        self._sizes: dict[str, int | None] = {}
+    def __init__(self, facts: ModelFacts, rows: Mapping[str, Any]) -> None:
+        self._facts = facts
+        self._rows = dict(rows) | {kind: {k: facts.narrow(k, a) for k, a in rows[kind].items()} for kind in NARROWED}
         self._places: dict[str, Place | None] = {}
-        self._shapes: dict[int, tuple[int | None, ...]] = {}  # by the answer that has their formulas
+        self._whole: dict[tuple[str, int | None], frozenset[str]] = {}  # the parts of a parameter
         self._stacks: dict[str, list[Sequence[int] | None]] = {}  # of a pattern's stars
         self._answers: dict[tuple[str, str, int | None], Any] = {}
 
-    def _read(self, path: str) -> Any:
-        value = self._model.read(path)
-        if value is None and path.startswith(_TEXT) and not self._model.config.get("text_config"):
-            value = self._model.read(path.removeprefix(_TEXT))  # in one config, as transformers 4 wrote some
-        if value is None and (older := self._profile.get("keys", {}).get(path)):
-            value = self._model.read(older)
-        if value is None:
-            value = self._profile["defaults"].get(path)
-        return derive_size(path, self._read) if value is None else value
+    def basis(self, names: Iterable[str]) -> object:
+        """What the answers about a file depend on that has tensors of these names."""
+        tensors = self._rows["tensors"]
+        if all(_always_read(tensors.get(pattern)) for pattern in set(map(find_pattern, names))):
+            return self._taken
+        return self._rows  # others are asked for by more names than their own
 
-    def _size(self, formula: str | None) -> int | None:
-        if formula is None:
-            return None
-        if formula not in self._sizes:
-            self._sizes[formula] = evaluate_size(formula, self._read)
-        return self._sizes[formula]
+    @cached_property
+    def _taken(self) -> Mapping[str, Mapping[str, Any]]:
+        """The parameters that there are, and the tensors that are read."""
+        return {kind: {k: a for k, a in self._rows[kind].items() if isinstance(a, dict)} for kind in NARROWED}
 
     def _answer(self, kind: str, pattern: str, layer: int | None) -> Any:
         """What the release does with a tensor or parameter of a pattern in a layer; "?" where it was not surveyed."""
@@ -70,20 +51,14 @@ class RecordedExpectation:
         if key not in self._answers:
             answer = self._rows[kind].get(pattern, "?")
             if isinstance(answer, dict) and "by" in answer:
-                vector = "".join(self._feature(name, layer) for name in answer["by"])
-                answer = answer["cases"].get(vector, "?")
+                answer = answer["cases"].get(self._facts.features(answer["by"], layer), "?")
             self._answers[key] = answer
         return self._answers[key]
 
-    def _feature(self, name: str, layer: int | None) -> str:
-        if (name, layer) not in self._vectors:
-            self._vectors[name, layer] = evaluate_feature(self._profile["features"][name], self._read, layer)
-        return self._vectors[name, layer]
-
-    @cached_property
+    @property
     def tied(self) -> bool:
         """Return True if config.json says that lm_head shares the embeddings' weight."""
-        return any(self._feature(name, None) == "1" for name in TIED if name in self._profile["features"])
+        return self._facts.tied
 
     @property
     def expert_prefix(self) -> str | None:
@@ -94,7 +69,7 @@ class RecordedExpectation:
     @property
     def transposed_experts(self) -> bool:
         """Return True if the tensor of all experts is [experts, columns, rows]."""
-        return bool(self._profile.get("transposed_experts"))
+        return bool(self._facts.profile.get("transposed_experts"))
 
     @property
     def refuses_axial_rope(self) -> bool:
@@ -106,7 +81,7 @@ class RecordedExpectation:
         """Every parameter that has to be filled, by name."""
         out = {}
         for pattern in self._rows["parameters"]:
-            for numbers in self._expand(pattern, built=True):
+            for numbers in self._facts.expand(pattern, built=True):
                 answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
                 if pattern.endswith("lm_head.weight") and self.tied:
                     continue  # the embeddings take its place
@@ -114,30 +89,6 @@ class RecordedExpectation:
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
                     out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
-        return out
-
-    def _stack(self, pattern: str, *, built: bool = False) -> Sequence[int] | None:
-        """The numbers of a stack's layers in a file, or as built, which may be fewer; None where they are not known."""
-        known = self._profile["stacks"].get(pattern)
-        if built:
-            known = self._profile.get("built", {}).get(pattern, known)
-        if isinstance(known, list):
-            return known
-        length = self._size(known)
-        if length is not None and length > MAX_STACK:
-            raise InputError(f"asks for {length:,} {pattern}, as no model has", where=CONFIG)
-        return None if length is None else range(length)
-
-    def _expand(self, pattern: str, *, built: bool = False) -> list[tuple[int, ...]]:
-        """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""
-        out: list[tuple[int, ...]] = [()]
-        parts = pattern.split(".")
-        for at, part in enumerate(parts):
-            if part == "*":
-                stack = self._stack(find_pattern(".".join(parts[:at])), built=built) or ()
-                if len(out) * len(stack) > MAX_PARAMETERS:
-                    raise InputError(f"asks for {len(stack):,} {'.'.join(parts[:at])}, as no model has", where=CONFIG)
-                out = [(*numbers, n) for numbers in out for n in stack]
         return out
 
     def place(self, name: str) -> Place | None:
@@ -155,16 +106,17 @@ class RecordedExpectation:
         if self._is_beyond(pattern, numbers):
             return self._place_unknown(canonical)
         if isinstance(answer, dict):
-            shape = self._shapes.get(id(answer))
-            if shape is None:
-                shape = self._shapes[id(answer)] = tuple(map(self._size, answer["shape"]))
-            parts = tuple(
-                (fill_pattern(parameter, numbers), part.replace("*", str(numbers[-1])) if numbers else part)
-                for parameter, found in answer["fills"].items()
-                for part in found
-            )
-            return Place(parts, shape)
+            return self._facts.remember((id(answer), canonical), lambda: self._place_of(answer, numbers))
         return {"refused": REFUSED, "ignored": IGNORED}.get(answer)
+
+    def _place_of(self, answer: Mapping[str, Any], numbers: tuple[int, ...]) -> Place:
+        shape = self._facts.remember((id(answer), "shape"), lambda: tuple(map(self._facts.size, answer["shape"])))
+        parts = (
+            (fill_pattern(parameter, numbers), part.replace("*", str(numbers[-1])) if numbers else part)
+            for parameter, found in answer["fills"].items()
+            for part in found
+        )
+        return Place(tuple(parts), shape)
 
     def ignores(self, name: str) -> bool:
         """Return True if the release drops a tensor without a word."""
@@ -179,7 +131,7 @@ class RecordedExpectation:
         if self.canonical(name) is None:
             return self._find_alias(name, accepted=False)
         place = self.place(name)
-        for pair in self._profile.get("dialects", ()) if place is not None and place.refused else ():
+        for pair in self._facts.profile.get("dialects", ()) if place is not None and place.refused else ():
             for theirs, ours in (pair, pair[::-1]):
                 other = self.place(ours + name[len(theirs) :]) if name.startswith(theirs) else None
                 if other is not None and not other.refused:
@@ -198,7 +150,9 @@ class RecordedExpectation:
         """Return True if a layer number is past the end of its stack."""
         if pattern not in self._stacks:
             parts = pattern.split(".")
-            self._stacks[pattern] = [self._stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*"]
+            self._stacks[pattern] = [
+                self._facts.stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*"
+            ]
         return any(s is not None and n not in s for n, s in zip(numbers, self._stacks[pattern], strict=True))
 
     @cached_property
@@ -224,20 +178,50 @@ class RecordedExpectation:
             answer = answers.get(inside if inside in ("bias", "weight") else "bnbfix_unknown" + _shorten(inside), 1)
         return REFUSED if answer else IGNORED
 
+    @cached_property
+    def _fillers(self) -> Mapping[str, Sequence[str]]:
+        """The patterns of the tensors that fill a parameter, in some layer."""
+        out: dict[str, list[str]] = {}
+        for pattern, answer in self._rows["tensors"].items():
+            for parameter in {p for case in _cases(answer) for p in case["fills"]}:
+                out.setdefault(parameter, []).append(pattern)
+        return out
+
     def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
-        numbers, out = find_numbers(parameter), dict[str, None]()
-        pattern = find_pattern(parameter)
-        for tensor in self._rows["fillers"].get(pattern, ()):
-            answer = self._answer("tensors", tensor, numbers[0] if numbers else None)
+        numbers, pattern = find_numbers(parameter), find_pattern(parameter)
+        layer = numbers[0] if numbers else None
+        if (pattern, layer) not in self._whole:
+            self._whole[pattern, layer] = self._parts(pattern, layer)
+        if parts and parts >= self._whole[pattern, layer]:
+            return ()
+        out = dict[str, None]()
+        for tensor in self._fillers.get(pattern, ()):
+            answer = self._answer("tensors", tensor, layer)
             wanted = answer["fills"].get(pattern, ()) if isinstance(answer, dict) else ()
-            if all("*" not in part and part in parts for part in wanted):
+            if all(part in parts for part in wanted):
                 continue
             own = fill_pattern(tensor, numbers)
-            for rest in self._expand(own):
+            for rest in self._facts.expand(own):
                 if any(part.replace("*", str(rest[-1]) if rest else "*") not in parts for part in wanted):
                     out[fill_pattern(own, rest)] = None
         return tuple(out) or (() if parts else (parameter,))
+
+    def _parts(self, pattern: str, layer: int | None) -> frozenset[str]:
+        """The parts of a parameter, those of experts with `*` for their numbers."""
+        answers = (self._answer("tensors", tensor, layer) for tensor in self._fillers.get(pattern, ()))
+        return frozenset(p for a in answers if isinstance(a, dict) for p in a["fills"].get(pattern, ()))
+
+
+def _cases(answer: Any) -> list[Mapping[str, Any]]:
+    """The ways in which a tensor fills parameters, by layers and models."""
+    cases = answer["cases"].values() if isinstance(answer, dict) and "by" in answer else (answer,)
+    return [case for case in cases if isinstance(case, dict)]
+
+
+def _always_read(answer: Any) -> bool:
+    """Return True if a tensor is read in every layer, into a parameter or a buffer."""
+    return isinstance(answer, dict) and len(_cases(answer)) == len(answer.get("cases", "1"))
 
 
 def _shorten(inside: str) -> str:
@@ -262,16 +246,8 @@ def _rows_of(architecture: str, release: ReleaseRange) -> dict[str, Any]:
     for kind in ("tensors", "parameters", "unknown"):
         found = {key: overlapping_row(rows, release.first, release.last) for key, rows in profile[kind].items()}
         out[kind] = {key: answer for key, answer in found.items() if answer is not None}
-    fillers: dict[str, list[str]] = {}
-    prefixes = set()
-    for pattern, answer in out["tensors"].items():
-        cases = answer["cases"].values() if isinstance(answer, dict) and "by" in answer else (answer,)
-        taken = [case["fills"] for case in cases if isinstance(case, dict)]
-        if any(taken) and (m := _EXPERT.search(pattern)):
-            prefixes.add(m[1])
-        for parameter in {p for fills in taken for p in fills}:
-            fillers.setdefault(parameter, []).append(pattern)
-    out["fillers"] = fillers
+    filling = (pattern for pattern, answer in out["tensors"].items() if any(c["fills"] for c in _cases(answer)))
+    prefixes = {m[1] for pattern in filling if (m := _EXPERT.search(pattern))}
     out["refuses_axial"] = overlapping_row(profile.get("refuses_axial", ()), release.first, release.last)
     # Where weights load under both, quant states are looked for under the engine's own, the longer one.
     out["expert_prefix"] = max(prefixes, key=len, default=None)
@@ -300,9 +276,11 @@ def expect(model: Model, release: ReleaseRange) -> RecordedExpectation | None:
     profile = load_profile(model.family.architecture)
     if profile is None or overlapping_row(profile["known"], release.first, release.last) != 1:
         return None
-    found = _RECENT.get((model.key, release))
-    if found is None:
+    if model.key not in _RECENT:
         if len(_RECENT) >= REMEMBERED:
             _RECENT.clear()
-        found = _RECENT[model.key, release] = RecordedExpectation(profile, release, model)
-    return found
+        _RECENT[model.key] = ModelFacts(profile, model), {}
+    facts, made = _RECENT[model.key]
+    if release not in made:
+        made[release] = RecordedExpectation(facts, _rows_of(profile["architecture"], release))
+    return made[release]
