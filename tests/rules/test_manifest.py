@@ -6,18 +6,19 @@ Sizes that the profiles are not certain of (None) are not checked.
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnbfix
-from bnbfix.checkpoint.checkpoint import Checkpoint
+from bnbfix.checkpoint.checkpoint import Checkpoint, rename_weights
 from bnbfix.engines.engine import Place
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range, resolve_target
+from bnbfix.engines.vllm.releases import find_range, ranges, resolve_target
 from bnbfix.models.inspection import inspect_checkpoint
-from bnbfix.rules.rule import Severity
+from bnbfix.rules.rule import Reading, Severity, make_cases
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.build import Make, opened
 from tests.support.mutations import MUTATIONS, delete_weight, rename_weight, reshape_weight
@@ -66,3 +67,24 @@ def test_a_mutation_is_never_said_to_load(
     else:
         (new,) = set(after.weights) - set(before.weights)
         assert said == Severity.FAILS or not place_of(after, release, new).refused, words
+
+
+def beyond(checkpoint: Checkpoint, choose: random.Random) -> tuple[str, Checkpoint]:
+    """A weight moves to a layer that config.json does not have."""
+    name = choose.choice([n for n in checkpoint.weights if ".layers." in n])
+    new = re.sub(r"\.layers\.\d+\.", ".layers.77.", name)
+    return f"move {name} to {new}", rename_weights(checkpoint, {name: new})
+
+
+@pytest.mark.parametrize("family", LOADING)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), mutate=st.sampled_from((*MUTATIONS, beyond)))
+def test_releases_that_share_a_reading_read_alike(
+    family: str, loading: dict[str, Checkpoint], seed: int, mutate: object
+) -> None:
+    words, checkpoint = mutate(loading[family], random.Random(seed))  # type: ignore[operator]
+    inspection = inspect_checkpoint(checkpoint)
+    cases = list(make_cases(inspection, ranges(), resolve_target("portable"), None))
+    for case in cases:
+        alone = Reading(inspection, case.expectation)
+        assert (case.load, case.params) == (alone.load, alone.params), (words, case.release.name)

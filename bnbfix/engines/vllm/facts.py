@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ...checkpoint.checkpoint import CONFIG
 from ...errors import InputError
 from ...models.family import Model
-from .profiles import derive_size, evaluate_feature, evaluate_size, find_pattern
+from .profiles import derive_size, evaluate_feature, evaluate_size, find_numbers, find_pattern
 
 T = TypeVar("T")
 TIED = ("tied", "tied_text")  # the features that say that lm_head shares the embeddings' weight
@@ -25,6 +25,8 @@ class ModelFacts:
         self.profile, self._model = profile, model
         self._sizes: dict[str, int | None] = {}
         self._features: dict[tuple[str, int | None], str] = {}
+        self._stacks: dict[str, tuple[Sequence[int] | None, ...]] = {}  # of a pattern's stars
+        self._beyond: dict[str, bool] = {}
         self._derived: dict[tuple[int, str], Any] = {}  # from the profile's answers, by what they are about
 
     def _read(self, path: str) -> Any:
@@ -70,6 +72,18 @@ class ModelFacts:
         if length is not None and length > MAX_STACK:
             raise InputError(f"asks for {length:,} {pattern}, as no model has", where=CONFIG)
         return None if length is None else range(length)
+
+    def is_beyond(self, name: str) -> bool:
+        """Return True if a layer number in a name is past the end of its stack."""
+        if name not in self._beyond:
+            pattern = find_pattern(name)
+            if pattern not in self._stacks:
+                parts = pattern.split(".")
+                stacks = (self.stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*")
+                self._stacks[pattern] = tuple(stacks)
+            pairs = zip(find_numbers(name), self._stacks[pattern], strict=True)
+            self._beyond[name] = any(stack is not None and n not in stack for n, stack in pairs)
+        return self._beyond[name]
 
     def expand(self, pattern: str, *, built: bool = False) -> list[tuple[int, ...]]:
         """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""

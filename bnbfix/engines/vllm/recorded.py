@@ -30,13 +30,14 @@ class RecordedExpectation:
         self._rows = dict(rows) | {kind: {k: facts.narrow(k, a) for k, a in rows[kind].items()} for kind in NARROWED}
         self._places: dict[str, Place | None] = {}
         self._whole: dict[tuple[str, int | None], frozenset[str]] = {}  # the parts of a parameter
-        self._stacks: dict[str, list[Sequence[int] | None]] = {}  # of a pattern's stars
         self._answers: dict[tuple[str, str, int | None], Any] = {}
 
     def basis(self, names: Iterable[str]) -> object:
         """What the answers about a file depend on that has tensors of these names."""
         tensors = self._rows["tensors"]
-        if all(_always_read(tensors.get(pattern)) for pattern in set(map(find_pattern, names))):
+        names = tuple(names)
+        read = all(_always_read(tensors.get(pattern)) for pattern in set(map(find_pattern, names)))
+        if read and not any(map(self._facts.is_beyond, names)):
             return self._taken
         return self._rows  # others are asked for by more names than their own
 
@@ -103,7 +104,7 @@ class RecordedExpectation:
             return self._place_unknown(name)
         pattern, numbers = find_pattern(canonical), find_numbers(canonical)
         answer = self._answer("tensors", pattern, numbers[0] if numbers else None)
-        if self._is_beyond(pattern, numbers):
+        if self._facts.is_beyond(canonical):
             return self._place_unknown(canonical)
         if isinstance(answer, dict):
             return self._facts.remember((id(answer), canonical), lambda: self._place_of(answer, numbers))
@@ -146,15 +147,6 @@ class RecordedExpectation:
                 return other
         return None
 
-    def _is_beyond(self, pattern: str, numbers: tuple[int, ...]) -> bool:
-        """Return True if a layer number is past the end of its stack."""
-        if pattern not in self._stacks:
-            parts = pattern.split(".")
-            self._stacks[pattern] = [
-                self._facts.stack(".".join(parts[:at])) for at, part in enumerate(parts) if part == "*"
-            ]
-        return any(s is not None and n not in s for n, s in zip(numbers, self._stacks[pattern], strict=True))
-
     @cached_property
     def _modules(self) -> frozenset[str]:
         """The patterns of every module of the class."""
@@ -169,7 +161,7 @@ class RecordedExpectation:
             pattern = pattern.rpartition(".")[0]
         if (answers := self._rows["unknown"].get(pattern)) is None:
             return None
-        if self._is_beyond(find_pattern(name), find_numbers(name)):
+        if self._facts.is_beyond(name):
             answer = answers.get("beyond", 1)
         elif name.endswith("rotary_emb.inv_freq"):
             answer = answers["rotary_emb.inv_freq"]
