@@ -39,7 +39,7 @@ class RecordedExpectation:
         read = all(_always_read(tensors.get(pattern)) for pattern in set(map(find_pattern, names)))
         if read and not any(map(self._facts.is_beyond, names)):
             return self._taken
-        return self._rows  # others are asked for by more names than their own
+        return self._rows  # what becomes of others depends on more than their own names
 
     @cached_property
     def _taken(self) -> Mapping[str, Mapping[str, Any]]:
