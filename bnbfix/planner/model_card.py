@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..engines.engine import PORTABLE, Target
-from .plan import Action
+from .plan import ONLY_VLLM, Action
 
 CARD = "README.md"
 MAX_CARD = 4_000_000  # bytes; a larger README.md is not a card, and stays unchanged
@@ -58,8 +58,10 @@ def _drop_from_list(tags: re.Match[str]) -> str:
     return f"tags: [{','.join(kept).strip()}]"
 
 
-def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool) -> str:
+def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool, only_vllm: bool = False) -> str:
     """The section: what was changed, for which vLLM, how to load it and how to check it.
+
+    `only_vllm`: transformers does not load it.
 
     It names no repo and no date, so that the same source and target give the same card.
     """
@@ -76,7 +78,7 @@ def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool) ->
         "",
         f"[bnbfix]({URL}) changed this checkpoint so that stock {_name_target(target)} loads it unmodified: {changes}. "
         "Every other tensor and file is the source's, byte for byte. "
-        "`bnbfix.json` lists each change, and a SHA-256 for each file.",
+        "`bnbfix.json` lists each change, and a SHA-256 for each file." + (f" {ONLY_VLLM}" if only_vllm else ""),
         "",
         "```bash",
         f"vllm serve MODEL{'' if bf16 else _describe_plugin(target)}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -93,6 +93,15 @@ class Edit:
         """{action, name, code, detail}"""
         code = str(self.code) if self.code else None
         return {"action": str(self.action), "name": self.name, "code": code, "detail": self.detail}
+
+
+# Seen with 5.19: the parts of a weight are not put together, and the first forward pass stops at a matrix of bytes.
+ONLY_VLLM = "transformers does not load the result, whose experts are quantized one by one; it may load the source."
+
+
+def is_only_for_vllm(edits: Iterable[Edit]) -> bool:
+    """Return True if experts become 4-bit weights of their own, which transformers does not load."""
+    return any(e.action in (Action.QUANTIZE, Action.SPLIT) and ".experts." in e.name for e in edits)
 
 
 @dataclass(frozen=True, repr=False)

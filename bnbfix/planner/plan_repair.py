@@ -22,7 +22,7 @@ from ..rules.support import describe_dry_load
 from . import json_edit, model_card
 from .fixes import DEQUANTIZE_ALL, REPAIR, collect_changes
 from .layout import ShardPlan
-from .plan import JOURNAL, RECORD, Action, Edit, Options, Plan
+from .plan import JOURNAL, RECORD, Action, Edit, Options, Plan, is_only_for_vllm
 from .planned_source import PlannedSource
 from .shards import recut_shards, repaired_shards
 
@@ -186,7 +186,8 @@ def _write_card(
             old = read_file(source, model_card.CARD).decode("utf-8")
         except UnicodeDecodeError:
             return {}
-    section = model_card.describe_repair(target, [e.action for e in edits], bf16=options.bf16)
+    actions, only_vllm = [e.action for e in edits], is_only_for_vllm(edits)
+    section = model_card.describe_repair(target, actions, bf16=options.bf16, only_vllm=only_vllm)
     card = model_card.insert_section(old, section, family=family.name, quantized=not options.bf16)
     return {model_card.CARD: card}
 

@@ -18,7 +18,7 @@ from ..engines.vllm.releases import format_ranges, resolve_target
 from ..hub.push import Pushed
 from ..planner.layout import Dequantize
 from ..planner.model_card import CARD
-from ..planner.plan import Action, Plan
+from ..planner.plan import ONLY_VLLM, Action, Plan, is_only_for_vllm
 from ..rules.rule import Code
 from ..verifier.verify import VerifyResult
 from ..writer.in_place import BACKUP
@@ -92,6 +92,8 @@ def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
         codes = " ".join(sorted({e.code.value for e in edits if e.code}))
         yield Text(action.describe(len(edits)) + (f" ({codes})" if codes else ""))
         yield from _name_lines(e.name for e in edits)
+    if is_only_for_vllm(plan.edits):
+        yield Text(ONLY_VLLM)
 
 
 def _name_lines(names: Iterable[str]) -> Iterable[RenderableType]:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bnbfix
+from bnbfix.planner.plan import ONLY_VLLM
+from bnbfix.report.results import repair_report
 from bnbfix.rules.rule import Code
 from tests.support.build import Make
 
@@ -88,6 +90,8 @@ def test_per_expert_weights_are_quantized_as_bitsandbytes_does(
     assert set(edits) == set(values) and len(values) == 4 * 3
     assert {e.code for e in edits.values()} == {code}
     assert all("loses precision" in e.detail for e in edits.values()), "and it is said"
+    assert ONLY_VLLM in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert ONLY_VLLM in map(str, repair_report(result))
     before, after = load_file(tmp_path / "source" / FILE), load_file(tmp_path / "out" / FILE)
     want = {n.replace(".experts.", f".{prefix}."): t for n, t in before.items() if not n.startswith(tuple(values))}
     for name, value in values.items():
