@@ -8,12 +8,11 @@ repaired checkpoint is clean.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import tiny_gemma4
 
 
 def bnbfix(*arguments: str, expect: int) -> None:
@@ -25,6 +24,9 @@ def bnbfix(*arguments: str, expect: int) -> None:
 
 
 def main() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a package not needed here
+    import tiny_gemma4
+
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     shutil.rmtree(folder, ignore_errors=True)
     model, repaired = folder / "tiny-gemma4-bnb-4bit", folder / "repaired"

@@ -94,8 +94,15 @@ def test_one_run_annotates_summarizes_and_writes_sarif(pristine: Make, tmp_path:
 
 @pytest.mark.parametrize(("level", "code"), [("fails", 0), ("wrong", 1), ("never", 0), ("nonsense", 2)])
 def test_the_inputs_reach_the_scan(pristine: Make, tmp_path: Path, level: str, code: int) -> None:
-    found, *_ = scan(tmp_path, str(pristine("dense31b", "partial")), **{"vllm": "0.32.0", "fail-on": level})
-    assert found == code
+    found, _, outputs, _ = scan(tmp_path, str(pristine("dense31b", "partial")), **{"vllm": "0.32.0", "fail-on": level})
+    assert found == code and set(outputs) == (set() if level == "nonsense" else {"sarif", "json"})
+
+
+def test_sarif_is_uploaded_where_the_scan_wrote_it() -> None:
+    (step,) = [s for s in load(ACTION)["runs"]["steps"] if s.get("name") == "Upload SARIF"]
+    assert step["with"]["sarif_file"] == "${{ steps.scan.outputs.sarif }}"
+    assert "steps.scan.outputs.sarif != ''" in step["if"]
+    assert "hashFiles" not in step["if"], "it sees no file outside the workspace, and this one is in RUNNER_TEMP"
 
 
 def test_a_name_is_not_a_command(tmp_path: Path) -> None:

@@ -92,6 +92,9 @@ def test_a_repo_is_scanned_and_its_report_shown(
         box = page.locator("iframe").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width, "nothing is wider than the window"
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        codes = frame.locator(".releases td:last-child a").all()
+        right = [c.bounding_box()["x"] + c.bounding_box()["width"] for c in codes]
+        assert right and max(right) <= box["x"] + box["width"], "every code is seen"
         if SHOTS:
             page.screenshot(path=f"{SHOTS}/space-{width}-{scheme}.png", full_page=True)
 
@@ -133,3 +136,10 @@ def test_what_serves_a_sound_model_includes_the_plugin() -> None:
     app = runpy.run_path(str(APP))
     text = app["repair_commands"]("org/fine@v1", "0.32.0", {"verdict": "loads"})
     assert text == "pip install vllm==0.32.0 vllm-bnb-plugin\nvllm serve org/fine --revision v1"
+
+
+def test_no_repair_is_offered_where_none_is_known() -> None:
+    app = runpy.run_path(str(APP))
+    finding = {"code": "BNB401", "severity": "fails", "reason": "no release loads it"}
+    text = app["repair_commands"]("org/moe", "portable", {"verdict": "fails", "findings": [finding]})
+    assert text == "pip install bnbfix\nbnbfix explain BNB401"

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from ..errors import OutputError
 from .text import escape_control_chars
@@ -46,15 +46,38 @@ def fold(text: str, width: int) -> list[str]:
 
 def print_error(message: str, hint: str | None = None, command: str | None = None) -> None:
     """An error, what to do about it, and a command to paste, on stderr."""
-    print(f"error: {escape_control_chars(message)}", file=sys.stderr)
-    for line in (hint, command):
-        if line and line not in message:
-            print(f"  {escape_control_chars(line)}", file=sys.stderr)
+    _print_folded(f"error: {message}")
+    if hint and hint not in message:
+        _print_folded(f"  {hint}")
+    if command and command not in message:
+        print(f"  {escape_control_chars(command)}", file=sys.stderr)
 
 
 def print_warning(message: str) -> None:
     """Something to know, on stderr."""
-    print(f"warning: {escape_control_chars(message)}", file=sys.stderr)
+    _print_folded(f"warning: {message}")
+
+
+def _print_folded(text: str) -> None:
+    """A line to stderr; a terminal gets it folded between words, and names are not broken: they may be copied."""
+    text = escape_control_chars(text)
+    if (width := _terminal_width(sys.stderr)) is not None:
+        indent = " " * (len(text) - len(text.lstrip()))
+        text = "\n".join(wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+    print(text, file=sys.stderr)
+
+
+def _terminal_width(stream: TextIO) -> int | None:
+    """The columns of a terminal, which COLUMNS may set; None of anything else."""
+    with suppress(OSError):
+        if stream.isatty():
+            return _columns() or os.get_terminal_size(stream.fileno()).columns or None
+    return None
+
+
+def _columns() -> int | None:
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) >= 20 else None
 
 
 def show_logs(verbosity: int) -> None:
@@ -126,11 +149,7 @@ def show_status(*, quiet: bool) -> Callable[[str], None]:
 
 def table_options(*, verbose: bool, quiet: bool) -> TableOptions:
     """The options of a table on this stdout."""
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdecimal() and int(columns) >= 20 else DEFAULT_WIDTH
-    if not columns and sys.stdout.isatty():
-        with suppress(OSError):
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or DEFAULT_WIDTH
+    width = _columns() or _terminal_width(sys.stdout) or DEFAULT_WIDTH
     return TableOptions(width, "\u2500" if _can_encode("\u2500") else "-", verbose, quiet)
 
 

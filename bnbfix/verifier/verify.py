@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from ..planner.plan_repair import plan_checkpoint
 from ..rules.scan import describe_run, scan_checkpoint
 from ..rules.support import describe_dry_load
 from ..writer.download import download_files, missing_files, reraise_callback_errors
+from ..writer.in_place import BACKUP
 from ..writer.record import read_record, was_edited
 from ..writer.shard_writer import copied_files, source_files_by_output
 from ..writer.source_hashes import SourceHashes
@@ -104,11 +105,15 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
                 with reraise_callback_errors(progress) as download_step:
                     download_files(remote, missing_files(plan), download_step)
             problems += _record_against_plan(doc, plan)
+            recorded = {*doc["sha256"], *doc.get("linked", ())}
+            if doc.get("in_place"):
+                plan = _only_replaced(plan, doc["sha256"])
+                recorded = {name for name in recorded if BACKUP not in name}
             copies = copied_files(plan)
             rewritten = {f for name, read in source_files_by_output(plan).items() if name not in copies for f in read}
             with SourceHashes(source, threading.Event()) as hashes:
                 hashes.begin(rewritten)
-                problems += _against_plan(output, plan, {*doc["sha256"], *doc.get("linked", ())}, step)
+                problems += _against_plan(output, plan, recorded, step)
                 hashes.check(rewritten)
             problems += _against_hub(remote.sha256 if remote else {}, plan, doc["sha256"])
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
@@ -148,6 +153,13 @@ def _record_against_plan(doc: Mapping[str, Any], plan: Plan) -> Iterator[Problem
     keys = ("action", "name", "code")  # words may change from version to version
     if [[e.get(k) for k in keys] for e in doc["edits"]] != [[e.to_dict()[k] for k in keys] for e in plan.edits]:
         yield Problem(RECORD, None, "its edits are not those of the plan")
+
+
+def _only_replaced(plan: Plan, replaced: Container[str]) -> Plan:
+    """The plan as a repair in place carries it out: texts that it does not replace, such as the model card, stay."""
+    stay = [name for name in plan.texts if name not in replaced and name in plan.checkpoint.source.files]
+    texts = {name: text for name, text in plan.texts.items() if name in replaced}
+    return replace(plan, texts=texts, copied=(*plan.copied, *stay))
 
 
 def _against_plan(output: Source, plan: Plan, recorded: set[str], step: Progress) -> Iterator[Problem]:

@@ -52,7 +52,8 @@ def repair_in_place(plan: Plan) -> RepairResult:
         for name in (*texts, RECORD):
             _keep_old(source.path / name)
         found = LocalSource.open(source.path).with_subfolders().files
-        texts[RECORD] = build_record(plan, hashes, [name for name in found if name not in (*texts, RECORD)])
+        untouched = [name for name in found if name not in (*texts, RECORD)]
+        texts[RECORD] = build_record(plan, hashes, untouched, in_place=True)
         for name, data in texts.items():
             _replace(source.path / name, data)
         fsync_folder(source.path)

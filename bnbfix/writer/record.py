@@ -17,8 +17,9 @@ RECORD_SCHEMA = 1  # of the record; changes when a key changes its meaning
 CHECKSUM = "record_sha256"  # key: tells that the record was edited, by accident or by somebody who does not know of it
 
 
-def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = ()) -> bytes:
-    """The bytes of bnbfix.json. `files` has the SHA-256 of each file; those in `linked` are hard links without one.
+def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = (), *, in_place: bool = False) -> bytes:
+    """The bytes of bnbfix.json. `files` has the SHA-256 of each file; those in `linked` were not read and have none:
+    hard links, or, of a repair `in_place`, every file that it left alone.
 
     The record of a repo's repair has one more key than that of a folder's: "source", {"repo", "revision"}.
     """
@@ -35,6 +36,8 @@ def build_record(plan: Plan, files: Mapping[str, str], linked: Sequence[str] = (
     }
     if linked:
         doc["linked"] = sorted(linked)
+    if in_place:
+        doc["in_place"] = True
     doc[CHECKSUM] = record_checksum(doc)
     # A file name that is not UTF-8 holds halves of surrogate pairs: written as JSON's own escapes.
     return (json.dumps(doc, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

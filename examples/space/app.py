@@ -13,12 +13,13 @@ import sys
 import tempfile
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 import bnbfix
 from bnbfix.engines.vllm.releases import resolve_target
-from bnbfix.report.next_step import serve_commands
+from bnbfix.report.next_step import serve_commands, suggest_output
 
 SECONDS = float(os.environ.get("BNBFIX_SECONDS", "60"))
 USERS = 4  # scans at a time; more wait
@@ -53,11 +54,15 @@ def scan(repo: str, target: str) -> tuple[str, str]:
 STYLE = "width: 100%; height: 75vh; border: 0; border-radius: 8px"
 
 
-def repair_commands(repo: str, target: str, document: dict[str, object]) -> str:
-    """What repairs the repo as a pull request, or what serves it where nothing is wrong."""
+def repair_commands(repo: str, target: str, document: dict[str, Any]) -> str:
+    """What repairs the repo as a pull request, what serves it where nothing is wrong, or why there is no repair."""
     if document["verdict"] == "loads":
         return "\n".join(serve_commands(repo, resolve_target(target)))
-    return f"pip install 'bnbfix[repair]'\nbnbfix repair {repo} --vllm {target} --create-pr --out repaired"
+    hopeless = [f["code"] for f in document["findings"] if f["reason"] and f["severity"] != "note"]
+    if hopeless:  # the report says what else there is
+        return f"pip install bnbfix\nbnbfix explain {hopeless[0]}"
+    output = suggest_output(repo)
+    return f"pip install 'bnbfix[repair]'\nbnbfix repair {repo} --vllm {target} --create-pr --out {output}"
 
 
 with gr.Blocks(title="Does it load in vLLM?") as page:
@@ -67,7 +72,7 @@ with gr.Blocks(title="Does it load in vLLM?") as page:
         target = gr.Dropdown(TARGETS, value="portable", label="vLLM", scale=1, min_width=200)
     button = gr.Button("Scan", variant="primary")
     report = gr.HTML()
-    commands = gr.Code(label="Next", language="shell", interactive=False)
+    commands = gr.Code(label="Next", language="shell", interactive=False, wrap_lines=True)
     gr.on([button.click, repo.submit], scan, [repo, target], [report, commands], concurrency_limit=USERS)
 
 if __name__ == "__main__":

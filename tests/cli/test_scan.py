@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
-import pty
 import stat
-import struct
-import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +19,7 @@ from bnbfix.report.outcome import ScanOutcome
 from bnbfix.report.scan_table import render_table
 from bnbfix.report.terminal import StyledText, TableOptions, write_file, write_lines
 from tests.support.build import Make
-from tests.support.command_line import Cli, Run, harmless, process
+from tests.support.command_line import Cli, Run, harmless, in_terminal, process
 from tests.support.folders import hostile, large_checkpoint
 from tests.support.surgery import add_tensor
 
@@ -388,21 +382,22 @@ def test_names_of_tensors_are_not_broken(run: Cli, checkpoint: Make) -> None:
 
 @pytest.mark.parametrize("columns", [60, 100])
 def test_a_table_is_as_wide_as_its_terminal(pristine: Make, columns: int) -> None:
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
-    source = str(pristine("dense31b", "partial", shards=2))
-    command = [sys.executable, "-m", "bnbfix", "scan", source, "--vllm", "0.22.1"]
-    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as child:
-        os.close(follower)
-        data = b""
-        with contextlib.suppress(OSError):  # EIO: the other side has closed it
-            while part := os.read(leader, 4096):
-                data += part
-    os.close(leader)
-    lines = data.decode().splitlines()
-    assert child.returncode == 1 and len(lines) > 10
+    done = in_terminal(columns, "scan", pristine("dense31b", "partial", shards=2), "--vllm", "0.22.1")
+    lines = done.out.splitlines()
+    assert done.code == 1 and len(lines) > 10
     assert columns - 12 < max(len(line) for line in lines if not line.startswith(("  bnbfix ", "    "))) <= columns
+
+
+def test_errors_and_warnings_are_folded_between_words(pristine: Make, tmp_path: Path) -> None:
+    source, name = pristine("dense31b", "partial", shards=2), tmp_path / ("n" * 100)
+    name.mkdir()
+    (name / "file").touch()
+    done = in_terminal(60, "repair", source, "--out", name, "--vllm", "9.9")
+    plain = process("repair", source, "--out", name, "--vllm", "9.9")
+    assert done.code == plain.code == 2
+    assert [*map(len, plain.err.splitlines()[:2])] > [60, 60] and done.out.split() == plain.err.split()
+    assert all(len(line) <= 60 or str(name) in line for line in done.out.splitlines())
+    assert done.out.splitlines()[-1] == plain.err.splitlines()[-1], "the command is in one line"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)

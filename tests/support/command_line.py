@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -100,6 +105,24 @@ def process(*arguments: object, runner: tuple[str, ...] = ("-m", "bnbfix")) -> R
     command = [sys.executable, *runner, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=120, stdin=subprocess.DEVNULL)
     return Run(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def in_terminal(columns: int, *arguments: object) -> Run:
+    """The same in a terminal of a width, which takes stdout and stderr."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
+    command = [sys.executable, "-m", "bnbfix", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=follower, stderr=follower, env=environment
+    ) as child:
+        os.close(follower)
+        data = b""
+        with contextlib.suppress(OSError):  # EIO: the other side has closed it
+            while part := os.read(leader, 4096):
+                data += part
+    os.close(leader)
+    return Run(child.returncode, data.decode(), "")
 
 
 def harmless(text: str) -> bool:

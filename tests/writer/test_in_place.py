@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,23 @@ def test_config_json_is_replaced_and_the_old_one_kept(checkpoint: Make) -> None:
     assert (source / "config.json").stat().st_mode & 0o777 == 0o640
     assert bnbfix.scan(source, "0.32.0").ok and bnbfix.verify(source).ok
     assert not bnbfix.repair_in_place(source, "0.32.0").written
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_it_is_verified_with_its_source(checkpoint: Make, tmp_path: Path, card: bool) -> None:
+    source, folder = checkpoint("dense31b", "skip", shards=2), tmp_path / "in-place"
+    if not card:
+        (source / "README.md").unlink()
+    shutil.copytree(source, folder)
+    bnbfix.repair_in_place(folder, "0.32.0")
+    assert bnbfix.verify(folder, source).ok
+    with (folder / "tokenizer.json").open("a") as f:
+        f.write(" ")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    problems = {p.file: p.message for p in bnbfix.verify(folder, source).problems}
+    assert problems["config.json"] == "differs from what the plan writes"
+    assert "the source" in problems["tokenizer.json"]
+    assert "README.md" not in problems and "config.json.before-bnbfix" not in problems
 
 
 def test_every_old_file_is_kept(checkpoint: Make) -> None:
