@@ -149,7 +149,7 @@ def after_verify(result: VerifyResult, source: str | None) -> Iterator[Step]:
     out, model = str(result.out), source or result.source
     if result.ok:
         yield Step("Serve it:", serve_commands(out, None if result.bf16 else resolve_target(result.target)))
-    elif model is None:  # a record does not name the folder that it was made from
+    elif model is None or result.in_place:  # a record does not name a folder; and a folder of the user's own stays
         yield Step("Scan it:", (command_line("scan", out, "--vllm", result.target),))
     else:
         options = ["--vllm", result.target, *(["--bf16"] if result.bf16 else [])]

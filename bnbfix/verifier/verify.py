@@ -62,6 +62,7 @@ class VerifyResult:
     decoded: int  # weights compared with an independent decode
     source: str | None = None  # the repo that its record names, with the commit
     bf16: bool = False  # everything was dequantized
+    in_place: bool = False  # the repair changed files of the user's own folder
 
     def __repr__(self) -> str:
         compared = f"files={self.files}, kept={self.kept}, decoded={self.decoded}"
@@ -121,7 +122,15 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
     problems += _fresh_scan(output, target, options)
     logger.info("%s: %d files hashed, %d differences", out, len(doc["sha256"]), len(problems))
     return VerifyResult(
-        out, target.name, tuple(problems), len(doc["sha256"]), kept, decoded, _recorded_source(doc), options.bf16
+        out,
+        target.name,
+        tuple(problems),
+        files=len(doc["sha256"]),
+        kept=kept,
+        decoded=decoded,
+        source=_recorded_source(doc),
+        bf16=options.bf16,
+        in_place=bool(doc.get("in_place")),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import bnbfix
 from bnbfix.errors import OutputError, UsageError
+from bnbfix.report.next_step import after_verify
 from bnbfix.writer import in_place
 from tests.support.build import Make
 from tests.support.command_line import Cli
@@ -47,7 +48,10 @@ def test_it_is_verified_with_its_source(checkpoint: Make, tmp_path: Path, card: 
     with (folder / "tokenizer.json").open("a") as f:
         f.write(" ")
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    problems = {p.file: p.message for p in bnbfix.verify(folder, source).problems}
+    found = bnbfix.verify(folder, source)
+    (step,) = after_verify(found, str(source))
+    assert not any("--overwrite" in command for command in step.commands), "it would replace the user's own folder"
+    problems = {p.file: p.message for p in found.problems}
     assert problems["config.json"] == "differs from what the plan writes"
     assert "the source" in problems["tokenizer.json"]
     assert "README.md" not in problems and "config.json.before-bnbfix" not in problems
