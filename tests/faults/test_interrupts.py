@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,6 +157,16 @@ def test_a_push_ends_without_a_commit(held: Hub, checkpoint: Make, tmp_path: Pat
     held.server.released.set()
     time.sleep(0.5)
     assert list(held.server.repos[to].commits.values()) == [{}]
+
+
+def test_a_pull_request_of_a_config_ends_without_a_commit(held: Hub, checkpoint: Make) -> None:
+    repo = f"org/interrupted-{next(NUMBERS)}"
+    held.server.add(repo, checkpoint("dense31b", "skip", shards=2))
+    fault = held.server.fault("holds", "/commit/", origin="hub")
+    command = ("repair", repo, "--vllm", "0.32.0", "--create-pr")
+    done = interrupt(held.environment | {"HF_TOKEN": TOKEN}, *command, when=used(fault))
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"error: interrupted; nothing was pushed\n  {shlex.join(('bnbfix', *command))}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["INT", "KILL"])
