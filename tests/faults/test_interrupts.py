@@ -190,14 +190,18 @@ def test_a_dry_load_leaves_no_process(source: Path, tmp_path: Path, number: int,
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids.read_text().split()))
 
 
-# A wait in native code that no signal interrupts, as for a name server: a lock that is taken twice.
+# A wait in native code that no signal interrupts, as for a name server: a lock that is taken twice. The sign is made by
+# another thread, which has its turn only once this one has left Python for that wait.
 DEADLOCK = """
-import ctypes, socket, sys
+import ctypes, socket, sys, threading
 def never(*args, **kwargs):
     print("waiting", file=sys.stderr, flush=True)
-    open({sign!r}, "w").close()
-    lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    lock, libc, turn = ctypes.create_string_buffer(128), ctypes.CDLL(None), threading.Lock()
     libc.pthread_mutex_lock(lock)
+    turn.acquire()
+    threading.Thread(target=lambda: turn.acquire() and open({sign!r}, "w").close(), daemon=True).start()
+    sys.setswitchinterval(3600)
+    turn.release()
     libc.pthread_mutex_lock(lock)
 socket.getaddrinfo = never
 """
