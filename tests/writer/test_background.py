@@ -297,8 +297,10 @@ def test_a_file_whose_end_no_thread_could_be_started_for_is_closed_once(
             file.append(b"data")
             m.setattr(threading.Thread, "start", refuse)
             file.finish(pool)
+        other = os.open(tmp_path / "file", os.O_RDONLY)  # has the number of what was closed
         busy.set()
     with file:  # left once more
         pass
+    os.close(other)  # nobody else did
     assert digests == [] and len(os.listdir("/dev/fd")) == len(before)
     assert (tmp_path / "file").read_bytes() == b"data", "unfinished, and not deleted"
