@@ -313,3 +313,15 @@ def test_an_index_of_an_older_save(run: Cli, checkpoint: Make) -> None:
     done = run("scan", source)
     assert done.code == 2 and "shard model-00001-of-00002.safetensors is missing; the index names it" in done.err
     assert "delete model.safetensors.index.json" in done.err
+
+
+def test_quantized_bytes_without_any_quant_state_are_not_of_bitsandbytes(run: Cli, checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    with tensors_of(source) as tensors:
+        for name in [n for n in tensors if ".quant_state." in n]:
+            del tensors[name]
+    with json_of(source) as config:
+        del config["quantization_config"]
+    done = run("scan", source)
+    assert (done.code, done.out) == (3, "")
+    assert "with quantized bytes, but without quant states of bitsandbytes" in done.error

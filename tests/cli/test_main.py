@@ -300,3 +300,17 @@ def test_a_scan_only_reads_headers_and_quant_states(
     header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
     texts = (tmp_path / "large" / "config.json").stat().st_size
     assert 0 < read - header - texts < 200 * 7 * LAYERS
+
+
+def test_an_interrupt_of_the_last_words_ends_with_130_too(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnbfix.cli.main.print_error", interrupted)
+    assert run("repair", "nowhere", "--out", "x") == Run(130, "", "")
+
+
+def test_a_release_that_is_newer_than_the_table_is_warned_of_before_a_repair(run: Cli, pristine: Make) -> None:
+    done = run("repair", pristine("e4b", "all"), "--vllm", "0.99.0", "--dry-run")
+    assert done.code == 0 and done.words.startswith("Nothing to do")
+    assert done.err.startswith("warning: ") and "0.99.0" in done.err and done.err.count("\n") == 1

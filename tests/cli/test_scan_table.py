@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import bnbfix
 from bnbfix.engines.vllm import releases as vllm_releases
+from bnbfix.report.text import SHOWN
 from bnbfix.rules.rule import Code
 from tests.support.build import Make
 from tests.support.command_line import Cli, harmless, install_vllm, process
@@ -138,3 +141,13 @@ def test_the_installed_vllm_is_the_target_where_none_is_named(
     install_vllm(monkeypatch, "0.32.0")
     done = run("scan", pristine("e4b", "all"))
     assert done.code == 1 and "BNB304" in done.words
+
+
+def test_of_many_repairs_the_first_are_named(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    models = [tmp_path / f"m{n}" for n in range(SHOWN + 2)]
+    for model in models:
+        model.symlink_to(pristine("dense31b", "skip"))
+    done = run("scan", *models, "--vllm", "0.22.1")
+    assert done.code == 1 and done.out.endswith("\n  # and 2 more\n")
+    last = done.out[done.out.rindex("Repair them:") :].splitlines()[1:-1]
+    assert [line.split()[2] for line in last] == [str(m) for m in models[:SHOWN]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import bnbfix
+from bnbfix.engines.vllm import process
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
 from bnbfix.errors import EngineError, UsageError
 from tests.support.build import Make, opened
@@ -243,6 +245,23 @@ def test_this_python_is_asked_where_none_is_named(pristine: Make) -> None:
         assert str(e) == f"{sys.executable}: has no vLLM"
     else:  # whoever runs the tests next to a vLLM
         assert version
+
+
+def test_true_asks_the_vllm_that_is_installed_with_bnbfix(pristine: Make) -> None:
+    try:
+        version = LiveVllm().installed.version
+    except UsageError as e:
+        with pytest.raises(UsageError) as caught:
+            bnbfix.scan(pristine("text", "all"), dry_load=True)
+        assert str(caught.value) == str(e)
+    else:  # whoever runs the tests next to a vLLM
+        assert bnbfix.scan(pristine("text", "all"), dry_load=True).target.name == version
+
+
+def test_a_process_that_has_ended_holds_no_memory() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        held = process._resident_bytes(child.pid)
+    assert (held > 0) == sys.platform.startswith("linux") and process._resident_bytes(child.pid) == 0
 
 
 def test_versions_come_from_the_python_that_is_asked(tmp_path: Path) -> None:

@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 
 from bnbfix.engines.engine import Expectation, ReleaseRange
 from bnbfix.engines.transformers import find_module
+from bnbfix.engines.vllm.facts import ModelFacts
 from bnbfix.engines.vllm.parameters import find_slot
-from bnbfix.engines.vllm.profiles import FOLDER, INDEX, evaluate_feature, evaluate_size, find_numbers, find_pattern
+from bnbfix.engines.vllm.profiles import (
+    FOLDER,
+    INDEX,
+    evaluate_feature,
+    evaluate_size,
+    find_numbers,
+    find_pattern,
+    load_profile,
+)
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import find_range, ranges
+from bnbfix.errors import InputError
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import Model, read_path
 from tests.support.build import Make, opened
+from tests.support.families import SHAPES
 
 L = "model.language_model.layers.2."
 V = "language_model.model.layers.2."
@@ -193,6 +205,7 @@ def test_every_row_of_a_profile_is_a_range_and_every_size_a_formula(path) -> Non
         (["every", "step"], {"step": 2}, 1, "1"),
         (["every", "step"], {"step": 0}, 1, "?"),
         (["number", "2"], {}, 2, "1"),
+        (["number", "2"], {}, None, "?"),
     ],
 )
 def test_features(feature: list[str], config: dict[str, object], layer: int | None, value: str) -> None:
@@ -225,3 +238,39 @@ def test_sizes(formula: str | None, size: int | None) -> None:
 def test_numbers_in_names() -> None:
     assert find_pattern("a.0.b.12.c2.03.x") == "a.*.b.*.c2.03.x"
     assert find_numbers("a.0.b.12.c2.03.x") == (0, 12)
+
+
+def test_of_a_class_that_was_not_surveyed_nothing_is_known() -> None:
+    assert load_profile("NoSuchForCausalLM") is None
+    assert find_module("model.layers.0.mlp.up_proj.weight", "NoSuchForCausalLM") is None
+    assert expect(read_model({"architectures": ["NoSuchForCausalLM"]}), row("0.32.0")) is None
+
+
+def test_layers_times_experts_as_no_model_has_are_an_input_error(pristine: Make) -> None:
+    config = opened(pristine("moe26b", "skip")).config
+    text = config["text_config"] | {"num_hidden_layers": 1000, "layer_types": ["full_attention"] * 1000}
+    model = read_model({**config, "text_config": text | {"num_experts": 1001}})
+    with pytest.raises(InputError, match=r"asks for 1,001 .*experts, as no model has"):
+        ModelFacts(profile_of(model), model).expand("model.language_model.layers.*.experts.*")
+
+
+def profile_of(model: Model) -> dict[str, Any]:
+    found = load_profile(model.family.architecture)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["LlavaNextForConditionalGeneration", "Gemma3ForConditionalGeneration"])
+def test_a_refused_spelling_is_renamed_to_one_that_is_read(name: str) -> None:
+    model, refused = read_model(SHAPES[name]["config"]), 0
+    tower = [n.removeprefix("vision_tower.") for n in SHAPES[name]["tensors"] if n.startswith("vision_tower.")]
+    for found in filter(None, (expect(model, release) for release in ranges())):
+        for bare in [n.removeprefix("vision_model.") for n in tower]:
+            for spelling in (f"vision_tower.{bare}", f"vision_tower.vision_model.{bare}"):
+                place, other = found.place(spelling), found.rename(spelling)
+                if place is not None and place.refused:
+                    refused += 1
+                    assert other is not None and (to := found.place(other)) is not None and not to.refused, spelling
+                else:
+                    assert other is None or other.endswith(bare)
+    assert refused

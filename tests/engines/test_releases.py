@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata, resources
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnbfix.engines.vllm import releases
 from bnbfix.engines.vllm.profiles import known_classes
 from bnbfix.engines.vllm.releases import (
     LATEST,
@@ -84,6 +86,19 @@ def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
 @pytest.mark.parametrize("trait", sorted(set(VALUES) - {"evidence"}))
 def test_every_value_of_a_trait_is_found_in_some_row(trait: str) -> None:
     assert {getattr(r, trait) for r in ranges()} == VALUES[trait]
+
+
+@pytest.mark.parametrize("change", [{"evidence": "hearsay"}, {"needs_v": None}], ids=["unknown", "missing"])
+def test_a_row_without_a_value_that_is_known_is_refused(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doc = json.loads(resources.files("bnbfix").joinpath("engines/vllm/releases.json").read_text("utf-8"))
+    ((name, value),) = change.items()
+    row = {key: v for key, v in (doc["ranges"][1] | change).items() if v is not None}
+    doc["ranges"][1] = row
+    monkeypatch.setattr(releases, "_table", lambda: doc)
+    with pytest.raises(ValueError, match=f"releases.json: {re.escape(row['first'])}: {name} is {value!r}"):
+        ranges.__wrapped__()
 
 
 def test_the_file_tells_what_every_trait_means() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,16 @@ def test_a_push_ends_without_a_commit(held: Hub, checkpoint: Make, tmp_path: Pat
     assert list(held.server.repos[to].commits.values()) == [{}]
 
 
+def test_a_pull_request_of_a_config_ends_without_a_commit(held: Hub, checkpoint: Make) -> None:
+    repo = f"org/interrupted-{next(NUMBERS)}"
+    held.server.add(repo, checkpoint("dense31b", "skip", shards=2))
+    fault = held.server.fault("holds", "/commit/", origin="hub")
+    command = ("repair", repo, "--vllm", "0.32.0", "--create-pr")
+    done = interrupt(held.environment | {"HF_TOKEN": TOKEN}, *command, when=used(fault))
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"error: interrupted; nothing was pushed\n  {shlex.join(('bnbfix', *command))}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["INT", "KILL"])
 @pytest.mark.parametrize("wait", ["time", "__import__('ctypes').PyDLL(None)"], ids=["Python", "C"])
 def test_a_dry_load_leaves_no_process(source: Path, tmp_path: Path, number: int, wait: str) -> None:
@@ -179,14 +190,18 @@ def test_a_dry_load_leaves_no_process(source: Path, tmp_path: Path, number: int,
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids.read_text().split()))
 
 
-# A wait in native code that no signal interrupts, as for a name server: a lock that is taken twice.
+# A wait in native code that no signal interrupts, as for a name server: a lock that is taken twice. The sign is made by
+# another thread, which has its turn only once this one has left Python for that wait.
 DEADLOCK = """
-import ctypes, socket, sys
+import ctypes, socket, sys, threading
 def never(*args, **kwargs):
     print("waiting", file=sys.stderr, flush=True)
-    open({sign!r}, "w").close()
-    lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+    lock, libc, turn = ctypes.create_string_buffer(128), ctypes.CDLL(None), threading.Lock()
     libc.pthread_mutex_lock(lock)
+    turn.acquire()
+    threading.Thread(target=lambda: turn.acquire() and open({sign!r}, "w").close(), daemon=True).start()
+    sys.setswitchinterval(3600)
+    turn.release()
     libc.pthread_mutex_lock(lock)
 socket.getaddrinfo = never
 """

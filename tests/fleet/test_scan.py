@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +21,13 @@ from typing import Any
 import pytest
 
 from bnbfix.engines.vllm.releases import resolve_target
-from bnbfix.errors import UsageError
+from bnbfix.errors import OutputError, UsageError
 from bnbfix.fleet import local, task
 from bnbfix.fleet.results import Results
 from bnbfix.fleet.run import name_models, run_fleet
 from bnbfix.hub import pace
 from tests.support.build import Make
+from tests.support.command_line import Cli
 from tests.support.hub import Hub, Ran
 
 FAST = ("--rate", "100000", "--jobs", "2")
@@ -276,3 +280,59 @@ def test_two_drivers_do_not_write_to_one_file(tmp_path: Path) -> None:
         Results(tmp_path / "out.jsonl", "scan")
     first.close()
     Results(tmp_path / "out.jsonl", "scan").close()
+
+
+# The words of a fleet, and its file
+
+
+def test_a_fleet_without_findings_proposes_no_repair(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text(f"{pristine('e4b', 'all')}\n")
+    done = run("fleet", "scan", "--from", tmp_path / "list", "--output", tmp_path / "out.jsonl", "--vllm", "0.32.0")
+    assert (done.code, done.err) == (0, "") and done.out.startswith("1 model: 1 loads, for vLLM 0.32.0. Written: ")
+    assert done.commands == []
+
+
+def test_a_quiet_fleet_prints_warnings_only(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text(f"{pristine('dense31b', 'partial', shards=2)}\n")
+    common = ("--from", tmp_path / "list", "--output", tmp_path / "out.jsonl", "--vllm", "0.99.0")
+    done = run("fleet", "scan", *common, "--quiet")
+    assert (done.code, done.out) == (1, "") and done.err.startswith("warning: ") and "0.99.0" in done.err
+    assert len(lines(tmp_path / "out.jsonl")) == 1 and (tmp_path / "out.html").exists()
+
+
+def test_results_are_not_written_to_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot be written \(Is a directory\)"):
+        Results(tmp_path, "scan")
+
+
+def test_results_that_may_not_grow_are_an_error_and_keep_what_they_have(tmp_path: Path) -> None:
+    described = task.Task("a/b", "a/b", "0.32.0", False, tmp_path)
+    line = task.describe_loss(described, "x" * 20_000)
+    results = Results(tmp_path / "out.jsonl", "scan")
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"out\.jsonl: cannot be written \(File too large\)"):
+            results.add(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert results.rows == {}
+
+
+def test_an_error_of_the_system_is_the_models_own(tmp_path: Path, pristine: Make) -> None:
+    folder = Path(shutil.copytree(pristine("e4b", "all"), tmp_path / "model"))
+    described, held = task.Task("m", str(folder), "0.32.0", False, tmp_path), []
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        line = task.run_task(described, pace.Clock(1e5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+        for fd in held:
+            os.close(fd)
+    assert line is not None
+    error = json.loads(line)["error"]
+    assert (error["kind"], error["exit_code"]) == ("InputError", 2) and "Too many open files" in error["message"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +21,20 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from bnbfix.errors import HubError, InputError, UsageError
 from bnbfix.hub import client as hub_client
 from bnbfix.hub import source as hub
-from bnbfix.hub.client import NoAnswer, RetryableError, commit, describe_request, guard_session, retry, silence
+from bnbfix.hub.client import (
+    NoAnswer,
+    RetryableError,
+    abort_xet,
+    bound_answers,
+    commit,
+    describe_request,
+    guard_session,
+    retry,
+    silence,
+)
 from bnbfix.hub.parallel import run_parallel
 from bnbfix.hub.source import KEPT, HubSource
+from tests.support.hub import Hub
 
 SHA = "a" * 40
 TOKEN = "hf_MustNeverBeShown"
@@ -264,3 +277,30 @@ def test_progress_bars_are_silenced_unless_the_user_set_them(
     with silence():
         assert are_progress_bars_disabled() is inside
     assert not are_progress_bars_disabled()
+
+
+def test_a_transfer_is_stopped_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[int] = []
+    name = "huggingface_hub.utils._xet"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(abort_xet_session=lambda: stopped.append(1)))
+    abort_xet()
+    assert stopped == [1]
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace())  # as in older releases
+    abort_xet()
+    monkeypatch.delitem(sys.modules, name)
+    abort_xet()
+    assert stopped == [1]
+
+
+def test_only_answers_of_the_own_thread_are_bounded(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "MAX_ANSWER", 10)
+
+    def ask() -> int:
+        answer = get_session().get(f"{hub.server.url}/api/models/org/no-such-repo")
+        return len(answer.content)
+
+    with bound_answers():
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(ask).result() > 10
+        with pytest.raises(HubError, match="the Hub's answer has more than 10 bytes"):
+            ask()

@@ -613,3 +613,10 @@ def test_code_8_of_fp4_has_the_same_sign_on_cuda(scale: float) -> None:
     state = QuantState("fp4", 64, "float32", (5, 100), None)
     quantized = replace(random_weight(state, scales=(scale,)), raw=b"\x88" * state.quantized_nbytes)
     assert kernel_bytes(quantized, "cuda:0") == kernel_bytes(quantized)
+
+
+def test_memory_of_the_cpu_that_runs_out_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = iter([bytes(64)])
+    monkeypatch.setattr(torch, "frombuffer", lambda *arguments, **options: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(MemoryError, match="allocate memory"):
+        kernels.quantize(chunks, "bfloat16", blocksize=64, nested_blocksize=None)

@@ -22,6 +22,14 @@ def config(architecture: str | None = "Gemma4ForConditionalGeneration", **text: 
     return named | {"text_config": TEXT | text}
 
 
+def nest(depth: int) -> list[Any]:
+    """Lists in lists."""
+    out: list[Any] = []
+    for _ in range(depth):
+        out = [out]
+    return out
+
+
 def model(**text: Any) -> Model:
     return read_model(config(**text))
 
@@ -283,3 +291,10 @@ def test_both_prefixes_of_a_whole_checkpoint_mean_the_same(family: str, pristine
     assert ("patch_dense" in roles) == (family == "unified12b")
     assert ("audio_tower" in roles) == ("per_layer" in roles) == (family == "e4b")
     assert ("pixel_projection" in roles) == (family in ("dense31b", "e4b", "moe26b"))
+
+
+@pytest.mark.parametrize("value", [10**5000, nest(10_000)], ids=["digits", "depth"])
+def test_a_config_that_cannot_be_written_as_json_is_equal_to_no_other(value: Any) -> None:
+    one, other = (read_model(config() | {"more": value}) for _ in range(2))
+    assert one.key == one.key and len({one.key, other.key}) == 2
+    assert model().key == model().key

@@ -251,3 +251,15 @@ def test_experts_in_one_tensor_that_cannot_be_split_are_refused_by_name(
     save_file(tensors, tmp_path / "source" / FILE, {"format": "pt"})
     with pytest.raises(bnbfix.Unrepairable, match=r"layers\.3\.experts\.gate_up_proj: all experts in one tensor"):
         bnbfix.plan_repair(tmp_path / "source", vllm="0.32.0")
+
+
+def test_another_map_of_the_scales_is_found(per_expert: Path, tmp_path: Path) -> None:
+    values = requantized(per_expert, tmp_path / "source", fp4)
+    bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
+    name = next(iter(values))
+    data = bytearray((tmp_path / "out" / FILE).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + json.loads(data[8:start])[f"{name}.nested_quant_map"]["data_offsets"][0]] ^= 0x01
+    (tmp_path / "out" / FILE).write_bytes(data)
+    found = {p.tensor: p.message for p in bnbfix.verify(tmp_path / "out", tmp_path / "source").problems}
+    assert found[name] == "its nested_quant_map is not bitsandbytes' 8-bit map"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
+from rich.text import Text
 
 from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.hub.push import Pushed
+from bnbfix.report.next_step import after_repair
 from bnbfix.report.outcome import ScanOutcome
+from bnbfix.report.results import show
 from bnbfix.report.sarif import fingerprint
+from bnbfix.report.terminal import progress_bar, show_status
 from bnbfix.report.text import collapse, conclude, matrix, natural_order
 from bnbfix.rules.rule import Code, Severity
 from bnbfix.rules.scan import Finding, ReleaseVerdict, ScanResult
+from bnbfix.writer.write import RepairResult
+from tests.support.build import Make, planned
 
 
 @pytest.mark.parametrize(
@@ -105,3 +113,47 @@ def test_fingerprints_stay_the_same_over_versions_of_bnbfix() -> None:
     names = ("model.layers.5.mlp.up_proj.weight", "model.layers.11.mlp.up_proj.weight")
     f = Finding(Code.INDEX, Severity.WRONG, names, ranges(), "a message about 2 names", "fix", None)
     assert fingerprint(f, "folder/model-00001-of-00002.safetensors") == "8cdcda9039e9fcdc"
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_only_a_pipe_loses_trailing_blanks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show([Text("one  "), Text("two")])
+    assert capsys.readouterr().out == ("one  \ntwo\n" if terminal else "one\ntwo\n")
+
+
+def test_what_is_waited_for_is_shown_in_one_line_and_removed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status = show_status(quiet=False)
+    status("loading \x1b[31m")
+    assert capsys.readouterr() == ("", "\r\033[Kloading \\x1b[31m ...")
+    status("")
+    assert capsys.readouterr() == ("", "\r\033[K")
+    show_status(quiet=True)("loading")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_fills_one_bar_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar({"first": 2, "none": 0, "second": 4}, quiet=False) as step:
+        step(5)
+    out, err = capsys.readouterr()
+    shown = err[err.rindex("first") :]
+    assert out == "" and "none" not in err
+    assert "2/2 bytes" in shown and "3/4 bytes" in shown[shown.index("second") :]
+
+
+def test_after_a_repair_that_wrote_and_pushed_nothing_there_is_no_step(pristine: Make) -> None:
+    plan = planned(pristine("dense31b", "skip"), "0.22.1")
+    assert not plan.nothing_to_do and list(after_repair(RepairResult(plan, None, {}), None)) == []
+    (step,) = after_repair(RepairResult(plan, None, {}), Pushed("me/x", "https://x", "a" * 40))
+    assert step.commands == (f"bnbfix scan me/x@{'a' * 40} --vllm 0.22.1",)

@@ -262,3 +262,34 @@ def test_a_model_whose_weights_were_merged_loses_a_config_that_is_inside_text_co
         in_text_config(config)
     config = written(plan(source, "0.32.0"))
     assert "quantization_config" not in config and "quantization_config" not in config["text_config"]
+
+
+# Gemma4Unified and float16
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["missing", "null"])
+def test_num_soft_tokens_is_the_number_that_transformers_reads(said: bool, checkpoint: Make) -> None:
+    source = checkpoint("unified12b", "all")
+    with json_of(source) as config:
+        vision = config["vision_config"]
+        del vision["num_soft_tokens"]
+        vision["default_output_length"] = 77
+        if said:
+            vision["num_soft_tokens"] = None
+    (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.SOFT_TOKENS]
+    assert found.reason is None
+    made = plan(source, "0.32.0")
+    assert written(made)["vision_config"]["num_soft_tokens"] == 77
+    edits = [(e.name, e.detail) for e in made.edits if e.code is Code.SOFT_TOKENS]
+    assert edits == [("vision_config.num_soft_tokens", "77")]
+
+
+def test_float16_does_not_count_where_only_text_is_served(checkpoint: Make) -> None:
+    source = checkpoint("dense31b", "all")
+    with json_of(source) as config:
+        config["dtype"] = "float16"
+        config["vision_config"]["standardize"] = True
+    assert Code.FLOAT16 in {f.code for f in scan(source, "0.27.1").findings}
+    with json_of(source) as config:
+        config["architectures"] = ["Gemma4ForCausalLM"]
+    assert Code.FLOAT16 not in {f.code for f in scan(source, "0.27.1").findings}

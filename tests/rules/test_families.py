@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,14 @@ from safetensors.torch import load_file, save_file
 import bnbfix
 from bnbfix.engines.engine import matching_entries
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
+from bnbfix.engines.vllm.recorded import expect
+from bnbfix.engines.vllm.releases import find_range, resolve_target
+from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint
+from bnbfix.planner.choices import find_choices
+from bnbfix.rules.rule import Code
 from tests.support.build import opened, scan
-from tests.support.families import SHAPES, make_family
+from tests.support.families import SHAPES, make_family, quantize
 
 RELEASES = ("0.22.1", "0.27.1", "0.32.0")
 LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
@@ -139,3 +146,97 @@ def test_a_tensor_that_is_lost_renamed_or_reshaped_does_not_load(
         assert verdict(rest | {n.replace(victim, "x" + victim): t for n, t in own.items()}) == "fails", victim
         if len(own) == 1:
             assert verdict(rest | {victim: torch.zeros(8, dtype=torch.bfloat16)}) == "fails", victim
+
+
+# Experts of other classes
+
+
+LLAMA4 = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "intermediate_size_mlp": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_output_dim": 64,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "pixel_shuffle_ratio": 0.5,
+    },
+}
+
+
+STACKS = (("gate_up_proj", (128, 512)), ("down_proj", (256, 128)))  # of one expert
+
+
+def llama4(folder: Path) -> Path:
+    """Every tensor that the profile of this class names, the experts in two for a layer and one weight in NF4."""
+    release = find_range("0.32.0")
+    assert release is not None
+    found = expect(read_model(LLAMA4), release)
+    assert found is not None
+    tensors: dict[str, torch.Tensor] = {}
+    for name in (n for parameter in found.parameters for n in found.missing(parameter, set())):
+        place = found.place(name)
+        assert place is not None and place.shape is not None
+        if m := re.fullmatch(r"(.*\.experts)\.\d+\.\w+\.weight", name):
+            tensors |= {f"{m[1]}.{part}": torch.zeros(4, *shape, dtype=torch.bfloat16) for part, shape in STACKS}
+        else:
+            tensors[name] = torch.zeros([n or 0 for n in place.shape], dtype=torch.bfloat16)
+    q = "language_model.model.layers.0.self_attn.o_proj.weight"
+    tensors |= quantize(q, torch.randn(tensors[q].shape).to(torch.bfloat16))
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantization["llm_int8_skip_modules"] = ["q_proj"]
+    folder.mkdir()
+    save_file(tensors, folder / MODEL, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(LLAMA4 | {"quantization_config": quantization}))
+    return folder
+
+
+def test_experts_that_are_stored_transposed_are_not_split(tmp_path: Path) -> None:
+    source = llama4(tmp_path / "llama4")
+    (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.FUSED_EXPERTS]
+    assert found.reason is not None and "does not split experts that are stored transposed" in found.reason
+    assert len(found.tensors) == 4
+    with pytest.raises(bnbfix.Unrepairable, match="all experts in one tensor"):
+        bnbfix.plan_repair(source, "0.32.0")
+    edits = bnbfix.plan_repair(source, "0.32.0", bf16=True).edits
+    assert edits and not any(".experts." in e.name for e in edits), "they stay as they are"
+
+
+def test_experts_in_lists_of_a_class_that_has_no_tensor_of_all_are_refused_by_name(
+    family: Make, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(family(MOE, "all"), tmp_path / "source"))
+    tensors = load_file(source / MODEL)
+    name = "model.layers.0.mlp.experts.gate_projs.0.weight"
+    tensors[name] = tensors.pop("model.layers.0.mlp.experts.0.gate_proj.weight")
+    save_file(tensors, source / MODEL, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {MOE} has no tensor of all"):
+        bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+def test_the_nearest_repair_of_what_no_release_loads_in_4_bits_is_full_precision(
+    checkpoint: Callable[..., Path],
+) -> None:
+    source = checkpoint("moe26b", "int8")
+    (choice,) = find_choices(opened(source), resolve_target("0.32.0"))
+    assert choice.bf16 and choice.target.name == "0.32.0" and not choice.nothing_to_do

@@ -17,7 +17,7 @@ import bnbfix
 from bnbfix.errors import HeaderError, InputError, NotApplicable, UsageError
 from bnbfix.planner.plan import Plan
 from bnbfix.verifier import verify as verifier  # noqa: F401 - `set_chunk_bytes` needs it imported
-from bnbfix.writer.record import CHECKSUM, record_checksum
+from bnbfix.writer.record import CHECKSUM, record_checksum, was_edited
 from tests.support.build import Make, Raw, set_chunk_bytes, tensors_of
 from tests.support.command_line import Cli
 
@@ -600,6 +600,15 @@ def test_an_edit_of_only_the_record_is_noticed(spoilt: Spoil, change: Callable[[
     _, out, _ = spoilt
     record(out, change, checksum=False)
     assert ("bnbfix.json", None, "was edited") in problems(out, None)
+
+
+def test_a_record_too_deep_to_be_written_is_not_what_a_repair_wrote() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    doc = {"schema": 1}
+    assert not was_edited(doc | {CHECKSUM: record_checksum(doc)})
+    assert was_edited({"deep": deep, CHECKSUM: record_checksum(doc)})
 
 
 def test_a_record_laid_out_otherwise_is_the_same(spoilt: Spoil) -> None:

@@ -279,3 +279,28 @@ def test_an_error_of_one_worker_stops_all(pristine: Make, tmp_path: Path, monkey
 
 def broken_library() -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_file_whose_end_no_thread_could_be_started_for_is_closed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests: list[str] = []
+    before, busy = os.listdir("/dev/fd"), threading.Event()
+    file = OutputFile(tmp_path / "file", lambda n: None, digests.append, threading.Event(), cached_bytes=None)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(busy.wait)  # its thread finds afterwards what was left in the queue
+        with pytest.raises(RuntimeError, match="new thread"), file, monkeypatch.context() as m:
+            file.append(b"data")
+            m.setattr(threading.Thread, "start", refuse)
+            file.finish(pool)
+        other = os.open(tmp_path / "file", os.O_RDONLY)  # has the number of what was closed
+        busy.set()
+    with file:  # left once more
+        pass
+    os.close(other)  # nobody else did
+    assert digests == [] and len(os.listdir("/dev/fd")) == len(before)
+    assert (tmp_path / "file").read_bytes() == b"data", "unfinished, and not deleted"

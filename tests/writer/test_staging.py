@@ -198,6 +198,24 @@ def test_a_staging_folder_that_is_published_before_it_is_locked_is_left_to_its_o
     assert tree(tmp_path / "published") == {"theirs": b"theirs"}
 
 
+def test_a_staging_folder_that_is_deleted_before_it_is_opened_is_made_again(
+    source: Path, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    mkdir = Path.mkdir
+
+    def removed(path: Path, *args: Any, **options: Any) -> None:
+        mkdir(path, *args, **options)
+        if path.name == STAGING:
+            made.append(path)
+            if len(made) == 1:
+                path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed)
+    assert fix(source, tmp_path / OUT).written
+    assert len(made) > 1 and only_the_output(tmp_path, right)
+
+
 def test_an_output_that_another_repair_published_before_the_lock_was_had_is_not_replaced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,13 +24,17 @@ from safetensors.torch import load_file
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
+from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode
 from bnbfix.kernels.device import resolve_device
+from bnbfix.planner.plan_repair import plan_checkpoint
 from bnbfix.writer import staging as destination
 from bnbfix.writer import syscalls, write
 from bnbfix.writer.record import record_checksum, repaired_tensors
+from bnbfix.writer.write import WriteOptions, write_plan
+from tests.fuzz.memory import MemorySource
 from tests.support.build import Make, set_chunk_bytes
 
 torch.set_num_threads(1)  # more would only wait for each other over tensors of this size
@@ -151,6 +155,20 @@ def test_the_cases_above_hold_every_kind_of_edit(pristine: Make) -> None:
     plans = [bnbfix.plan_repair(pristine(f, q, shards=n), t) for f, q, n, t in CASES]
     assert {e.action for p in plans for e in p.edits} == {"dequantize", "insert", "retype", "config"}
     assert {s.copied for p in plans for s in p.shards} == {True, False}
+
+
+def test_a_source_without_files_on_this_machine_is_copied_from_what_it_reads(pristine: Make, tmp_path: Path) -> None:
+    source = pristine("text", "single", shards=2)
+    memory = MemorySource({p.name: p.read_bytes() for p in source.iterdir()})
+    plan = plan_checkpoint(memory, resolve_target("0.22.1"))
+    assert {s.copied for s in plan.shards} == {True, False}
+    assert write_plan(plan, tmp_path / "out", WriteOptions("cpu", hardlink=True)).written
+    assert fix(source, tmp_path / "right", vllm="0.22.1").written
+    names = {p.name for p in (tmp_path / "right").iterdir()}
+    assert names == {p.name for p in (tmp_path / "out").iterdir()}
+    for name in names - {"bnbfix.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "right" / name).read_bytes(), name
+    assert "linked" not in json.loads((tmp_path / "out" / "bnbfix.json").read_text())
 
 
 def test_an_explicit_v_proj_is_dropped_where_the_target_refuses_it(pristine: Make, tmp_path: Path) -> None:
