@@ -35,8 +35,8 @@ def choose_device(request: str, cuda_count: int) -> str:
 def resolve_device(request: str) -> str:
     """`choose_device` with the devices torch sees, if torch is needed.
 
-    "auto" is the CPU where there is no GPU driver, and where bitsandbytes is called without torch: an H200 decodes at
-    1.7 times the speed of one such thread, which gives back a fraction of the seconds that importing torch takes.
+    "auto" is the CPU where there is no GPU driver, and where bitsandbytes is called without torch: an H200 decodes 1.7
+    times as fast as one such thread, which saves less time than importing torch costs.
     """
     if request == "cpu" or (request == "auto" and (not gpu_driver() or _needs_no_torch())):
         return "cpu"

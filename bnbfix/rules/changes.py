@@ -95,7 +95,7 @@ class Request:
 
     @cached_property
     def readings(self) -> tuple[Expectation, ...]:
-        """Of the expectations that say the same of the file's tensors, one."""
+        """One expectation of each group that says the same of the file's tensors."""
         return tuple(dict.fromkeys(group_alike(self.expectations, self.inspection.checkpoint.weights).values()))
 
     def parameters(self, so_far: Changes) -> Sequence[Parameter]:

@@ -43,7 +43,7 @@ class OutputFile:
         self._ways: set[str] = set()  # how its bytes came here
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, syscalls.open_flags("RDWR", "CREAT", "EXCL", "CLOEXEC"), 0o666)
-        self._ending = threading.Lock()  # taken once and for all, by who closes the file
+        self._ending = threading.Lock()  # taken once and for all, by whoever closes the file
         try:
             self._hasher = Hasher(self._fd, stop)
         except BaseException:  # no thread can be started; raised again

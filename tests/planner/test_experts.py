@@ -105,14 +105,19 @@ def test_per_expert_weights_are_quantized_as_bitsandbytes_does(
     assert bnbfix.verify(tmp_path / "out", tmp_path / "source").ok and bnbfix.scan(tmp_path / "out", target).ok
 
 
+def place_of(file: bytes | bytearray, name: str) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end in a safetensors file."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    begin, end = json.loads(file[8:start])[name]["data_offsets"]
+    return start + begin, start + end
+
+
 def test_a_spoilt_expert_that_was_fp4_is_found(per_expert: Path, tmp_path: Path) -> None:
     values = requantized(per_expert, tmp_path / "source", fp4)
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
     name = next(iter(values))
     data = bytearray((tmp_path / "out" / FILE).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    begin, end = json.loads(data[8:start])[name]["data_offsets"]
-    for at in range(start + begin, start + end):
+    for at in range(*place_of(data, name)):
         data[at] ^= 0x88  # every value moves by half of NF4's table
     (tmp_path / "out" / FILE).write_bytes(data)
     found = bnbfix.verify(tmp_path / "out", tmp_path / "source").problems
@@ -258,8 +263,7 @@ def test_another_map_of_the_scales_is_found(per_expert: Path, tmp_path: Path) ->
     bnbfix.repair(tmp_path / "source", tmp_path / "out", vllm="0.32.0", device="cpu")
     name = next(iter(values))
     data = bytearray((tmp_path / "out" / FILE).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    data[start + json.loads(data[8:start])[f"{name}.nested_quant_map"]["data_offsets"][0]] ^= 0x01
+    data[place_of(data, f"{name}.nested_quant_map")[0]] ^= 0x01
     (tmp_path / "out" / FILE).write_bytes(data)
     found = {p.tensor: p.message for p in bnbfix.verify(tmp_path / "out", tmp_path / "source").problems}
     assert found[name] == "its nested_quant_map is not bitsandbytes' 8-bit map"

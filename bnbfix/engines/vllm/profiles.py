@@ -2,8 +2,8 @@
 
 A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
-are formulas over the keys of config.json; `keys` are older names of some. `built`
-are stacks of which the engine builds fewer layers than a file has.
+are formulas over the keys of config.json; `keys` are older names of some. `built` are stacks of which the engine builds
+fewer layers than a file has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ..engine import version_key
 INDEX = "index.json"
 FOLDER = Path(__file__).with_name("profiles")
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
-
 _DIVIDED = re.compile("(?<!/)/(?!/)")
 Feature = Sequence[str]  # [kind, path, ...]
 
