@@ -131,6 +131,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
             seen: set[str] = set()
+            # `add` returns None: a name seen for the first time is put down, and does not count.
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
             raise HeaderError(f"{_show(twice)} is in the header twice", where=where)
         return out

@@ -112,7 +112,7 @@ class Results:
                 self.rows[row.model], self._lines[row.model] = row, (at, length)
                 end = at + length
             self._file.truncate(end)
-        except BaseException:
+        except BaseException:  # an interrupt too, raised again
             self._file.close()
             raise
 

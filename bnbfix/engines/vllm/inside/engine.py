@@ -54,7 +54,7 @@ def versions() -> dict[str, str | None]:
 
 
 def import_vllm() -> None:
-    """Imports what building and loading a model needs, before processes are forked for each."""
+    """Imports what building and loading a model needs, before processes are forked for each: only for them to share."""
     import bitsandbytes.functional  # noqa: F401
     import vllm.engine.arg_utils
     import vllm.model_executor.model_loader.utils  # noqa: F401
