@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
 from .engines.engine import ReleaseRange, Target
-from .engines.vllm.recorded import check_class
-from .engines.vllm.releases import find_installed, ranges, resolve_target
+from .engines.registry import check_class, engines
+from .engines.targets import resolve_target
+from .engines.vllm.releases import find_installed
 from .errors import BnbfixError, FindingsRemain, NotApplicable, UsageError
 from .hub.resolve import open_source
 from .models.detect import read_model
@@ -140,8 +141,8 @@ def explain(code: Code | str) -> Explanation:
 
 
 def releases() -> tuple[ReleaseRange, ...]:
-    """What each range of vLLM releases expects of a checkpoint, oldest first."""
-    return ranges()
+    """What each range of releases expects of a checkpoint, oldest first, of one engine after the other."""
+    return tuple(row for engine in engines().values() for row in engine.ranges)
 
 
 def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult | None:
@@ -167,7 +168,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     target = choose_target(vllm)
     try:
         checkpoint = open_checkpoint(source)
-        check_class(read_model(checkpoint.config))
+        check_class(read_model(checkpoint.config), target)
     except NotApplicable:
         return None
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..engines.engine import PORTABLE
-from ..engines.vllm.releases import resolve_target
+from ..engines.targets import resolve_target
 from ..errors import UsageError
 from ..report.next_step import command_line
 from ..report.terminal import print_warning, show_logs, show_status, write_file, write_text

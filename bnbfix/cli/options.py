@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..engines.engine import LATEST, PORTABLE
-from ..engines.vllm.releases import ranges
+from ..engines.engine import DEFAULT, LATEST, PORTABLE
+from ..engines.registry import engines
 from ..errors import UsageError
 
 TARGET, ASK = "Target", "Ask an installed vLLM"  # panels of the help
@@ -31,7 +31,7 @@ EPILOG = (
 
 def complete_targets(incomplete: str) -> list[str]:
     """The releases that begin and end a range, and the words that mean others."""
-    releases = dict.fromkeys(version for r in ranges() for version in (r.first, r.last))
+    releases = dict.fromkeys(version for r in engines()[DEFAULT].ranges for version in (r.first, r.last))
     return [name for name in (PORTABLE, LATEST, *releases) if name.startswith(incomplete)]
 
 

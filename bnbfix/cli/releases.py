@@ -25,7 +25,8 @@ def releases(
     verbose: Verbose = 0,
 ) -> int:
     """Show what each vLLM release expects of a checkpoint."""
-    from ..engines.vllm.releases import find_installed, ranges
+    from ..api import releases as all_releases
+    from ..engines.vllm.releases import find_installed
 
     show_logs(verbose)
     as_json = json or format == "json"
@@ -34,12 +35,12 @@ def releases(
     if as_json:
         from ..report.json import releases_document
 
-        print_json(releases_document(ranges()))
+        print_json(releases_document(all_releases()))
         return 0
     from ..report.results import releases_report, show
 
     installed = find_installed()
-    show(releases_report(ranges(), installed.version if installed else None))
+    show(releases_report(all_releases(), installed.version if installed else None))
     return 0
 
 

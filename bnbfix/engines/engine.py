@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -12,6 +12,7 @@ from ..models.family import Model
 from ..models.inspection import LinearWeight
 
 PORTABLE, LATEST = "portable", "latest"
+DEFAULT = "vLLM"  # the engine whose releases a target names without an engine
 
 Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
@@ -31,6 +32,7 @@ def version_key(version: str) -> tuple[int, int, int] | None:
 class ReleaseRange:
     """Releases from `first` to `last` that load bitsandbytes checkpoints alike. releases.json explains each trait."""
 
+    engine: str  # its name
     first: str
     last: str
     evidence: Literal["run", "read"]
@@ -64,15 +66,25 @@ class Installed:
 class Target:
     """What a checkpoint should load in: one range of releases, or several at once."""
 
-    name: str  # a release, or "portable"
+    name: str  # a release, or "portable"; of another engine than the default one, after "ENGINE:"
     ranges: tuple[ReleaseRange, ...]
     installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
     warning: str | None = None  # set when the release is newer than what is known
 
     @property
+    def engine(self) -> str:
+        """The name of the engine whose releases they are."""
+        return self.ranges[0].engine
+
+    @property
+    def release(self) -> str:
+        """A release, or "portable"."""
+        return self.name.rpartition(":")[2]
+
+    @property
     def label(self) -> str:
         """The target in words: `vLLM 0.22.1`, or `every vLLM release`."""
-        return "every vLLM release" if self.name == PORTABLE else f"vLLM {self.name}"
+        return f"every {self.engine} release" if self.release == PORTABLE else f"{self.engine} {self.release}"
 
     def ranges_for(self, model: Model) -> tuple[ReleaseRange, ...]:
         """The ranges that it means for a model: of several, those that know its class."""
@@ -113,6 +125,10 @@ class Expectation(Protocol):
         """
 
     @property
+    def skips(self) -> Matches:
+        """How the release reads skip entries: the same function for all that read them alike."""
+
+    @property
     def tied(self) -> bool:
         """Return True if config.json says that lm_head shares the embeddings' weight."""
 
@@ -146,6 +162,31 @@ class Expectation(Protocol):
 
     def rename(self, name: str) -> str | None:
         """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+
+
+class Engine(Protocol):
+    """What serves checkpoints: a folder in engines/ whose `engine.py` has one as ENGINE."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def command(self) -> Sequence[str]:
+        """What serves a checkpoint; the checkpoint follows."""
+
+    @property
+    def ranges(self) -> tuple[ReleaseRange, ...]:
+        """Its releases, oldest first."""
+
+    def expect(self, model: Model, release: ReleaseRange) -> Expectation | None:
+        """What a range of releases expects of a model; None where it does not load the model's class."""
+
+    def find_refusal(self, model: Model, release: ReleaseRange) -> str | None:
+        """Why a range of releases loads no checkpoint of the model's class, where it knows the class."""
+
+    def serving_packages(self, target: Target) -> list[str]:
+        """What to install with pip to serve a checkpoint for a target."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..checkpoint.checkpoint import Weight
-from .engine import Expectation
+from ..models.inspection import LinearWeight
+from .engine import Expectation, Parameter, Slot, matching_entries
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})  # dtypes that can be cast
 
@@ -73,3 +75,25 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     if shape == wanted:
         return True
     return len(shape) == len(wanted) and all(b is None or a == b for a, b in zip(shape, wanted, strict=True))
+
+
+@lru_cache(1 << 15)  # several rules and plans ask the same
+def find_slot(name: str, expectation: Expectation) -> Slot | None:
+    """The parameter that a tensor of the file goes into, a fused one perhaps; None for what the release drops."""
+    place = expectation.place(name)
+    found = (expectation.parameters.get(parameter) for parameter, _ in (place.fills if place else ()))
+    return next((slot for slot in found if slot is not None), None)
+
+
+def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: tuple[str, ...]) -> list[Parameter]:
+    """A release's parameters for these weights, in the order of their first member, without what it drops."""
+    groups: dict[Slot, list[LinearWeight]] = {}
+    for linear in linears:
+        if (slot := find_slot(linear.name, expectation)) is not None:
+            groups.setdefault(slot, []).append(linear)
+    out = []
+    for slot, members in groups.items():
+        role = members[0].role
+        skipped = matching_entries(skip, slot.module, expectation.skips) if slot.quantized and not slot.experts else ()
+        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped))
+    return out

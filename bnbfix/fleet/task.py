@@ -12,7 +12,7 @@ from typing import Any
 
 from ..api import plan_repair, scan
 from ..checkpoint.source import Source
-from ..engines.vllm.releases import resolve_target
+from ..engines.targets import resolve_target
 from ..errors import BnbfixError, InputError
 from ..hub.pace import Pace, keep_pace
 from ..hub.resolve import open_source

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import Target
-from ..engines.vllm.recorded import check_class
-from ..engines.vllm.releases import ranges, resolve_target
+from ..engines.registry import check_class, engines
+from ..engines.targets import target_of
 from ..errors import BnbfixError, NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from ..rules.scan import ScanResult, scan_inspection
@@ -40,14 +40,14 @@ def find_choices(checkpoint: Checkpoint, target: Target, scan: ScanResult | None
     """
     try:
         inspection = inspect_checkpoint(checkpoint)
-        check_class(inspection.model)
+        check_class(inspection.model, target)
     except NotApplicable:  # no rule knows the model; an installed vLLM was asked about it
         return ()
     own = _plan_choice(inspection, target, scan)
     if own is None:
         nearest = next(_other_choices(inspection, target, scan), None)
         return (nearest,) if nearest else ()
-    newest = resolve_target(ranges()[-1].last)
+    newest = target_of(engines()[target.engine].ranges[-1])
     if own.config_only or target.ranges == newest.ranges:
         return (own,)
     cheaper = _plan_choice(inspection, newest)
@@ -55,8 +55,8 @@ def find_choices(checkpoint: Checkpoint, target: Target, scan: ScanResult | None
 
 
 def _other_choices(inspection: Inspection, target: Target, scan: ScanResult | None) -> Iterator[Choice]:
-    for row in reversed(ranges()):
-        if (row,) != target.ranges and (choice := _plan_choice(inspection, resolve_target(row.last))):
+    for row in reversed(engines()[target.engine].ranges):
+        if (row,) != target.ranges and (choice := _plan_choice(inspection, target_of(row))):
             yield choice
     if choice := _plan_choice(inspection, target, scan, bf16=True):
         yield choice

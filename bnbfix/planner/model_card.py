@@ -91,10 +91,10 @@ def describe_repair(target: Target, actions: Iterable[Action], *, bf16: bool, on
 
 
 def _name_target(target: Target) -> str:
-    if target.name == PORTABLE:
-        return f"vLLM, every release from {target.ranges[0].first} to {target.ranges[-1].last},"
+    if target.release == PORTABLE:
+        return f"{target.engine}, every release from {target.ranges[0].first} to {target.ranges[-1].last},"
     same = target.ranges[0].name
-    return target.label + (f" (and what behaves like it: {same})" if same != target.name else "")
+    return target.label + (f" (and what behaves like it: {same})" if same != target.release else "")
 
 
 def _describe_plugin(target: Target) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from posixpath import normpath
 
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import label_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
@@ -30,7 +30,7 @@ def _message(f: Finding) -> str:
     more = [f"and {count(len(names) - SHOWN, 'more pattern')}"] if len(names) > SHOWN else []
     return "\n".join(
         [
-            f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}",
+            f"{label_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}",
             *names[:SHOWN],
             *more,
             fix_text(f),

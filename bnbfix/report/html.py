@@ -14,7 +14,7 @@ from html import escape
 from importlib import resources
 
 from ..__version__ import __version__
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import label_ranges
 from ..rules.scan import Finding, ScanResult
 from .layer_map import Cell, LayerMap, Section, State
 from .next_step import after_scan
@@ -139,8 +139,9 @@ def mark_verdict(verdict: str) -> str:
 
 def _releases(result: ScanResult, key: str) -> Iterator[str]:
     reported = {f.code.value for f in result.findings}
-    yield '<section class="releases"><h2>By vLLM release</h2>\n<div class="scroll"><table class="list">'
-    yield '<thead><tr><th scope="col">vLLM<th scope="col">verdict<th scope="col" class="n">tensors'
+    engine = _e(result.target.engine)
+    yield f'<section class="releases"><h2>By {engine} release</h2>\n<div class="scroll"><table class="list">'
+    yield f'<thead><tr><th scope="col">{engine}<th scope="col">verdict<th scope="col" class="n">tensors'
     yield '<th scope="col">because of</thead><tbody>'
     for v in matrix(result.releases):
         codes = " ".join(f'<a href="#{key}-{c}">{c}</a>' if c in reported else c for c in v.codes.split())
@@ -207,7 +208,7 @@ def _code(findings: Sequence[Finding], key: str) -> Iterator[str]:
     yield f'<span class="verdict {worst}">{worst}</span> {_e(code.explanation.title)}</h3>'
     yield f"<p>{_prose(code.explanation.why)}</p>\n<ul>"
     for f in findings:
-        yield f"<li>vLLM {format_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
+        yield f"<li>{label_ranges(f.releases)} <b>{f.severity}</b>: {_e(f.message)}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"<li>{_prose(words)}"
     yield "".join(f'<li><a href="{_e(url)}">{_e(url)}</a>' for url in code.explanation.upstream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import label_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ScanResult
 from .next_step import after_scan
@@ -73,7 +73,7 @@ def _releases(result: ScanResult) -> Iterator[str]:
     rows = [
         (v.releases, f"{EMOJI[v.verdict]} {v.verdict}", str(v.tensors or ""), v.codes) for v in matrix(result.releases)
     ]
-    return render_table(("vLLM", "verdict", "tensors", "because of"), rows)
+    return render_table((result.target.engine, "verdict", "tensors", "because of"), rows)
 
 
 def render_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _code(findings: Sequence[Finding]) -> Iterator[str]:
     yield f"### {findings[0].code.value} {worst}: {escape(findings[0].code.explanation.title)}"
     yield ""
     for f in findings:
-        yield f"- vLLM {format_ranges(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
+        yield f"- {label_ranges(f.releases)} **{f.severity}**: {escape(escape_control_chars(f.message))}"
     for words in dict.fromkeys(map(fix_text, findings)):
         yield f"- {escape(words)}"
     yield ""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.checkpoint import CONFIG
-from ..engines.engine import Target
-from ..engines.vllm.releases import resolve_target, serving_packages
+from ..engines.engine import DEFAULT, Target
+from ..engines.registry import engines
+from ..engines.targets import resolve_target
 from ..errors import (
     BnbfixError,
     EngineError,
@@ -81,11 +82,12 @@ def suggest_output(model: str) -> str:
 
 def serve_commands(folder: str, target: Target | None) -> tuple[str, ...]:
     """What serves a checkpoint that loads in a target; None for one in full precision, which any vLLM loads."""
-    packages = serving_packages(target) if target else []
+    engine = engines()[target.engine if target else DEFAULT]
+    packages = engine.serving_packages(target) if target else []
     install = (shell_words("pip", "install", *packages),) if packages else ()
     repo = parse_repo(folder) if not os.path.lexists(folder) else None
     revision = ["--revision", repo[1]] if repo and repo[1] else []
-    return (*install, shell_words("vllm", "serve", repo[0] if repo else folder, *revision))
+    return (*install, shell_words(*engine.command, repo[0] if repo else folder, *revision))
 
 
 def command_line(*arguments: str) -> str:

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from ..checkpoint.checkpoint import CONFIG
 from ..engines.engine import ReleaseRange
+from ..engines.targets import format_ranges, resolve_target
 from ..engines.vllm.probe import LoadResult, ProbeResult
-from ..engines.vllm.releases import format_ranges, resolve_target
 from ..hub.push import Pushed
 from ..planner.layout import Dequantize
 from ..planner.model_card import CARD
@@ -202,8 +202,21 @@ def _engine(versions: Mapping[str, str | None]) -> str:
 
 def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iterable[RenderableType]:
     """The release table in words, and which releases load which model classes, with a legend."""
+    for engine in dict.fromkeys(r.engine for r in rows):
+        yield from _engine_tables(engine, [r for r in rows if r.engine == engine])
+    yield Text(
+        "mixed: an unquantized weight in a quantized parameter; wrong is silent re-quantization. Gemma4's experts: "
+        "prefix of per-expert 4-bit weights. K as V: layers of attention_k_eq_v models; no V: an explicit v_proj is "
+        "refused. shared: what kv-shared layers need in the file. plugin: vllm-bnb-plugin. seen: in the running "
+        "engine, or read in its source. Of other model classes, --dry-load asks an installed vLLM."
+    )
+    yield Text(f"Installed here: vLLM {installed}." if installed else "No vLLM is installed here.")
+
+
+def _engine_tables(engine: str, rows: Sequence[ReleaseRange]) -> Iterable[RenderableType]:
+    """What each range of an engine's releases does, and which model classes it loads."""
     table = _table()
-    for column in ("vLLM", "mixed", "Gemma4's experts", "K as V", "shared", "plugin", "seen"):
+    for column in (engine, "mixed", "Gemma4's experts", "K as V", "shared", "plugin", "seen"):
         table.add_column(column, no_wrap=True)
     for r in rows:
         table.add_row(
@@ -218,19 +231,12 @@ def releases_report(rows: Sequence[ReleaseRange], installed: str | None) -> Iter
     yield table
     yield ""
     classes = _table()
-    for column in ("model class", "vLLM"):
+    for column in ("model class", engine):
         classes.add_column(column, no_wrap=True)
     for name in sorted(set().union(*(r.classes for r in rows))):
         classes.add_row(name, format_ranges(r for r in rows if name in r.classes))
     yield classes
     yield ""
-    yield Text(
-        "mixed: an unquantized weight in a quantized parameter; wrong is silent re-quantization. Gemma4's experts: "
-        "prefix of per-expert 4-bit weights. K as V: layers of attention_k_eq_v models; no V: an explicit v_proj is "
-        "refused. shared: what kv-shared layers need in the file. plugin: vllm-bnb-plugin. seen: in the running "
-        "engine, or read in its source. Of other model classes, --dry-load asks an installed vLLM."
-    )
-    yield Text(f"Installed here: vLLM {installed}." if installed else "No vLLM is installed here.")
 
 
 def explain_report(code: Code) -> Iterable[RenderableType]:

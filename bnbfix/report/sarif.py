@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..__version__ import __version__
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import label_ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding
 from .outcome import ScanOutcome
@@ -83,7 +83,7 @@ def _result(
     o: ScanOutcome, f: Finding, index: int, base: tuple[str, str | None], prints: Counter[str]
 ) -> dict[str, Any]:
     patterns = collapse(f.tensors)
-    text = f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
+    text = f"{label_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}."
     if patterns:
         text += f" {count(len(f.tensors), 'name')}: {', '.join(patterns)}."
     files: dict[str, list[str]] = {}

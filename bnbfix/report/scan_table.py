@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import label_ranges
 from ..rules.rule import Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .next_step import after_scan
@@ -144,7 +144,7 @@ def _matrix(verdicts: Sequence[ReleaseVerdict], options: TableOptions) -> Iterat
         ]
         for v in matrix(verdicts)
     ]
-    return _grid(("vLLM", "verdict", "tensors", "because of"), rows, options, right=2)
+    return _grid((verdicts[0].release.engine, "verdict", "tensors", "because of"), rows, options, right=2)
 
 
 def _grid(
@@ -184,7 +184,7 @@ def _code(findings: Sequence[Finding], options: TableOptions) -> Iterator[Styled
     shown: tuple[str, ...] | None = None
     for f in findings:
         yield from _wrapped(
-            f"vLLM {format_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
+            f"{label_ranges(f.releases)} {f.severity}: {escape_control_chars(f.message)}", options, by=2
         )
         if f.tensors != shown:
             yield from _names(f.tensors, options)

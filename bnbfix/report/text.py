@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..engines.vllm.releases import format_ranges
+from ..engines.targets import format_ranges
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ReleaseVerdict, ScanResult
 from .outcome import ScanOutcome

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Weight
 from ..engines.engine import Expectation, Parameter, ReleaseRange
-from ..engines.manifest import group_alike
-from ..engines.vllm.parameters import parameters
-from ..engines.vllm.recorded import expect
+from ..engines.manifest import group_alike, parameters
+from ..engines.registry import expect
 from ..models.inspection import Inspection, LinearWeight
 from .rule import Code
 

@@ -14,8 +14,9 @@ from itertools import product
 
 from ..checkpoint.checkpoint import Weight
 from ..checkpoint.quant_state import DTYPES
-from ..engines.vllm.recorded import expect
-from ..engines.vllm.releases import format_ranges, ranges
+from ..engines.engine import DEFAULT
+from ..engines.registry import engines, expect
+from ..engines.targets import label_ranges
 from ..errors import Unrepairable
 from ..models.inspection import LinearWeight
 from ..models.roles import classify_tensor
@@ -25,7 +26,7 @@ from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 _LOADING = releases_where(lambda r: r.expert_prefix is not None)
 _PREFIXES = "; ".join(
     f"`{prefix}` in {releases_where(lambda r, prefix=prefix: r.expert_prefix == prefix)}"  # type: ignore[misc]
-    for prefix in dict.fromkeys(r.expert_prefix for r in ranges() if r.expert_prefix)
+    for prefix in dict.fromkeys(r.expert_prefix for r in engines()[DEFAULT].ranges if r.expert_prefix)
 )
 _EXPERTS = re.compile(r"\.(?:moe\.)?experts\.")
 BLOCK = 64  # values; vLLM joins the blocks of a layer's experts, so one that is not full would shift those behind it
@@ -42,8 +43,9 @@ BLOCK = 64  # values; vLLM joins the blocks of a layer's experts, so one that is
 def check_moe_refused(case: Case) -> Iterator[Hit]:
     if case.inspection.model.moe and case.expert_prefix is None:
         words = "a mixture of experts, which the release refuses under bitsandbytes"
-        loading = format_ranges(r for r in ranges() if (e := expect(case.inspection.model, r)) and e.expert_prefix)
-        others = f"; vLLM {loading} can load one, and" if loading else ";"
+        rows, model = engines()[case.release.engine].ranges, case.inspection.model
+        loading = [r for r in rows if (e := expect(model, r)) and e.expert_prefix]
+        others = f"; {label_ranges(loading)} can load one, and" if loading else ";"
         reason = f"no 4-bit form exists for this release{others} --bf16 works everywhere"
         yield Hit(Severity.FAILS, (), words, reason)
 

@@ -13,11 +13,10 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..engines.engine import Expectation, Installed, Parameter, ReleaseRange, Target
-from ..engines.manifest import Load, group_alike, load_names
-from ..engines.vllm.parameters import parameters
-from ..engines.vllm.recorded import expect
-from ..engines.vllm.releases import format_ranges, ranges
+from ..engines.engine import DEFAULT, Expectation, Installed, Parameter, ReleaseRange, Target
+from ..engines.manifest import Load, group_alike, load_names, parameters
+from ..engines.registry import engines, expect
+from ..engines.targets import label_ranges
 from ..models.family import Model
 from ..models.inspection import Inspection, LinearWeight
 
@@ -264,7 +263,7 @@ def rule(
 
 def releases_where(predicate: Callable[[ReleaseRange], bool]) -> str:
     """`vLLM 0.19.0-0.22.1`: the releases that have a trait, for the words of an explanation."""
-    return f"vLLM {format_ranges(r for r in ranges() if predicate(r))}"
+    return label_ranges(r for r in engines()[DEFAULT].ranges if predicate(r))
 
 
 def names_of(linears: Iterable[LinearWeight]) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from ..__version__ import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quant_state import split_state_tensor
 from ..engines.engine import ReleaseRange, Target
+from ..engines.registry import check_class, engines
 from ..engines.transformers import check_skip_entries
-from ..engines.vllm.recorded import check_class
-from ..engines.vllm.releases import find_installed, ranges
+from ..engines.vllm.releases import find_installed
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .manifest import MANIFEST
@@ -157,12 +157,13 @@ def scan_inspection(
     `judged` are the ranges that get a verdict; by default, the whole table.
     """
     checkpoint, model = inspection.checkpoint, inspection.model
-    check_class(model)
+    check_class(model, target)
     check_skip_entries(checkpoint.skip_modules)
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
-    for case in make_cases(inspection, ranges() if judged is None else judged, target, dry_load):
+    rows = engines()[target.engine].ranges if judged is None else judged
+    for case in make_cases(inspection, rows, target, dry_load):
         hits = find_hits(case, known)
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(case.release)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..engines.engine import Matches, matching_entries
-from ..engines.manifest import group_alike
+from ..engines.manifest import find_slot, group_alike
 from ..engines.transformers import find_module, transformers_linears, transformers_skips
-from ..engines.vllm.parameters import find_slot, names_matched, vllm_skips
 from ..models.inspection import LinearWeight
 from ..models.roles import classify_tensor
 from .changes import Changes, ConfigEdit, Request
@@ -58,13 +57,13 @@ def check_skip_entry(case: Case) -> Iterator[Hit]:
     unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
     architecture = case.inspection.model.family.architecture
     theirs = {module for m in unquantized if (module := find_module(m.name, architecture))}
-    known = set[str]().union(*(names_matched(p.module) for p in case.params))
-    unknown = tuple(
+    only_theirs = [
         entry
         for entry in case.inspection.checkpoint.skip_modules
-        if entry not in known and any(transformers_skips(entry, module) for module in theirs)
-    )
-    if unknown:
+        if any(transformers_skips(entry, module) for module in theirs)
+    ]
+    skips = case.expectation.skips if case.expectation else transformers_skips
+    if unknown := tuple(e for e in only_theirs if not any(skips(e, p.module) for p in case.params)):
         yield Hit(Severity.NOTE, unknown, "skip entry only in transformers' spelling; vLLM does not match it")
 
 
@@ -112,7 +111,7 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
             slot = find_slot(linear.name, expectation)
             if slot is not None and slot.quantized and not slot.experts:
                 names[slot.module] = quantized
-        spellings.append((names, vllm_skips))
+        spellings.append((names, expectation.skips))
     quantized_after = {m.name: quantized for m, quantized in after}
     theirs = transformers_linears((m for m, _ in after), model)
     names = {module: quantized_after[m.name] for m, module in theirs}
@@ -145,7 +144,9 @@ def shortest_prefixes(modules: Iterable[str], matches: Matches, matches_quantize
 
     `matches_quantized` says whether an entry names a quantized module to any reader of the list.
 
-    >>> shortest_prefixes(["tower.a.b", "tower.c", "x.layers.1.mlp"], vllm_skips, lambda e: vllm_skips(e, "x.o"))
+    >>> def names(entry, module):
+    ...     return entry in module.split(".") or f"{module}.".startswith(f"{entry}.")
+    >>> shortest_prefixes(["tower.a.b", "tower.c", "x.layers.1.mlp"], names, lambda e: names(e, "x.o"))
     ['tower', 'x.layers']
     """
     refused: set[str] = set()

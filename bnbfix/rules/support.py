@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..engines.engine import version_key
-from ..engines.vllm.recorded import find_refusal
+from ..engines.registry import engines, find_refusal
+from ..engines.targets import label_ranges
 from ..engines.vllm.releases import plugin_bounds, unfit_plugin
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
@@ -31,7 +32,7 @@ def check_unknown_class(case: Case) -> Iterator[Hit]:
     if case.expectation is None:
         refusal = find_refusal(case.inspection.model, case.release)
         words = f"{name} is unknown to the release" if refusal is None else f"the release refuses it: {refusal}"
-        loading = releases_where(lambda r: name in r.classes)
+        loading = label_ranges(r for r in engines()[case.release.engine].ranges if name in r.classes)
         yield Hit(Severity.FAILS, (), words, f"{loading} loads a {name}")
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, Source, as_remote, read_file
 from ..engines.engine import Target
-from ..engines.vllm.releases import resolve_target
+from ..engines.targets import resolve_target
 from ..errors import BnbfixError
 from ..kernels.packages import require_packages
 from ..planner.layout import Copy, Dequantize, MadeWeight, ShardPlan, Split

@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 import bnbfix
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.report.next_step import serve_commands, suggest_output
 
 SECONDS = float(os.environ.get("BNBFIX_SECONDS", "60"))

@@ -13,9 +13,10 @@ import pytest
 import bnbfix
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
+from bnbfix.engines.manifest import parameters
+from bnbfix.engines.targets import find_range
 from bnbfix.engines.vllm import probe
 from bnbfix.engines.vllm import releases as vllm_releases
-from bnbfix.engines.vllm.parameters import parameters
 from bnbfix.engines.vllm.profiles import known_classes
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.models.inspection import inspect_checkpoint
@@ -48,7 +49,7 @@ def test_releases_in_json_is_the_table(run: Cli) -> None:
     path = Path(vllm_releases.__file__).with_name("releases.json")
     for row, wanted in zip(done.json["ranges"], json.loads(path.read_text())["ranges"], strict=True):
         assert "Gemma4ForConditionalGeneration" in row["classes"]
-        assert row == wanted | {"classes": row["classes"]}
+        assert row == wanted | {"engine": "vLLM", "classes": row["classes"]}
 
 
 @pytest.mark.parametrize("code", list(Code), ids=lambda c: c.value)
@@ -91,7 +92,7 @@ def probed(source: Path, release: str, **changes: bool) -> dict[str, Any]:
     """The answer of a vLLM that does what the table says, but for `changes`."""
     inspection = inspect_checkpoint(open_checkpoint(LocalSource.open(source)))
     skip = inspection.checkpoint.skip_modules
-    row = vllm_releases.find_range(release)
+    row = find_range(release)
     assert row is not None
     expectation = expect(inspection.model, row)
     assert expectation is not None

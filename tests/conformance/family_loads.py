@@ -27,9 +27,9 @@ from make_family import FORMS
 from run import run_in
 from survey import SHAPES_RELEASE
 
+from bnbfix.engines.targets import find_range
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range
 from bnbfix.models.detect import read_model
 
 ROWS = str.maketrans("qkv", "012")  # parts of qkv_proj in the order of its rows; others sort by their names

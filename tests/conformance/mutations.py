@@ -17,8 +17,8 @@ from dry_loads import open_folder, verdict
 
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint
+from bnbfix.engines.targets import resolve_target
 from bnbfix.engines.vllm.live import LiveVllm
-from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.rules.rule import AFTER_LOADING, Code, Severity
 from bnbfix.rules.scan import scan_checkpoint
 from tests.support.mutations import MUTATIONS

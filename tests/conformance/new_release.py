@@ -45,10 +45,11 @@ from survey import SHAPES_RELEASE, find_shapes, survey, write_index
 
 import bnbfix
 from bnbfix.engines.engine import Place, ReleaseRange, version_key
+from bnbfix.engines.targets import find_range
 from bnbfix.engines.vllm.live import DryLoad, LiveVllm
 from bnbfix.engines.vllm.profiles import FOLDER, INDEX, load_profile
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range, ranges
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import Model
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from bnbfix.engines.targets import find_range
 from bnbfix.engines.vllm.recorded import RecordedExpectation, expect
-from bnbfix.engines.vllm.releases import find_range
 from bnbfix.models.detect import read_model
 
 MISTRAL_7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from bnbfix.engines.engine import Expectation, ReleaseRange
+from bnbfix.engines.manifest import find_slot
+from bnbfix.engines.targets import find_range
 from bnbfix.engines.transformers import find_module
 from bnbfix.engines.vllm.facts import ModelFacts
-from bnbfix.engines.vllm.parameters import find_slot
 from bnbfix.engines.vllm.profiles import (
     FOLDER,
     INDEX,
@@ -23,7 +24,7 @@ from bnbfix.engines.vllm.profiles import (
     load_profile,
 )
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range, ranges
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.errors import InputError
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import Model, read_path

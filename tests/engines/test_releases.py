@@ -13,21 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnbfix.engines.engine import LATEST, PORTABLE, Installed, ReleaseRange, version_key
+from bnbfix.engines.targets import find_range, format_ranges, resolve_target
 from bnbfix.engines.vllm import releases
 from bnbfix.engines.vllm.profiles import known_classes
-from bnbfix.engines.vllm.releases import (
-    LATEST,
-    PORTABLE,
-    Installed,
-    ReleaseRange,
-    find_installed,
-    find_range,
-    format_ranges,
-    ranges,
-    resolve_target,
-    serving_packages,
-    version_key,
-)
+from bnbfix.engines.vllm.releases import find_installed, ranges, serving_packages
 from bnbfix.errors import UsageError
 
 NAMES = [
@@ -78,7 +68,7 @@ def test_rows_are_sorted_and_leave_no_minor_release_out() -> None:
 @pytest.mark.parametrize("row", ranges(), ids=NAMES)
 def test_every_trait_has_a_value_that_is_known(row: ReleaseRange) -> None:
     assert {name: getattr(row, name) in values for name, values in VALUES.items()} == dict.fromkeys(VALUES, True)
-    assert set(VALUES) | {"first", "last", "classes"} == {f.name for f in fields(ReleaseRange)}
+    assert set(VALUES) | {"engine", "first", "last", "classes"} == {f.name for f in fields(ReleaseRange)}
     assert row.classes and row.classes <= set(known_classes())
     assert not (row.needs_v and row.refuses_v)
 
@@ -104,7 +94,7 @@ def test_a_row_without_a_value_that_is_known_is_refused(
 def test_the_file_tells_what_every_trait_means() -> None:
     doc = json.loads(resources.files("bnbfix").joinpath("engines/vllm/releases.json").read_text("utf-8"))
     assert doc["schema"] == 1
-    assert set(doc["traits"]) == {f.name for f in fields(ReleaseRange)}
+    assert set(doc["traits"]) | {"engine"} == {f.name for f in fields(ReleaseRange)}
     assert all(len(said) > 10 for said in doc["traits"].values())
 
 

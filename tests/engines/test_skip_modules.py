@@ -8,7 +8,7 @@ import pytest
 
 from bnbfix.engines.engine import matching_entries
 from bnbfix.engines.transformers import transformers_skips
-from bnbfix.engines.vllm.parameters import vllm_skips
+from bnbfix.engines.vllm.skip_entries import vllm_skips
 
 V_QKV = "language_model.model.layers.3.self_attn.qkv_proj"
 V_TOWER = "vision_tower.encoder.layers.0.self_attn.qkv_proj"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.engines.targets import resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.fleet.changes import Change, changes_code, find_changes, render_changes
 from bnbfix.fleet.results import Row, Verdict
 from tests.support.build import Make

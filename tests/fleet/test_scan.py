@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import OutputError, UsageError
 from bnbfix.fleet import local, task
 from bnbfix.fleet.results import Results

@@ -20,9 +20,9 @@ import torch
 
 from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Weight, open_checkpoint
 from bnbfix.checkpoint.quant_state import FOUR_BIT_SUFFIXES
+from bnbfix.engines.targets import resolve_target
 from bnbfix.engines.vllm import live, process
 from bnbfix.engines.vllm.profiles import fill_pattern, known_classes, load_profile
-from bnbfix.engines.vllm.releases import resolve_target
 from bnbfix.errors import BnbfixError, EngineError, InputError, NotApplicable, QuantStateError, Unrepairable
 from bnbfix.planner.plan import Options
 from bnbfix.planner.plan_repair import plan_checkpoint

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent)]
 
 from bnbfix.checkpoint.checkpoint import open_checkpoint  # noqa: E402
-from bnbfix.engines.vllm.releases import resolve_target  # noqa: E402
+from bnbfix.engines.targets import resolve_target  # noqa: E402
 from bnbfix.errors import BnbfixError  # noqa: E402
 from bnbfix.planner.plan_repair import plan_checkpoint  # noqa: E402
 from bnbfix.rules.scan import scan_checkpoint  # noqa: E402

@@ -17,7 +17,7 @@ import pytest
 
 from bnbfix.checkpoint import checkpoint
 from bnbfix.checkpoint.checkpoint import open_checkpoint
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import InputError
 from bnbfix.models import inspection
 from bnbfix.rules.scan import scan_checkpoint

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import matching_entries
+from bnbfix.engines.manifest import find_slot, parameters
+from bnbfix.engines.targets import resolve_target
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
-from bnbfix.engines.vllm.parameters import find_slot, parameters
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.errors import QuantStateError, Unrepairable
 from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bnbfix
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.planner.model_card import BEGIN, CARD, END, MAX_CARD, describe_repair, insert_section
 from bnbfix.planner.plan import Action
 from tests.support.build import Make

@@ -19,7 +19,7 @@ from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpo
 from bnbfix.checkpoint.safetensors import DTYPE_BITS, LENGTH_BYTES, parse_header
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import Installed
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import InputError, NotApplicable, Unrepairable
 from bnbfix.models.roles import canonical
 from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan

@@ -13,7 +13,8 @@ import jsonschema
 import pytest
 from markdown_it import MarkdownIt
 
-from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.engines.targets import resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.errors import InputError, NotApplicable, UsageError
 from bnbfix.report import github as report_github
 from bnbfix.report import html as report_html

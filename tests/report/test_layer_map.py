@@ -12,7 +12,7 @@ import pytest
 
 import bnbfix
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.report import html as report_html
 from bnbfix.report.layer_map import Cell, LayerMap, Row, Section, State, build_layer_map

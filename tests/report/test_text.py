@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.text import Text
 
-from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.engines.targets import resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.hub.push import Pushed
 from bnbfix.report.next_step import after_repair
 from bnbfix.report.outcome import ScanOutcome

@@ -13,7 +13,7 @@ import bnbfix
 from bnbfix.checkpoint import checkpoint as checkpoints
 from bnbfix.checkpoint.checkpoint import CONFIG, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.plan import Plan
 from bnbfix.planner.plan_repair import plan_checkpoint

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import bnbfix
 from bnbfix.engines.engine import matching_entries
+from bnbfix.engines.targets import find_range, resolve_target
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range, resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.choices import find_choices

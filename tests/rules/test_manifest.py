@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, rename_weights
 from bnbfix.engines.engine import Place
+from bnbfix.engines.targets import find_range, resolve_target
 from bnbfix.engines.vllm.recorded import expect
-from bnbfix.engines.vllm.releases import find_range, ranges, resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.rule import Reading, Severity, make_cases
 from bnbfix.rules.scan import scan_checkpoint

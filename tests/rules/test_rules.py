@@ -14,7 +14,8 @@ import pytest
 from bnbfix.checkpoint.checkpoint import open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import Installed, Target
-from bnbfix.engines.vllm.releases import ranges, resolve_target
+from bnbfix.engines.targets import resolve_target
+from bnbfix.engines.vllm.releases import ranges
 from bnbfix.models.detect import read_model
 from bnbfix.models.family import FULL, SLIDING
 from bnbfix.models.roles import canonical

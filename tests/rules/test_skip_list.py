@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bnbfix.engines.engine import Matches, matching_entries
 from bnbfix.engines.transformers import transformers_skips
-from bnbfix.engines.vllm.parameters import vllm_skips
+from bnbfix.engines.vllm.skip_entries import vllm_skips
 from bnbfix.rules.skip_list import shortest_prefixes
 
 

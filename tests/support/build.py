@@ -18,7 +18,7 @@ from bnbfix.checkpoint.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpo
 from bnbfix.checkpoint.safetensors import DTYPE_BITS
 from bnbfix.checkpoint.source import LocalSource
 from bnbfix.engines.engine import Target
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.planner.plan import Options, Plan
 from bnbfix.planner.plan_repair import plan_checkpoint
 from bnbfix.rules.scan import ScanResult, scan_checkpoint

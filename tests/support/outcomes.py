@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.report.outcome import ScanOutcome, scan_models
 
 EVIL = "\x1b[31m\x07\r\n<script>alert(1)</script>|`*_[x](http://e.vil)%0A,:\u202e@user"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import bnbfix
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bnbfix.checkpoint.source import LocalSource
-from bnbfix.engines.vllm.releases import resolve_target
+from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import InputError, OutputError, UsageError, VerifyError
 from bnbfix.kernels import native
 from bnbfix.kernels import reference as decode

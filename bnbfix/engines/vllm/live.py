@@ -18,8 +18,9 @@ from ...checkpoint.checkpoint import INDEX, Checkpoint
 from ...checkpoint.safetensors import build_header
 from ...errors import EngineError, UsageError
 from ..engine import Installed, Target
+from ..targets import find_range
 from .process import Status, run_worker, scratch_folder
-from .releases import INSTALL, PLUGIN, VLLM_DISTRIBUTIONS, find_range, ranges
+from .releases import INSTALL, PLUGIN, VLLM_DISTRIBUTIONS, ranges
 
 SECONDS = 600.0
 MAX_MEMORY = 8_000_000_000  # bytes; a 31B takes 1.7 GB

