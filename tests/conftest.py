@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ from tests.support.hub_server import FakeHub
 for module in pkgutil.walk_packages(bnbfix.__path__, "bnbfix."):  # first imported in a test, one keeps what it patched
     if not module.name.endswith("__main__"):
         import_module(module.name)
+
+# In the background of a shell SIGINT is ignored, and so it would be by every command that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
