@@ -78,6 +78,13 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
 
 
+def test_the_quickstart_ends_with_a_clean_checkpoint(tmp_path: Path) -> None:
+    done = python(EXAMPLES / "quickstart.py", tmp_path / "quick")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n$ bnbfix ") == 6
+    assert done.stdout.endswith(f"\nquickstart: {tmp_path / 'quick' / 'repaired'} is clean for every vLLM release\n")
+
+
 def test_an_upload_is_checked_first(pristine: Make, hub: Hub, environment: dict[str, str]) -> None:
     arguments = ("acme/model", "--vllm", "0.32.0")
     done = python(EXAMPLES / "upload.py", pristine("dense31b", "partial", shards=2), *arguments, **environment)
