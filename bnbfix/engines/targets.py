@@ -17,34 +17,33 @@ def resolve_target(request: str | None, installed: Installed | None = None) -> T
     Another engine's is named after the engine and a colon. A release that is newer than the engine's table is judged as
     its newest row, and `Target.warning` says so. Raises UsageError for any other release that the table does not know.
     """
-    if request is not None and not isinstance(request, str):
+    here = installed if request is None else None
+    if request is None:
+        request = here.version if here else PORTABLE
+    if not isinstance(request, str):
         raise UsageError(f"the vLLM release is {request!r}, not a string", command=LIST)
-    name, _, release = (request or "").rpartition(":")
-    engine = engines().get(name or DEFAULT)
+    name, colon, release = request.rpartition(":")
+    wanted = (name if colon else DEFAULT).lower()
+    engine = next((e for e in engines().values() if e.name.lower() == wanted), None)
     if engine is None:
-        raise UsageError(f"{request!r} names no engine that bnbfix knows", hint=_list_engines(), command=LIST)
+        hint = f"The engines are {', '.join(engines())}."
+        raise UsageError(f"{request!r} names no engine that bnbfix knows", hint=hint, command=LIST)
     rows = engine.ranges
-    if (request is None and installed is None) or release == PORTABLE:
-        return Target(request or PORTABLE, rows)
+    if release == PORTABLE:
+        return Target(request, rows)
     if release == LATEST:
         return target_of(rows[-1])
-    asked = installed.version if request is None and installed else release
-    found = find_range(asked, engine.name) or _newest_row(asked, engine)
+    known = find_range(release, engine.name)
+    found = known or _newest_row(release, engine)
     if found is None:
-        hint = f"Name a release from {rows[0].first} to {rows[-1].last}, {LATEST!r} or {PORTABLE!r}."
         words = f"{release!r} is not a {engine.name} release that bnbfix knows"
-        if request is None:
-            words = f"the installed {engine.name} {asked} is not in the table"
+        if here:
+            words = f"the installed {engine.name} {release} is not in the table"
+        hint = f"Name a release from {rows[0].first} to {rows[-1].last}, {LATEST!r} or {PORTABLE!r}."
         raise UsageError(words, hint=hint, command=LIST)
-    warning = None
-    if find_range(asked, engine.name) is None:
-        warning = f"{engine.name} {asked} is newer than this bnbfix, which judges it as {found.last}"
-        warning += "; --dry-load asks the release itself"
-    return Target(request or asked, (found,), installed if request is None else None, warning)
-
-
-def _list_engines() -> str:
-    return f"The engines are {', '.join(engines())}."
+    warning = f"{engine.name} {release} is newer than this bnbfix, which judges it as {found.last}"
+    warning += "; --dry-load asks the release itself"
+    return Target(request, (found,), here, None if known else warning)
 
 
 def target_of(row: ReleaseRange) -> Target:

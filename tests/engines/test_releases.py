@@ -230,6 +230,14 @@ def test_an_unknown_release_is_a_usage_error_that_names_the_known_ones(request_:
     assert caught.value.command == "bnbfix releases"
 
 
+@pytest.mark.parametrize("request_", ["SGLang:0.5", ":0.32.0", "a:b:c"])
+def test_an_unknown_engine_is_a_usage_error_that_names_the_known_ones(request_: str) -> None:
+    with pytest.raises(UsageError, match=f"'{request_}' names no engine") as caught:
+        resolve_target(request_)
+    assert caught.value.hint == "The engines are vLLM."
+    assert resolve_target("vllm:0.32.0").ranges == resolve_target("0.32.0").ranges
+
+
 @pytest.mark.parametrize("version", ["0.11.0", "unknown"])
 def test_an_installed_vllm_outside_the_table_is_a_usage_error(version: str) -> None:
     with pytest.raises(UsageError, match=f"installed vLLM {version} is not in the table") as caught:
