@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..fleet.run import Workers
 
 WORKERS = "Workers"  # a panel of the help
+SCANS, REPAIRS = "fleet-scan.jsonl", "fleet-repair.jsonl"  # where results go unless --output says
 
 app = typer.Typer(name="fleet", help="Scan or repair many models, on this machine or on a Ray cluster.")
 
@@ -34,16 +35,29 @@ From = Annotated[
     str | None, typer.Option("--from", metavar="FILE", help="The models listed in FILE, one per line; - is stdin.")
 ]
 Org = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Every model of an organization on the Hub.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
+
+
+def _output(default: str) -> Any:
+    return typer.Option(
         "--output",
         metavar="FILE",
         rich_help_panel=OUTPUT,
         help="JSON Lines, a line for each model, and a page next to it as .html. What is finished in it is not done "
-        "again. Default: fleet-scan.jsonl, fleet-repair.jsonl.",
-    ),
-]
+        f"again. Default: {default}.",
+    )
+
+
+def _jobs(default: str) -> Any:
+    return typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        show_default=False,
+        rich_help_panel=WORKERS,
+        help=f"Processes here. Default: {default}.",
+    )
+
+
 Baseline = Annotated[
     Path | None,
     typer.Option(
@@ -52,10 +66,6 @@ Baseline = Annotated[
         rich_help_panel=OUTPUT,
         help="Print what changed since an older scan, in Markdown; exit 1 only for new findings.",
     ),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option("--jobs", metavar="N", min=1, rich_help_panel=WORKERS, help="Processes here. Default: one per core."),
 ]
 Rate = Annotated[
     float,
@@ -95,10 +105,10 @@ Scratch = Annotated[
 def scan(
     source: From = None,
     org: Org = None,
-    output: Output = None,
+    output: Annotated[Path | None, _output(SCANS)] = None,
     vllm: FleetVllm = None,
     baseline: Baseline = None,
-    jobs: Jobs = None,
+    jobs: Annotated[int | None, _jobs("one per core")] = None,
     rate: Rate = 5,
     ray: Ray = None,
     cpus: Cpus = 1,
@@ -115,7 +125,7 @@ def scan(
     show_logs(verbose)
     old = read_rows(baseline) if baseline else None
     workers = _choose_workers(jobs, rate, ray, cpus, gpus, memory, disk)
-    rows = _run(source, org, output or Path("fleet-scan.jsonl"), vllm, workers, quiet=quiet)
+    rows = _run(source, org, output or Path(SCANS), vllm, workers, quiet=quiet)
     if old is not None:
         changes = find_changes(old, rows, resolve_target(vllm or PORTABLE))
         write_text(render_changes(changes))
@@ -132,10 +142,10 @@ def scan(
 def repair(
     source: From = None,
     org: Org = None,
-    output: Output = None,
+    output: Annotated[Path | None, _output(REPAIRS)] = None,
     vllm: FleetVllm = None,
     scratch: Scratch = None,
-    jobs: Jobs = 1,
+    jobs: Annotated[int, _jobs("1")] = 1,
     rate: Rate = 5,
     ray: Ray = None,
     cpus: Cpus = 1,
@@ -151,8 +161,7 @@ def repair(
     show_logs(verbose)
     check_login()
     workers = _choose_workers(jobs, rate, ray, cpus, gpus, memory, disk)
-    output = output or Path("fleet-repair.jsonl")
-    rows = _run(source, org, output, vllm, workers, repair=True, scratch=scratch, quiet=quiet)
+    rows = _run(source, org, output or Path(REPAIRS), vllm, workers, repair=True, scratch=scratch, quiet=quiet)
     return worst([row.exit_code for row in rows])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,13 @@ def test_every_command_has_help(run: Cli, command: str, options: list[str]) -> N
     assert (done.code, done.err) == (0, "") and done == run(command, "-h")
     assert f"Example: bnbfix {command}" in done.out
     assert all(option in done.out for option in options)
+
+
+@pytest.mark.parametrize(("command", "default"), [("scan", "one per core"), ("repair", "1")])
+def test_the_help_of_a_fleet_gives_one_default_for_each_option(run: Cli, command: str, default: str) -> None:
+    words = re.sub(r"[\s│]+", " ", run("fleet", command, "--help").out)
+    assert f"Processes here. Default: {default}. --rate" in words
+    assert f"not done again. Default: fleet-{command}.jsonl." in words
 
 
 IMPORTED = """
