@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..report.next_step import command_line
 from ..report.terminal import print_warning, show_logs, show_status, write_file, write_text
 from ..rules.selection import worst
-from .options import OUTPUT, FleetVllm, Quiet, Verbose
+from .options import OUTPUT, Command, FleetVllm, Group, Quiet, Verbose
 from .repair import read_size
 from .run_scan import read_listed
 from .signals import Interrupted
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WORKERS = "Workers"  # a panel of the help
 SCANS, REPAIRS = "fleet-scan.jsonl", "fleet-repair.jsonl"  # where results go unless --output says
 
-app = typer.Typer(name="fleet", help="Scan or repair many models, on this machine or on a Ray cluster.")
+app = typer.Typer(name="fleet", cls=Group, help="Scan or repair many models, on this machine or on a Ray cluster.")
 
 From = Annotated[
     str | None, typer.Option("--from", metavar="FILE", help="The models listed in FILE, one per line; - is stdin.")
@@ -101,7 +101,7 @@ Scratch = Annotated[
 ]
 
 
-@app.command(epilog="Example: bnbfix fleet scan --org acme --baseline last-month.jsonl")
+@app.command(cls=Command, epilog="Example: bnbfix fleet scan --org acme --baseline last-month.jsonl")
 def scan(
     source: From = None,
     org: Org = None,
@@ -138,7 +138,7 @@ def scan(
     return worst([row.exit_code for row in rows])
 
 
-@app.command(epilog="Example: bnbfix fleet repair --org acme --vllm 0.32.0")
+@app.command(cls=Command, epilog="Example: bnbfix fleet repair --org acme --vllm 0.32.0")
 def repair(
     source: From = None,
     org: Org = None,

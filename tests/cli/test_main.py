@@ -236,7 +236,7 @@ def test_without_arguments_there_is_help(run: Cli, arguments: list[str]) -> None
     done = run(*arguments)
     assert (done.code, done.err) == (0, "")
     text = done.out
-    assert "Usage: " in text and "HF_TOKEN" in text and "Exit codes" in text
+    assert "Usage: " in text and "HF_TOKEN" in text and "Exit codes" in text and "<bool>" not in text
     assert all(command in text for command in ("scan", "repair", "verify", "releases", "explain"))
 
 
@@ -255,6 +255,7 @@ def test_every_command_has_help(run: Cli, command: str, options: list[str]) -> N
     assert (done.code, done.err) == (0, "") and done == run(command, "-h")
     assert f"Example: bnbfix {command}" in done.out
     assert all(option in done.out for option in options)
+    assert "<bool>" not in done.out
 
 
 @pytest.mark.parametrize(("command", "default"), [("scan", "one per core"), ("repair", "1")])
