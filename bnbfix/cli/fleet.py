@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..engines.targets import resolve_target
 from ..errors import UsageError
 from ..report.next_step import command_line
 from ..report.terminal import print_warning, show_logs, show_status, write_file, write_text
+from ..report.text import SHOWN, escape_control_chars
 from ..rules.selection import worst
 from .options import OUTPUT, Command, FleetVllm, Group, Quiet, Verbose
 from .repair import read_size
@@ -130,6 +132,8 @@ def scan(
         changes = find_changes(old, rows, resolve_target(vllm or PORTABLE))
         write_text(render_changes(changes))
         return changes_code(changes)
+    if not quiet:
+        _print_errors(rows)
     if not quiet and any(row.exit_code == 1 for row in rows):
         models = ["--from", source] if source else []
         models += ["--org", org] if org else []
@@ -162,6 +166,8 @@ def repair(
     check_login()
     workers = _choose_workers(jobs, rate, ray, cpus, gpus, memory, disk)
     rows = _run(source, org, output or Path(REPAIRS), vllm, workers, repair=True, scratch=scratch, quiet=quiet)
+    if not quiet:
+        _print_errors(rows)
     return worst([row.exit_code for row in rows])
 
 
@@ -222,6 +228,16 @@ def _run(
     if not quiet:
         print(f"{count_verdicts(rows)}, for {target.label}. Written: {output}, {page}")
     return rows
+
+
+def _print_errors(rows: Iterable[Row]) -> None:
+    """Why models could not be scanned or repaired: of the first few; the page says it of all."""
+    errors = [row for row in rows if row.verdict == "error"]
+    for row in errors[:SHOWN]:
+        words = row.because if row.because.startswith(row.model) else f"{row.model}: {row.because}"
+        print(f"  {escape_control_chars(words)}")
+    if len(errors) > SHOWN:
+        print(f"  and {len(errors) - SHOWN} more")
 
 
 def _list_models(source: str | None, org: str | None) -> dict[str, str | None]:
