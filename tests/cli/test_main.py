@@ -103,6 +103,15 @@ def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
     assert done.commands == ["bnbfix verify --help"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [(["fleet"], "fleet"), (["fleet", "scna"], "fleet"), (["fleet", "scan"], "fleet scan"), (["scan"], "scan")],
+)
+def test_the_help_that_an_error_names_is_that_of_the_command(run: Cli, arguments: list[str], command: str) -> None:
+    done = run(*arguments)
+    assert done.code == 2 and done.error and done.commands == [f"bnbfix {command} --help"]
+
+
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
     done = run("scan", pristine("dense31b", "skip"), "--vllm", "0.1.0")
     assert (done.code, done.out) == (2, "")
