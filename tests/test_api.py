@@ -334,9 +334,11 @@ def test_a_plan_and_a_result_are_described_in_a_line(pristine: Make, tmp_path: P
     plan = bnbfix.plan_repair(source, "0.32.0")
     assert sum(len(s.tensors) for s in plan.shards) > 200
     result = bnbfix.repair(source, out, "0.32.0", device="cpu")
-    for described in (repr(plan), repr(result)):
+    scanned = bnbfix.scan(source, "0.32.0")
+    for described in (repr(plan), repr(result), repr(scanned), repr(scanned.findings[0])):
         assert len(described) < 300 + len(str(source)) and "\n" not in described
     assert str(source) in repr(plan) and str(out) in repr(result)
+    assert str(source) in repr(scanned) and all(f.code.value in repr(scanned) for f in scanned.findings)
     assert len(repr(bnbfix.repair(out, tmp_path / "again", "0.32.0"))) < 300
 
 

@@ -10,7 +10,7 @@ import typer
 from ..__version__ import __version__
 from ..errors import UsageError
 from .fleet import app as fleet
-from .options import EPILOG
+from .options import EPILOG, Command, Group
 from .releases import explain, releases, schema
 from .repair import repair
 from .scan import scan
@@ -18,6 +18,7 @@ from .verify import verify
 
 app = typer.Typer(
     name="bnbfix",
+    cls=Group,
     help="Scan and repair bitsandbytes checkpoints so that vLLM loads them and answers correctly.",
     epilog=EPILOG,
     pretty_exceptions_enable=False,
@@ -32,7 +33,7 @@ for command, examples in (
     (explain, "bnbfix explain BNB102"),
     (schema, "bnbfix schema scan"),
 ):
-    app.command(epilog=f"Example: {examples}")(command)
+    app.command(cls=Command, epilog=f"Example: {examples}")(command)
 app.add_typer(fleet)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +17,9 @@ from ..engines.targets import resolve_target
 from ..errors import UsageError
 from ..report.next_step import command_line
 from ..report.terminal import print_warning, show_logs, show_status, write_file, write_text
+from ..report.text import SHOWN, escape_control_chars
 from ..rules.selection import worst
-from .options import OUTPUT, FleetVllm, Quiet, Verbose
+from .options import OUTPUT, Command, FleetVllm, Group, Quiet, Verbose
 from .repair import read_size
 from .run_scan import read_listed
 from .signals import Interrupted
@@ -27,23 +29,37 @@ if TYPE_CHECKING:
     from ..fleet.run import Workers
 
 WORKERS = "Workers"  # a panel of the help
+SCANS, REPAIRS = "fleet-scan.jsonl", "fleet-repair.jsonl"  # where results go unless --output says
 
-app = typer.Typer(name="fleet", help="Scan or repair many models, on this machine or on a Ray cluster.")
+app = typer.Typer(name="fleet", cls=Group, help="Scan or repair many models, on this machine or on a Ray cluster.")
 
 From = Annotated[
     str | None, typer.Option("--from", metavar="FILE", help="The models listed in FILE, one per line; - is stdin.")
 ]
 Org = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Every model of an organization on the Hub.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
+
+
+def _output(default: str) -> Any:
+    return typer.Option(
         "--output",
         metavar="FILE",
         rich_help_panel=OUTPUT,
         help="JSON Lines, a line for each model, and a page next to it as .html. What is finished in it is not done "
-        "again. Default: fleet-scan.jsonl, fleet-repair.jsonl.",
-    ),
-]
+        f"again. Default: {default}.",
+    )
+
+
+def _jobs(default: str) -> Any:
+    return typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        show_default=False,
+        rich_help_panel=WORKERS,
+        help=f"Processes here. Default: {default}.",
+    )
+
+
 Baseline = Annotated[
     Path | None,
     typer.Option(
@@ -52,10 +68,6 @@ Baseline = Annotated[
         rich_help_panel=OUTPUT,
         help="Print what changed since an older scan, in Markdown; exit 1 only for new findings.",
     ),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option("--jobs", metavar="N", min=1, rich_help_panel=WORKERS, help="Processes here. Default: one per core."),
 ]
 Rate = Annotated[
     float,
@@ -91,14 +103,14 @@ Scratch = Annotated[
 ]
 
 
-@app.command(epilog="Example: bnbfix fleet scan --org acme --baseline last-month.jsonl")
+@app.command(cls=Command, epilog="Example: bnbfix fleet scan --org acme --baseline last-month.jsonl")
 def scan(
     source: From = None,
     org: Org = None,
-    output: Output = None,
+    output: Annotated[Path | None, _output(SCANS)] = None,
     vllm: FleetVllm = None,
     baseline: Baseline = None,
-    jobs: Jobs = None,
+    jobs: Annotated[int | None, _jobs("one per core")] = None,
     rate: Rate = 5,
     ray: Ray = None,
     cpus: Cpus = 1,
@@ -115,11 +127,13 @@ def scan(
     show_logs(verbose)
     old = read_rows(baseline) if baseline else None
     workers = _choose_workers(jobs, rate, ray, cpus, gpus, memory, disk)
-    rows = _run(source, org, output or Path("fleet-scan.jsonl"), vllm, workers, quiet=quiet)
+    rows = _run(source, org, output or Path(SCANS), vllm, workers, quiet=quiet)
     if old is not None:
         changes = find_changes(old, rows, resolve_target(vllm or PORTABLE))
         write_text(render_changes(changes))
         return changes_code(changes)
+    if not quiet:
+        _print_errors(rows)
     if not quiet and any(row.exit_code == 1 for row in rows):
         models = ["--from", source] if source else []
         models += ["--org", org] if org else []
@@ -128,14 +142,14 @@ def scan(
     return worst([row.exit_code for row in rows])
 
 
-@app.command(epilog="Example: bnbfix fleet repair --org acme --vllm 0.32.0")
+@app.command(cls=Command, epilog="Example: bnbfix fleet repair --org acme --vllm 0.32.0")
 def repair(
     source: From = None,
     org: Org = None,
-    output: Output = None,
+    output: Annotated[Path | None, _output(REPAIRS)] = None,
     vllm: FleetVllm = None,
     scratch: Scratch = None,
-    jobs: Jobs = 1,
+    jobs: Annotated[int, _jobs("1")] = 1,
     rate: Rate = 5,
     ray: Ray = None,
     cpus: Cpus = 1,
@@ -151,8 +165,9 @@ def repair(
     show_logs(verbose)
     check_login()
     workers = _choose_workers(jobs, rate, ray, cpus, gpus, memory, disk)
-    output = output or Path("fleet-repair.jsonl")
-    rows = _run(source, org, output, vllm, workers, repair=True, scratch=scratch, quiet=quiet)
+    rows = _run(source, org, output or Path(REPAIRS), vllm, workers, repair=True, scratch=scratch, quiet=quiet)
+    if not quiet:
+        _print_errors(rows)
     return worst([row.exit_code for row in rows])
 
 
@@ -213,6 +228,16 @@ def _run(
     if not quiet:
         print(f"{count_verdicts(rows)}, for {target.label}. Written: {output}, {page}")
     return rows
+
+
+def _print_errors(rows: Iterable[Row]) -> None:
+    """Why models could not be scanned or repaired: of the first few; the page says it of all."""
+    errors = [row for row in rows if row.verdict == "error"]
+    for row in errors[:SHOWN]:
+        words = row.because if row.because.startswith(row.model) else f"{row.model}: {row.because}"
+        print(f"  {escape_control_chars(words)}")
+    if len(errors) > SHOWN:
+        print(f"  and {len(errors) - SHOWN} more")
 
 
 def _list_models(source: str | None, org: str | None) -> dict[str, str | None]:

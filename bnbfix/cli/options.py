@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ..engines.engine import DEFAULT, LATEST, PORTABLE
 from ..engines.registry import engines
@@ -27,6 +28,29 @@ EPILOG = (
     "Exit codes: 0 clean, repaired, or nothing to repair. 1 findings remain, or an output differs from its plan. 2 bad "
     "usage, or input that is missing or broken. 3 nothing to check. 130, 143 interrupted, terminated."
 )
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type for what takes no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Its parameters, --help among them."""
+        return _hide_types(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The same for what has commands."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Its parameters, --help among them."""
+        return _hide_types(super().get_params(ctx))
+
+
+def _hide_types(params: Any) -> Any:
+    for param in params:
+        if getattr(param, "is_flag", False) or getattr(param, "count", False):
+            param.metavar = ""  # typer says "<bool>" from 0.29 on
+    return params
 
 
 def complete_targets(incomplete: str) -> list[str]:

@@ -30,9 +30,10 @@ Formats = Annotated[
     list[ScanFormat] | None,
     typer.Option(
         "--format",
+        metavar="FORMAT",
         envvar="BNBFIX_FORMAT",
         rich_help_panel=OUTPUT,
-        help="How the result is written; more than once, with an --output for each.",
+        help=f"{', '.join(ScanFormat)}: more than once, with an --output for each.",
     ),
 ]
 Outputs = Annotated[

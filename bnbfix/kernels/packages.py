@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 from ..errors import UsageError
 
-INSTALL = "pip install 'bnbfix[repair]'"
+EXTRA = "bnbfix[repair]"
+INSTALL = f"pip install '{EXTRA}'"
+SMALLER = "It brings torch, in a build for CUDA of several GB; a CPU build that is installed before is enough."
 KERNELS = ("torch", "bitsandbytes", "numpy")
 
 
@@ -18,4 +20,5 @@ def require_packages(what: str, packages: Sequence[str] = KERNELS) -> None:
         what: What needs them, such as "this repair dequantizes".
     """
     if any(find_spec(name) is None for name in packages):
-        raise UsageError(f"{what}: {INSTALL}", command=INSTALL)
+        hint = SMALLER if find_spec("torch") is None else None
+        raise UsageError(f"{what}, for which {EXTRA} has to be installed", hint=hint, command=INSTALL)

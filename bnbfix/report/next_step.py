@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # a scan needs none of these
 
 
 COMMANDS = ("scan", "repair", "verify", "fleet", "releases", "explain", "schema")
+FLEET_COMMANDS = ("scan", "repair")
 
 
 class Step(NamedTuple):
@@ -170,12 +171,18 @@ def next_command(error: BnbfixError, arguments: Sequence[str]) -> str:
         return command_line("scan", *arguments[1:2], error.command)
     if error.command is not None:
         return command_line(*arguments, *shlex.split(error.command))
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     match error:
         case QuantStateError():
             return command_line("explain", Code.QUANT_STATE.value)
         case HubError() | EngineError() | OutputError() | VerifyError():
             return command_line(*arguments)
         case UsageError() | NotApplicable() | Unrepairable():
-            return command_line(*filter(None, [command]), "--help")
+            return command_line(*_command_words(arguments), "--help")
     return command_line(*arguments, "-vv")
+
+
+def _command_words(arguments: Sequence[str]) -> Sequence[str]:
+    """The words that name a command, whose help has its options; none where they name nothing."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return ()
+    return arguments[: 2 if arguments[0] == "fleet" and arguments[1:2] and arguments[1] in FLEET_COMMANDS else 1]

@@ -39,6 +39,10 @@ class Finding:
     fix: str | None  # what a repair for the target does about it
     reason: str | None  # why a repair does nothing about it
 
+    def __repr__(self) -> str:
+        code, severity, tensors = self.code.value, self.severity.value, len(self.tensors)
+        return f"Finding(code={code!r}, severity={severity!r}, message={self.message!r}, tensors={tensors})"
+
     @property
     def counts(self) -> bool:
         """Return True if it counts against the checkpoint. Notes do not."""
@@ -74,6 +78,11 @@ class ScanResult:
     shards: int
     dry_load: DryLoad | None = None  # what an installed vLLM said, where one was asked
     commit: str | None = None  # of a repo
+
+    def __repr__(self) -> str:
+        found = " ".join(sorted({f.code.value for f in self.findings}))
+        target, verdict = self.target.name, self.verdict.value
+        return f"ScanResult(model={self.model!r}, target={target!r}, verdict={verdict!r}, findings={found!r})"
 
     def _repr_html_(self) -> str | None:
         """How a notebook shows it."""

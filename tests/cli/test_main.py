@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_exit_code_2_a_revision_of_nothing(run: Cli, tmp_path: Path) -> None:
     done = run("verify", tmp_path, "--revision", "main")
     assert (done.code, done.out, done.error) == (2, "", "error: a revision needs a source on the Hub")
     assert done.commands == ["bnbfix verify --help"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [(["fleet"], "fleet"), (["fleet", "scna"], "fleet"), (["fleet", "scan"], "fleet scan"), (["scan"], "scan")],
+)
+def test_the_help_that_an_error_names_is_that_of_the_command(run: Cli, arguments: list[str], command: str) -> None:
+    done = run(*arguments)
+    assert done.code == 2 and done.error and done.commands == [f"bnbfix {command} --help"]
 
 
 def test_exit_code_2_an_unknown_release(run: Cli, pristine: Make) -> None:
@@ -235,7 +245,7 @@ def test_without_arguments_there_is_help(run: Cli, arguments: list[str]) -> None
     done = run(*arguments)
     assert (done.code, done.err) == (0, "")
     text = done.out
-    assert "Usage: " in text and "HF_TOKEN" in text and "Exit codes" in text
+    assert "Usage: " in text and "HF_TOKEN" in text and "Exit codes" in text and "<bool>" not in text
     assert all(command in text for command in ("scan", "repair", "verify", "releases", "explain"))
 
 
@@ -254,6 +264,14 @@ def test_every_command_has_help(run: Cli, command: str, options: list[str]) -> N
     assert (done.code, done.err) == (0, "") and done == run(command, "-h")
     assert f"Example: bnbfix {command}" in done.out
     assert all(option in done.out for option in options)
+    assert "<bool>" not in done.out
+
+
+@pytest.mark.parametrize(("command", "default"), [("scan", "one per core"), ("repair", "1")])
+def test_the_help_of_a_fleet_gives_one_default_for_each_option(run: Cli, command: str, default: str) -> None:
+    words = re.sub(r"[\s│]+", " ", run("fleet", command, "--help").out)
+    assert f"Processes here. Default: {default}. --rate" in words
+    assert f"not done again. Default: fleet-{command}.jsonl." in words
 
 
 IMPORTED = """

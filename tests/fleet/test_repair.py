@@ -119,6 +119,7 @@ def test_folders_and_what_cannot_be_repaired_are_said(hub: Hub, tmp_path: Path, 
     assert done.code == 2 and done.out.startswith("2 models: 2 error")
     words = [json.loads(line)["error"]["message"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert "a pull request needs a repo to push to" in words[0] and "experts" in words[1]
+    assert all(f"\n  {w}\n" in done.out or f": {w}\n" in done.out for w in words), done.out
 
 
 def test_a_repair_needs_a_token(hub: Hub, org: str, tmp_path: Path) -> None:

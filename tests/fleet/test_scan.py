@@ -66,6 +66,7 @@ def test_a_fleet_says_what_scans_say(hub: Hub, org: str, tmp_path: Path) -> None
     done = fleet(hub, org, tmp_path / "out.jsonl")
     assert (done.code, done.err) == (2, ""), done
     assert done.out.startswith("5 models: 1 error, 1 fails, 1 wrong, 1 loads, 1 skipped, for vLLM 0.32.0. Written: ")
+    assert f".html\n  {org}/broken: config.json: " in done.out
     assert f"\n  bnbfix fleet repair --org {org} --vllm 0.32.0\n" in done.out
     names = [f"{org}/{m}" for m in MODELS]
     alone = hub.run("scan", *names, "--vllm", "0.32.0", "--format", "jsonl")
