@@ -145,7 +145,7 @@ class Expectation(Protocol):
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
 
     def rename(self, name: str) -> str | None:
-        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+        """The name that the release knows for a tensor of which it does not know this one; None where it knows none."""
 
 
 @dataclass(frozen=True)

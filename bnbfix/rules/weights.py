@@ -162,7 +162,7 @@ def dequantize_partial_groups(request: Request, so_far: Changes) -> Changes:
 
 def dequantize_everything(request: Request, so_far: Changes) -> Changes:
     """Dequantizes every quantized weight that is neither dropped nor joined with others."""
-    joined = {part.name for parts in so_far.stack.values() for part in parts}
+    joined = {part.name for stack in so_far.stack.values() for part in stack.parts}
     weights = request.inspection.checkpoint.weights.values()
     names = (w.name for w in weights if w.quantized and w.name not in so_far.drop and w.name not in joined)
     return Changes(dequantize=dict.fromkeys(names))

@@ -3,7 +3,8 @@
 A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
 are formulas over the keys of config.json; `keys` are older names of some. `built` are stacks of which the engine builds
-fewer layers than a file has.
+fewer layers than a file has. `dialects` are beginnings of names, and `inner_names` parts of them, that tools write
+differently.
 """
 
 from __future__ import annotations
