@@ -31,7 +31,9 @@ class Family:
     processor: str | None = None  # of a processor_config.json that the class needs
     preprocessor: Config | None = None  # preprocessor_config.json, without which some releases build no such model
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
+    expert_lists: bool = False  # published with a list of linear modules for each projection, biases and all
     dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
+    inner_names: list[tuple[str, str]] = field(default_factory=list)  # parts of names: as a tool writes them, and here
 
 
 def change(config: Config, **changes: Any) -> Config:
@@ -362,6 +364,19 @@ _OTHERS: dict[str, Family] = {
         ),
         {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         transposed_experts=True,
+    ),
+    "GptOssForCausalLM": Family(  # no variant with tied embeddings: vLLM's class never ties them
+        [
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"} | UNTIED | size | more
+            for size, more in (
+                (SMALL, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
+                (LARGE, {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 80}),
+            )
+        ],
+        TIED,
+        transposed_experts=True,
+        expert_lists=True,
+        inner_names=[("mlp.router.linear.", "mlp.router.")],
     ),
 }
 

@@ -93,9 +93,10 @@ def build_profile(
     """
     models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
     refuses_axial = {r: 1 for r, answers in releases.items() if any(a["error"] for a in answers if "axial" in a)}
-    releases = {r: [a for a in answers if "axial" not in a] for r, answers in releases.items()}
+    plain = {r: _find_error(a) for r, answers in releases.items() for a in answers if "plain" in a}
+    releases = {r: [a for a in answers if not {"axial", "plain"} & set(a)] for r, answers in releases.items()}
     linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
-    refused = {r: _find_refusal(answers) for r, answers in releases.items()}
+    refused = {r: _find_refusal(answers, plain.get(r)) for r, answers in releases.items()}
     known = {r: answers for r, answers in releases.items() if refused[r] is None}
     sized = list(_list_sizes(shapes, len(family.configs)))
     by_release = {r: _describe_release(models, answers, sized) for r, answers in known.items()}
@@ -118,6 +119,8 @@ def build_profile(
         profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
     if family.dialects:
         profile["dialects"] = family.dialects
+    if family.inner_names:
+        profile["inner_names"] = family.inner_names
     if family.transposed_experts:
         profile["transposed_experts"] = 1
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
@@ -140,15 +143,27 @@ def build_profile(
     return profile
 
 
-def _find_refusal(answers: list[dict[str, Any]]) -> str | None:
-    """Why a release loads no checkpoint of a class; "" where it does not know the class, None where it loads some."""
+def _find_error(plain: dict[str, Any]) -> str | None:
+    """Why a release does not load a class in full precision."""
+    return plain["error"] or next((a["error"] for a in plain["answers"] if "error" in a), None)
+
+
+def _find_refusal(answers: list[dict[str, Any]], plain: str | None) -> str | None:
+    """Why a release loads no checkpoint of a class; "" where it does not know the class, None where it loads some.
+
+    `plain` is why it loads none in full precision.
+    """
     built = [a for a in answers if not a["error"]]
     if not built:
         unknown = any(words in a["error"] for a in answers for words in UNKNOWN_CLASS)
         return "" if unknown else str(answers[0]["error"]).partition("\n")[0][:200]
     tries = [answer for a in built for answer in a["answers"]]
     first = tries[0].get("error", "")
-    return first if first and all(t.get("error") == first for t in tries) else None
+    if first and all(t.get("error") == first for t in tries):
+        return str(first)
+    experts = {name for a in built for name, p in a["parameters"].items() if p["experts"] and p["quantized"]}
+    filled = {name for t in tries for name in t["fills"]}
+    return plain if experts - filled else None  # of experts that no tensor fills there is no checkpoint in 4 bits
 
 
 def _list_paths(value: Any) -> Iterator[str]:

@@ -75,6 +75,10 @@ SIZES: dict[str, list[Config]] = {
     "Qwen3MoeForCausalLM": [
         _text(151936, 2048, 6144, 6, 32, 4, head_dim=128, num_experts=128, moe_intermediate_size=768)
     ],
+    "GptOssForCausalLM": [
+        _text(201088, 2880, 2880, 4, 64, 8, head_dim=64, num_local_experts=32, num_experts_per_tok=4),  # 20b
+        _text(201088, 2880, 2880, 2, 64, 8, head_dim=64, num_local_experts=128, num_experts_per_tok=4),  # 120b
+    ],
     "Gemma3ForConditionalGeneration": [
         {"text_config": _GEMMA3_27B, "vision_config": _SIGLIP},
         {"vision_config": {"image_size": 384}},  # not a multiple of the patch size

@@ -81,6 +81,9 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
         for here, elsewhere in family.dialects:
             if name.startswith(here):
                 out[elsewhere + name[len(here) :]] = shape
+        for theirs, ours in family.inner_names:
+            if ours in name:
+                out[name.replace(ours, theirs)] = shape
     stacks: dict[str, dict[int, dict[str, list[int]]]] = {}
     for name, shape in out.items():
         if m := re.match(r"(.*?)\.(\d+)\.(.*)", name):
@@ -97,6 +100,10 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
             joined = m[2] == "gate_up_proj"
             parts = dict.fromkeys(("gate_proj", "up_proj"), rows // 2) if joined else {"down_proj": rows}
             for expert in range(shape[0]):
+                if family.expert_lists:  # and nobody writes them as below
+                    linear = f"{m[1]}experts.{m[2]}s.{expert}"
+                    out |= {f"{linear}.weight": [rows, columns], f"{linear}.bias": [rows]}
+                    continue
                 for prefix in ("experts", "moe.experts"):
                     for part, height in parts.items():
                         out[f"{m[1]}{prefix}.{expert}.{part}.weight"] = [height, columns]
@@ -193,10 +200,12 @@ def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dic
     return models
 
 
-def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family) -> None:
+def write_folder(
+    folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family, quantized: bool = True
+) -> None:
     """What vLLM needs to build a skeleton: config.json, a shard of holes, and a processor where the class needs it."""
     folder.mkdir()
-    config = model["config"] | {"quantization_config": tiny_gemma4.ALL}
+    config = model["config"] | ({"quantization_config": tiny_gemma4.ALL} if quantized else {})
     (folder / "config.json").write_text(json.dumps(config))
     if family.processor:
         processor = tiny_gemma4._processor_config(family.processor, config["vision_config"])
@@ -235,6 +244,11 @@ def list_questions(
         experiments = list(list_experiments(own, others, seen))
         (folder / "bnbfix-experiments.json").write_text(json.dumps([rows for _, rows in experiments]))
         yield folder, {"shapes": own | others, "experiments": [what for what, _ in experiments]}
+    full = models[0]["tensors"]  # does the class load in full precision?
+    write_folder(scratch / "plain", models[0], full, family, quantized=False)
+    group = [row for name, shape in full.items() for row in describe_tensor(name, shape)]
+    (scratch / "plain" / "bnbfix-experiments.json").write_text(json.dumps([group]))
+    yield scratch / "plain", {"plain": True}
     if axial := models[0]["axial"]:  # is the class built with the vision tower's rope as transformers 5.19 names it?
         config = change(models[0]["config"], vision_config__rope_parameters=axial)
         write_folder(scratch / "axial", {"config": config}, complete[0], family)

@@ -71,7 +71,9 @@ def run(folder: str) -> dict[str, Any]:
 
 
 def _record_prefixes(config: Any, prefixes: dict[int, str]) -> None:
-    """Has the quantization method note the name by which it knows each module."""
+    """Has the quantization method, where there is one, note the name by which it knows each module."""
+    if config.quant_config is None:
+        return
     method = type(config.quant_config)
     original = method.get_quant_method
 
