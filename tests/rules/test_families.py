@@ -22,12 +22,13 @@ from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.choices import find_choices
 from bnbfix.rules.rule import Code
 from tests.support.build import opened, scan
-from tests.support.families import SHAPES, make_family, quantize
+from tests.support.families import SHAPES, dequantize, make_family, quantize
 
 RELEASES = ("0.22.1", "0.27.1", "0.32.0")
 LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
 QWEN, GEMMA = "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration"
 LLAVA = "LlavaNextForConditionalGeneration"
+GPT_OSS = "GptOssForCausalLM"
 VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
     (LLAMA, "all"): "loads loads loads",
     (LLAMA, "skip"): "loads loads loads",
@@ -40,12 +41,14 @@ VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
     (GEMMA, "all"): "fails fails fails",
     (GEMMA, "skip"): "fails fails fails",
     (LLAVA, "skip"): "fails fails fails",
+    (GPT_OSS, "all"): "fails fails fails",
 }
 REFUSED = {
     (MOE, "0.27.1"): "a mixture of experts, which the release refuses",  # it reports the experts under other names
     (MOE, "portable"): "a mixture of experts, which the release refuses",
     (LLAVA, "0.22.1"): "No 'packed_modules_mapping' found",
     (LLAVA, "0.27.1"): "No 'packed_modules_mapping' found",
+    **{(GPT_OSS, target): "a mixture of experts, which the release refuses" for target in (*RELEASES, "portable")},
 }
 MODEL = "model.safetensors"
 
@@ -115,7 +118,7 @@ def test_experts_are_quantized_and_the_router_is_skipped(family: Make, tmp_path:
     assert after["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", [LLAMA, MOE])
+@pytest.mark.parametrize("name", [LLAMA, MOE, GPT_OSS])
 def test_full_precision_keeps_the_names_of_experts(name: str, family: Make, tmp_path: Path) -> None:
     bnbfix.repair(family(name, "all"), tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
     after = load_file(tmp_path / "out" / MODEL)
@@ -231,6 +234,68 @@ def test_experts_in_lists_of_a_class_that_has_no_tensor_of_all_are_refused_by_na
     tensors[name] = tensors.pop("model.layers.0.mlp.experts.0.gate_proj.weight")
     save_file(tensors, source / MODEL, {"format": "pt"})
     with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {MOE} has no tensor of all"):
+        bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+def as_lists(source: Path, out: Path) -> Path:
+    """gpt-oss as unsloth publishes it: each expert's projections in NF4 linear modules, the router in a module more."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / MODEL)
+    for name in list(tensors):
+        value = tensors.pop(name)
+        if m := re.fullmatch(r"(.*\.experts\.\w+_proj)(_bias)?", name):
+            for number, one in enumerate(value):
+                linear = f"{m[1]}s.{number}"
+                tensors |= {f"{linear}.bias": one} if m[2] else quantize(f"{linear}.weight", one.T.contiguous())
+        else:
+            tensors[name.replace("router.", "router.linear.")] = value
+    save_file(tensors, out / MODEL, {"format": "pt"})
+    return out
+
+
+def test_lists_of_experts_of_which_no_release_takes_4_bits_are_joined_as_the_class_stores_them(
+    family: Make, tmp_path: Path
+) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    for release in (*RELEASES, "portable"):
+        found = {f.code: f for f in scan(source, release).findings}
+        assert {Code.MOE_REFUSED, Code.EXPERT_LINEARS} <= set(found)
+        assert "no release takes experts of this class in 4 bits" in str(found[Code.EXPERT_LINEARS].reason)
+    bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
+    assert bnbfix.verify(tmp_path / "out", source).ok
+    before, after = load_file(source / MODEL), load_file(tmp_path / "out" / MODEL)
+    assert {name: list(t.shape) for name, t in after.items()} == SHAPES[GPT_OSS]["tensors"]
+    mlp = "model.layers.1.mlp."
+    assert torch.equal(after[f"{mlp}router.weight"], before[f"{mlp}router.linear.weight"])
+    for part in ("gate_up_proj", "down_proj"):
+        stem = f"{mlp}experts.{part}s.2"
+        assert torch.equal(after[f"{mlp}experts.{part}_bias"][2], before[f"{stem}.bias"])
+        assert torch.equal(after[f"{mlp}experts.{part}"][2], dequantize(before, f"{stem}.weight").T)
+    name = f"{mlp}experts.down_proj"
+    data = bytearray((tmp_path / "out" / MODEL).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + json.loads(data[8:start])[name]["data_offsets"][0] + 1] ^= 0x01
+    (tmp_path / "out" / MODEL).write_bytes(data)
+    assert name in [p.tensor for p in bnbfix.verify(tmp_path / "out", source).problems]
+
+
+def test_gate_and_up_are_not_joined_where_they_may_alternate(family: Make, tmp_path: Path) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    tensors = load_file(source / MODEL)
+    name = "model.layers.0.mlp.experts.gate_projs.0.weight"
+    tensors[name] = torch.zeros(192, 128, dtype=torch.bfloat16)
+    save_file(tensors, source / MODEL, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {GPT_OSS} stores"):
+        bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+@pytest.mark.parametrize("lost", ["gate_up_projs.1.bias", "down_projs.2.bias"])
+def test_a_bias_that_is_lost_is_named(lost: str, family: Make, tmp_path: Path) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    tensors = load_file(source / MODEL)
+    del tensors[f"model.layers.0.mlp.experts.{lost}"]
+    save_file(tensors, source / MODEL, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=r"proj_bias cannot be joined: expert [12] has no"):
         bnbfix.plan_repair(source, "0.32.0", bf16=True)
 
 
