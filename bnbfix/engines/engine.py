@@ -89,6 +89,7 @@ class Slot:
     module: str  # the name that skip entries are compared with
     quantized: bool
     experts: bool  # of a mixture: no skip entry reaches them
+    dtype_read: bool = False  # the class makes a number in this dtype: quantized, that is uint8
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Parameter:
     members: tuple[LinearWeight, ...]
     quantizable: bool  # is it quantized where no skip entry names its module?
     skipped_by: tuple[str, ...]  # skip entries that the engine matches with it
+    dtype_read: bool = False
 
     @property
     def quantized(self) -> bool:

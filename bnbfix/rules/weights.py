@@ -228,23 +228,27 @@ def set_quant_storage(request: Request, so_far: Changes) -> Changes:
 
 @rule(
     Code.QUANTIZED_PIXEL_PROJECTION,
-    "quantized pixel projection",
+    "quantized weight in whose dtype numbers are made",
     severity=Severity.DEGRADED,
     why="transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
     "quantized the dtype is uint8, and every image is silently corrupted. "
-    f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers.",
-    fix="The projection, a small one, is dequantized and skipped.",
+    f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers. vLLM makes a factor of "
+    "Gemma 3n in the dtype of altup.modality_router: as uint8 it is 0, and altup has no effect.",
+    fix="It is small, and is dequantized and skipped.",
     after_loading=True,
 )
 def check_quantized_pixel_projection(case: Case) -> Iterator[Hit]:
+    zeroed = [m for p in case.params if p.dtype_read and p.quantized for m in p.members if m.quantized]
+    if zeroed:
+        yield Hit(Severity.DEGRADED, names_of(zeroed), "quantized; vLLM makes a factor in its dtype, which becomes 0")
     hits = [m for p in case.params if p.kind == "pixel_projection" and p.quantized for m in p.members if m.quantized]
     if hits and case.release.casts_pixels:
         yield Hit(Severity.DEGRADED, names_of(hits), "quantized; corrupts images with transformers older than 5.13")
 
 
 def dequantize_pixel_projection(request: Request, so_far: Changes) -> Changes:
-    """Dequantizes the pixel projection where a release of the target may corrupt images."""
-    if not any(r.casts_pixels for r in request.releases):
-        return Changes()
-    hits = [m for m in request.linears(so_far) if m.role.kind == "pixel_projection" and m.quantized]
+    """Dequantizes the pixel projection where a release of the target may corrupt images, and what is like it."""
+    hits = [m for p in request.parameters(so_far) if p.dtype_read for m in p.members if m.quantized]
+    if any(r.casts_pixels for r in request.releases):
+        hits += [m for m in request.linears(so_far) if m.role.kind == "pixel_projection" and m.quantized]
     return Changes(dequantize=dict.fromkeys(names_of(hits), Code.QUANTIZED_PIXEL_PROJECTION))

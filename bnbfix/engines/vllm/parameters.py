@@ -42,5 +42,7 @@ def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: 
     for slot, members in groups.items():
         role = members[0].role
         skipped = matching_entries(skip, slot.module, vllm_skips) if slot.quantized and not slot.experts else ()
-        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped))
+        out.append(
+            Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, slot.dtype_read)
+        )
     return out

@@ -89,7 +89,8 @@ class RecordedExpectation:
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
+                    read = pattern in self._facts.profile.get("dtype_read", ())
+                    out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")), read)
         return out
 
     def place(self, name: str) -> Place | None:
