@@ -32,7 +32,7 @@ from profile_builder import build_profile
 
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header
 from bnbfix.engines.vllm.process import run_worker
-from bnbfix.engines.vllm.profiles import FOLDER, INDEX, find_pattern
+from bnbfix.engines.vllm.profiles import FOLDER, INDEX, LITERAL, find_pattern
 
 SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
 SECONDS = 1800
@@ -86,7 +86,7 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
                 out[name.replace(ours, theirs)] = shape
     stacks: dict[str, dict[int, dict[str, list[int]]]] = {}
     for name, shape in out.items():
-        if m := re.match(r"(.*?)\.(\d+)\.(.*)", name):
+        if LITERAL not in name and (m := re.match(r"(.*?)\.(\d+)\.(.*)", name)):
             stacks.setdefault(m[1], {}).setdefault(int(m[2]), {})[m[3]] = shape
     for stack, layers in stacks.items():
         for i, layer in layers.items():
@@ -119,11 +119,13 @@ def list_experiments(
     pattern; `seen` holds those of the models before.
     """
     for name, shape in (tensors | others).items():
+        if LITERAL in name and find_pattern(name) in seen:
+            continue
         yield ["tensor", name], describe_tensor(name, shape)
         if can_be_quantized(name, shape):
             yield ["quantized", name], describe_quantized(name, shape)
     first = {p: name for name in reversed(tensors) if (p := find_pattern(name)) not in seen}
-    for name in first.values():
+    for name in [name for name in first.values() if LITERAL not in name]:
         shape = tensors[name]
         for i in range(len(shape)):
             wrong = [n + 8 * (i == at) for at, n in enumerate(shape)]
@@ -131,7 +133,10 @@ def list_experiments(
             if can_be_quantized(name, shape):
                 yield ["wrong-quantized", name, i], describe_quantized(name, wrong)
     modules = {
-        p: m for name in reversed(first.values()) for m in prefixes_of(name) if (p := find_pattern(m)) not in seen
+        p: m
+        for name in reversed(first.values())
+        for m in prefixes_of(name.partition(LITERAL)[0])
+        if (p := find_pattern(m)) not in seen
     }
     if not seen:
         modules |= {tower: tower for tower in TOWERS if not any(name.startswith(tower + ".") for name in tensors)}
@@ -140,7 +145,7 @@ def list_experiments(
             name = f"{module}.{unknown}" if module else unknown
             if name not in tensors:
                 yield ["unknown", module, unknown], describe_tensor(name, [8])
-    for stack in {m[1] for name in first.values() if (m := re.match(r"(.*?)\.\d+\.", name))}:
+    for stack in {m[1] for name in first.values() if LITERAL not in name and (m := re.match(r"(.*?)\.\d+\.", name))}:
         layers = [name for name in tensors if name.startswith(stack + ".")]
         beyond = 1 + max(int(name[len(stack) + 1 :].split(".")[0]) for name in layers)
         example = next(name for name in layers if len(tensors[name]) == min(len(tensors[n]) for n in layers))
