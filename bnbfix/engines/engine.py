@@ -90,6 +90,7 @@ class Slot:
     quantized: bool
     experts: bool  # of a mixture: no skip entry reaches them
     dtype_read: bool = False  # the class makes a number in this dtype: quantized, that is uint8
+    unbound: bool = False  # it gets no quant state: the class renames its tensor after the loader has looked for it
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Parameter:
     quantizable: bool  # is it quantized where no skip entry names its module?
     skipped_by: tuple[str, ...]  # skip entries that the engine matches with it
     dtype_read: bool = False
+    unbound: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -32,6 +32,9 @@ def check_quantized_in_unquantized(case: Case) -> Iterator[Hit]:
     ]
     if hits:
         yield Hit(Severity.FAILS, names_of(hits), "quantized in the file, an unquantized parameter in vLLM")
+    lost = [m for p in case.params if p.unbound and p.quantized for m in p.members if m.quantized]
+    if lost:
+        yield Hit(Severity.FAILS, names_of(lost), "quantized in the file, for a parameter that gets no quant state")
 
 
 _STOPS, _SILENT = releases_where(lambda r: not r.requantizes), releases_where(lambda r: r.requantizes)
@@ -63,7 +66,9 @@ def check_unquantized_in_quantized(case: Case) -> Iterator[Hit]:
     message = "full precision in the file, a quantized parameter in vLLM"
     if experts := [m for p in found if p.kind == "expert" for m in p.members]:
         yield Hit(Severity.FAILS, names_of(experts), message)
-    if hits := [m for p in found if p.kind != "expert" for m in p.members]:
+    if unbound := [m for p in found if p.unbound for m in p.members]:
+        yield Hit(Severity.FAILS, names_of(unbound), message)
+    if hits := [m for p in found if p.kind != "expert" and not p.unbound for m in p.members]:
         yield _unskipped(case, hits, message)
 
 
@@ -115,7 +120,7 @@ def dequantize_unquantizable(request: Request, so_far: Changes) -> Changes:
     """Dequantizes what lands in an unquantized parameter whatever the skip list says."""
     found: dict[str, Code | None] = {}
     for p in request.parameters(so_far):
-        if not p.quantizable and p.kind not in ("expert", "lm_head"):
+        if (p.unbound or not p.quantizable) and p.kind not in ("expert", "lm_head"):
             found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), Code.QUANTIZED_IN_UNQUANTIZED)
     return Changes(dequantize=found)
 

@@ -42,7 +42,6 @@ def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: 
     for slot, members in groups.items():
         role = members[0].role
         skipped = matching_entries(skip, slot.module, vllm_skips) if slot.quantized and not slot.experts else ()
-        out.append(
-            Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, slot.dtype_read)
-        )
+        traits = slot.dtype_read, slot.unbound
+        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, *traits))
     return out

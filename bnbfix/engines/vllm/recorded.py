@@ -89,8 +89,9 @@ class RecordedExpectation:
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    read = pattern in self._facts.profile.get("dtype_read", ())
-                    out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")), read)
+                    traits = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
+                    quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
+                    out[name] = Slot(name, module, quantized, experts, *traits)
         return out
 
     def place(self, name: str) -> Place | None:
