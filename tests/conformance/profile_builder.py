@@ -131,6 +131,8 @@ def build_profile(
         profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
     if family.dialects:
         profile["dialects"] = family.dialects
+    if family.unbound:
+        profile["unbound"] = family.unbound
     if family.dtype_read:
         profile["dtype_read"] = family.dtype_read
     if family.inner_names:

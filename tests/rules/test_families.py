@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bnbfix
+from bnbfix.checkpoint.safetensors import TensorInfo, build_header, tensor_nbytes
 from bnbfix.engines.engine import matching_entries
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
+from bnbfix.engines.vllm.profiles import find_pattern, load_profile
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.engines.vllm.releases import find_range, resolve_target
 from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.choices import find_choices
-from bnbfix.rules.rule import Code
+from bnbfix.rules.rule import Code, Severity
 from tests.support.build import opened, scan
 from tests.support.families import SHAPES, dequantize, make_family, quantize
 
@@ -235,6 +237,118 @@ def test_experts_in_lists_of_a_class_that_has_no_tensor_of_all_are_refused_by_na
     save_file(tensors, source / MODEL, {"format": "pt"})
     with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {MOE} has no tensor of all"):
         bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+GEMMA3N = {
+    "architectures": ["Gemma3nForConditionalGeneration"],
+    "model_type": "gemma3n",
+    "tie_word_embeddings": True,
+    "text_config": {
+        "vocab_size": 512,
+        "vocab_size_per_layer_input": 480,
+        "hidden_size": 128,
+        "intermediate_size": [256] * 4,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_size_per_layer_input": 48,
+        "laurel_rank": 24,
+    },
+    "vision_config": {"hidden_size": 2048, "vocab_size": 16},
+    "audio_config": {"hidden_size": 64, "vocab_size": 16, "conf_num_hidden_layers": 1},
+}
+L3N = "model.language_model.layers."
+
+
+def gemma3n(folder: Path, *full: str) -> Path:
+    """Every tensor that transformers has of this class; all linear modules in NF4 but those that match.
+
+    Tensors that are not in NF4 are holes in the file: the vision tower has the size of the published one.
+    """
+    release = find_range("0.32.0")
+    assert release is not None
+    found, linears = expect(read_model(GEMMA3N), release), load_profile(GEMMA3N["architectures"][0])["linears"]  # type: ignore[index]
+    assert found is not None
+    infos, data, at = [], {}, 0
+
+    def add(name: str, dtype: str, shape: list[int], values: bytes = b"") -> None:
+        nonlocal at
+        size = tensor_nbytes(dtype, shape)
+        infos.append(TensorInfo(name, dtype, tuple(shape), at, at + size))
+        data[at] = values
+        at += size
+
+    for name in (n for parameter in found.parameters for n in found.missing(parameter, set())):
+        place = found.place(name)
+        assert place is not None and place.shape is not None
+        shape = [n or (16 if i == 0 else 64) for i, n in enumerate(place.shape)]
+        if find_pattern(name) in linears and not any(re.search(pattern, name) for pattern in full):
+            for part, value in quantize(name, torch.randn(shape).to(torch.bfloat16)).items():
+                dtype = {torch.uint8: "U8", torch.float32: "F32"}[value.dtype]
+                add(part, dtype, list(value.shape), value.numpy().tobytes())
+        else:
+            add(name, "BF16", shape)
+    folder.mkdir()
+    header = build_header(infos, {"format": "pt"})
+    with (folder / MODEL).open("wb") as f:
+        f.write(header)
+        for begin, values in data.items():
+            f.seek(len(header) + begin)
+            f.write(values)
+        f.truncate(len(header) + at)
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(GEMMA3N | {"quantization_config": quantization}))
+    return folder
+
+
+def test_gemma_3n_as_transformers_quantizes_it(tmp_path: Path) -> None:
+    source = gemma3n(tmp_path / "source")
+    older, newer = (
+        {f"{f.code} {f.message}": f.tensors for f in scan(source, release).findings} for release in ("0.22.1", "0.32.0")
+    )
+    routers = tuple(f"{L3N}{layer}.altup.modality_router.weight" for layer in range(4))
+    decoder = ["altup_projections.0", "altup_projections.1", "altup_projections.2", "per_layer_model_projection"]
+    for findings in (older, newer):
+        assert findings["BNB107 quantized; vLLM makes a factor in its dtype, which becomes 0"] == routers
+        towers = findings["BNB101 quantized in the file, an unquantized parameter in vLLM"]
+        assert "model.embed_vision.embedding_projection.weight" in towers
+        assert all(name.startswith(("model.audio_tower.", "model.embed_")) for name in towers)
+        unbound = findings["BNB101 quantized in the file, for a parameter that gets no quant state"]
+        assert sorted(unbound) == [f"model.language_model.{module}.weight" for module in decoder]
+    shared = [f"{L3N}{layer}.self_attn.{part}.weight" for layer in (2, 3) for part in ("k_norm", "k_proj", "v_proj")]
+    lost = "BNB106 not in the file; the release makes the parameter all the same"
+    assert sorted(older[lost]) == shared and lost not in newer
+    plan = bnbfix.plan_repair(source, "0.22.1")
+    done = {e.name: e.action for e in plan.edits}
+    assert all(done[name] == "dequantize" for name in routers) and all(done[name] == "insert" for name in shared)
+    skip = str(plan.texts["config.json"])
+    assert "language_model.model.layers.0.altup.modality_router" in skip
+    assert f"{L3N}0.altup.modality_router" in skip
+    assert '"language_model.model.self_decoder"' in skip, "the module in which vLLM has them"
+    assert not bnbfix.plan_repair(source, "portable").nothing_to_do
+
+
+@pytest.mark.parametrize(("release", "severity"), [("0.27.1", Severity.FAILS), ("0.32.0", Severity.WRONG)])
+def test_what_vllm_does_not_find_is_not_requantized_either(tmp_path: Path, release: str, severity: Severity) -> None:
+    source = gemma3n(tmp_path / "source", "altup", "audio", "embed_", "per_layer_model")
+    found = [f for f in scan(source, release).findings if f.code is Code.UNQUANTIZED_IN_QUANTIZED]
+    by_name = {name: f.severity for f in found for name in f.tensors}
+    assert by_name["model.language_model.altup_projections.0.weight"] is Severity.FAILS
+    assert by_name["model.language_model.altup_unembed_projections.0.weight"] is severity
+
+
+def test_a_quarter_of_gemma_3ns_layers_may_be_narrower(tmp_path: Path) -> None:
+    config = GEMMA3N | {"text_config": GEMMA3N["text_config"] | {"intermediate_size": [256, 256, 256, 128]}}  # type: ignore[operator]
+    release = find_range("0.32.0")
+    assert release is not None
+    for known, shape in ((GEMMA3N, (256, 128)), (config, (None, 128))):
+        found = expect(read_model(known), release)
+        assert found is not None
+        place = found.place(f"{L3N}0.mlp.up_proj.weight")
+        assert place is not None and place.shape == shape, "each layer has its own: no size is held against it"
 
 
 def as_lists(source: Path, out: Path) -> Path:
