@@ -101,6 +101,8 @@ class Slot:
     module: str  # the name that skip entries are compared with
     quantized: bool
     experts: bool  # of a mixture: no skip entry reaches them
+    dtype_read: bool = False  # the class makes a number in this dtype: quantized, that is uint8
+    unbound: bool = False  # it gets no quant state: the class renames its tensor after the loader has looked for it
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Expectation(Protocol):
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
 
     def rename(self, name: str) -> str | None:
-        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+        """The name that the release knows for a tensor of which it does not know this one; None where it knows none."""
 
 
 class Engine(Protocol):
@@ -199,6 +201,8 @@ class Parameter:
     members: tuple[LinearWeight, ...]
     quantizable: bool  # is it quantized where no skip entry names its module?
     skipped_by: tuple[str, ...]  # skip entries that the engine matches with it
+    dtype_read: bool = False
+    unbound: bool = False
 
     @property
     def quantized(self) -> bool:

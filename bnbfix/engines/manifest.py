@@ -62,7 +62,7 @@ def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
 
 
 def find_known_names(weights: Mapping[str, Weight], expectation: Expectation) -> Iterator[tuple[str, str]]:
-    """(name, the name that the release knows) of tensors whose beginning it does not know."""
+    """(name, the name that the release knows) of tensors that it knows by another one."""
     for name in weights:
         place = expectation.place(name)
         if place is None or not place.fills:
@@ -95,5 +95,6 @@ def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: 
     for slot, members in groups.items():
         role = members[0].role
         skipped = matching_entries(skip, slot.module, expectation.skips) if slot.quantized and not slot.experts else ()
-        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped))
+        traits = slot.dtype_read, slot.unbound
+        out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, *traits))
     return out

@@ -44,6 +44,12 @@ def absmax_values(
     return inner + np.float32(state.nested.offset)
 
 
+def cut_columns(data: bytes, rows: int, columns: int, first: int, count: int) -> bytes:
+    """So many columns of a matrix of values of any width, one after the other."""
+    matrix = np.frombuffer(data, f"V{len(data) // (rows * columns)}").reshape(rows, columns)
+    return matrix[:, first : first + count].T.tobytes()
+
+
 def decode_chunk(state: QuantState, quantized: bytes, scales: NDArray[np.float32]) -> bytes:
     """The values of whole blocks, little-endian in `state.dtype`. `scales` has one for each block in `quantized`.
 

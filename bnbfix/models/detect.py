@@ -49,22 +49,33 @@ def _detect_gemma4(config: Mapping[str, Any]) -> Family | None:
 
 
 def _read_other_config(architecture: str, config: Mapping[str, Any]) -> Model:
-    """The model of a class that shares no K or V between layers or projections, which is most of them."""
+    """The model of a class in which K never serves as V."""
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else config
     counts = (inner.get(key) for key in _EXPERT_COUNTS)
+    kinds, first_shared = _read_sharing(inner)
     model_type = config.get("model_type")
     plain = isinstance(model_type, str) and re.fullmatch(r"\w{1,64}", model_type, re.ASCII)
     name = str(model_type) if plain else architecture
     return Model(
         family=Family(name, architecture, (name,), text_only=inner is config),
-        layer_types=(),
+        layer_types=tuple(kinds),
         k_eq_v=False,
-        first_shared=0,
+        first_shared=first_shared,
         moe=any(type(n) is int and n > 1 for n in counts),
         text_config=inner,
         config=config,
     )
+
+
+def _read_sharing(inner: Mapping[str, Any]) -> tuple[list[str], int]:
+    """The kinds of a model's layers, and the first that takes K and V from an earlier one; nothing where none does."""
+    kinds, shared = inner.get("layer_types"), inner.get("num_kv_shared_layers")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        return [], 0
+    if type(shared) is not int or not 0 < shared < len(kinds) or len(kinds) != inner.get("num_hidden_layers"):
+        return [], 0
+    return kinds, len(kinds) - shared
 
 
 def check_applicable(checkpoint: Checkpoint) -> Model:

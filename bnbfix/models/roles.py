@@ -21,7 +21,7 @@ _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling nam
 _EXPERT = rf"(?P<number>{_NUMBER})\.(?P<part>(?:gate|up|down)_proj)\.weight"
 # As training tools keep experts: a list of linear modules for each projection, which unsloth calls `_projs` in gpt-oss
 # and `_proj_4bit` in Gemma4 (unsloth#5432).
-_LINEAR = rf"experts\.(?P<part>(?:gate_up|gate|up|down)_proj)(?:s|_4bit)\.(?P<number>{_NUMBER})\.weight"
+_LINEAR = rf"experts\.(?P<part>(?:gate_up|gate|up|down)_proj)(?:s|_4bit)\.(?P<number>{_NUMBER})\."
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
@@ -41,7 +41,8 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("lm_head", r"lm_head\.weight"),
         ("fused_experts", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.experts\.(?P<part>gate_up_proj|down_proj)"),
         ("expert", rf".*\.layers\.(?P<layer>{_NUMBER})\..*\.(?P<prefix>experts)\.{_EXPERT}"),
-        ("expert_linear", rf".*\.layers\.(?P<layer>{_NUMBER})\.(?:.*\.)?{_LINEAR}"),
+        ("expert_linear", rf".*\.layers\.(?P<layer>{_NUMBER})\.(?:.*\.)?{_LINEAR}weight"),
+        ("expert_bias", rf".*\.layers\.(?P<layer>{_NUMBER})\.(?:.*\.)?{_LINEAR}bias"),
         ("linear", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
     )
 )

@@ -58,6 +58,7 @@ class Dequantize:
 
     weights: tuple[Weight, ...]
     dtype: str  # safetensors name
+    transposed: bool = False  # each matrix by its columns
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,12 @@ def plan_copy(origin: Tensor, name: str | None = None, *, column: bool = False) 
     return TensorPlan(replace(info, dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
 
 
-def plan_dequantize(name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...]) -> TensorPlan:
+def plan_dequantize(
+    name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...], transposed: bool = False
+) -> TensorPlan:
     """A tensor of the values of weights, in `dtype` (safetensors name)."""
     info = st.TensorInfo(name, dtype, shape, 0, st.tensor_nbytes(dtype, shape))
-    return TensorPlan(info, Dequantize(weights, dtype))
+    return TensorPlan(info, Dequantize(weights, dtype, transposed))
 
 
 def plan_made(op: Quantize | Split) -> list[TensorPlan]:

@@ -210,8 +210,8 @@ def _list_edits(checkpoint: Checkpoint, changes: Changes) -> Iterator[Edit]:
         yield Edit(Action.INSERT, insert.name, insert.code, f"{how} {insert.donor.name}")
     for name, code in changes.quantize.items():
         yield Edit(Action.QUANTIZE, name, code, "to NF4, which loses precision")
-    for name, parts in changes.stack.items():
-        yield Edit(Action.STACK, name, None, f"one tensor of {len(parts)} matrices")
+    for name, stack in changes.stack.items():
+        yield Edit(Action.STACK, name, None, f"one tensor of {len(stack.parts)} {stack.kind}")
     for name, expert in changes.experts.items():
         yield Edit(Action(expert.action), name, expert.code, expert.detail)
     for name, code in changes.retype.items():

@@ -11,7 +11,7 @@ from ..checkpoint import safetensors as st
 from ..checkpoint.checkpoint import Checkpoint, Weight
 from ..errors import Unrepairable
 from ..models.roles import classify_tensor
-from ..rules.changes import Changes, ExpertChange, Insert
+from ..rules.changes import Changes, ExpertChange, Insert, Stack
 from ..rules.experts import split_experts
 from .layout import (
     Quantize,
@@ -61,7 +61,7 @@ def recut_shards(checkpoint: Checkpoint, changes: Changes, max_shard_size: int) 
 
 def _kept_tensors(checkpoint: Checkpoint, changes: Changes) -> Iterator[Placed]:
     """What takes the place of each tensor of the source that stays, in its order."""
-    stacked = {part.name: name for name, parts in changes.stack.items() for part in parts}
+    stacked = {part.name: name for name, stack in changes.stack.items() for part in stack.parts}
     gone = {*changes.drop, *changes.experts, *changes.quantize}
     for name in (*changes.dequantize, *changes.experts, *stacked):
         gone |= set(checkpoint.weights[name].state_tensor_names().values())
@@ -150,18 +150,22 @@ def _value_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
     return qs.DTYPES.get(said, "BF16") if isinstance(said, str) else "BF16"
 
 
-def _stack_experts(checkpoint: Checkpoint, name: str, parts: tuple[Weight, ...]) -> TensorPlan:
-    """Per-expert weights as the one tensor that transformers keeps, [experts, rows, columns].
+def _stack_experts(checkpoint: Checkpoint, name: str, stack: Stack) -> TensorPlan:
+    """Per-expert tensors as the one that transformers keeps: [experts, rows, columns], or [experts, rows] of biases.
 
     Raises Unrepairable when they differ in dtype or shape.
     """
-    dtype, shape = _value_dtype(checkpoint, parts[0]), parts[0].shape
+    parts = stack.parts
+    dtype, shape, role = _value_dtype(checkpoint, parts[0]), parts[0].shape, classify_tensor(parts[0].name)
     for w in parts:
         other = _value_dtype(checkpoint, w)
-        if len(shape) != 2 or (other, w.shape) != (dtype, shape):
+        if len(shape) != (1 if role.kind == "expert_bias" else 2) or (other, w.shape) != (dtype, shape):
             raise Unrepairable(
                 f"{w.name} is {other} {list(w.shape)}, {parts[0].name} {dtype} {list(shape)}; "
-                "only matrices of one dtype and shape become one tensor"
+                f"only {stack.kind} of one dtype and shape become one tensor"
             )
-    each = 1 if name.endswith(str(classify_tensor(parts[0].name).part)) else 2  # gate and up
-    return plan_dequantize(name, parts, dtype, (len(parts) // each, each * shape[0], shape[1]))
+    each = 1 if name.removesuffix("_bias").endswith(str(role.part)) else 2  # gate and up
+    one = (each * shape[0], *shape[1:])
+    return plan_dequantize(
+        name, parts, dtype, (len(parts) // each, *(one[::-1] if stack.transposed else one)), stack.transposed
+    )

@@ -36,6 +36,19 @@ class ExpertChange:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Per-expert tensors that become one, in order; `transposed`: in which the rows of each are columns."""
+
+    parts: tuple[Weight, ...]
+    transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What its parts are."""
+        return "matrices" if len(self.parts[0].shape) > 1 else "vectors"
+
+
+@dataclass(frozen=True)
 class ConfigEdit:
     """One change of config.json: a value set at a path of keys, or the key removed."""
 
@@ -55,7 +68,7 @@ class Changes:
     retype: Mapping[str, Code] = field(default_factory=dict)  # quantized weights whose header entry becomes U8 [N, 1]
     experts: Mapping[str, ExpertChange] = field(default_factory=dict)
     quantize: Mapping[str, Code] = field(default_factory=dict)  # unquantized weights that become NF4
-    stack: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)  # per-expert weights that become one tensor
+    stack: Mapping[str, Stack] = field(default_factory=dict)  # by the name of the one tensor
     config: tuple[ConfigEdit, ...] = ()
 
     def __or__(self, other: Changes) -> Changes:

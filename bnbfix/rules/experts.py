@@ -14,13 +14,13 @@ from itertools import product
 
 from ..checkpoint.checkpoint import Weight
 from ..checkpoint.quant_state import DTYPES
-from ..engines.engine import DEFAULT
+from ..engines.engine import DEFAULT, ReleaseRange
 from ..engines.registry import engines, expect
 from ..engines.targets import label_ranges
 from ..errors import Unrepairable
 from ..models.inspection import LinearWeight
 from ..models.roles import classify_tensor
-from .changes import Changes, ExpertChange, Request
+from .changes import Changes, ExpertChange, Request, Stack
 from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 
 _LOADING = releases_where(lambda r: r.expert_prefix is not None)
@@ -43,11 +43,16 @@ BLOCK = 64  # values; vLLM joins the blocks of a layer's experts, so one that is
 def check_moe_refused(case: Case) -> Iterator[Hit]:
     if case.inspection.model.moe and case.expert_prefix is None:
         words = "a mixture of experts, which the release refuses under bitsandbytes"
-        rows, model = engines()[case.release.engine].ranges, case.inspection.model
-        loading = [r for r in rows if (e := expect(model, r)) and e.expert_prefix]
+        loading = _ranges_that_load(case)
         others = f"; {label_ranges(loading)} can load one, and" if loading else ";"
         reason = f"no 4-bit form exists for this release{others} --bf16 works everywhere"
         yield Hit(Severity.FAILS, (), words, reason)
+
+
+def _ranges_that_load(case: Case) -> list[ReleaseRange]:
+    """The ranges of releases that have a place for the model's experts in 4 bits."""
+    rows, model = engines()[case.release.engine].ranges, case.inspection.model
+    return [r for r in rows if (e := expect(model, r)) and e.expert_prefix]
 
 
 @rule(
@@ -140,9 +145,12 @@ def check_mixed_experts(case: Case) -> Iterator[Hit]:
     release_independent=True,
 )
 def check_expert_linears(case: Case) -> Iterator[Hit]:
-    reason = "they are not whole matrices of a mixture of experts; --bf16 may join them"
+    model, reason = case.inspection.model, "they are not whole matrices of a mixture of experts; --bf16 may join them"
     for splits, names in _group_experts(case, "expert_linear"):
-        kept = None if splits and case.inspection.model.moe else reason
+        whole = splits and model.moe
+        kept = None if whole else reason
+        if whole and not _ranges_that_load(case):
+            kept = "no release takes experts of this class in 4 bits; --bf16 joins them"
         yield Hit(Severity.FAILS, names, "one of a list of linear modules, which only its tool reads", kept)
 
 
@@ -233,27 +241,39 @@ def join_experts(request: Request, so_far: Changes) -> Changes:
     Raises Unrepairable where one is missing, or in the file twice: the others would take wrong places.
     """
     found: dict[str, dict[tuple[int, str], Weight]] = {}
+    architecture = request.inspection.model.family.architecture
+    transposed = any(e.transposed_experts for e in request.expectations)
     for name, weight in request.inspection.checkpoint.weights.items():
         role = classify_tensor(name)
         if role.number is None or role.part is None:
             continue
         fused = f"{_EXPERTS.split(name, 1)[0]}.experts.{'down_proj' if role.part == 'down_proj' else 'gate_up_proj'}"
+        fused += "_bias" if role.kind == "expert_bias" else ""
         if not any(e.canonical(fused) for e in request.expectations):
             if role.kind == "expert":
                 continue  # transformers writes this class's experts one by one
-            architecture = request.inspection.model.family.architecture
             raise Unrepairable(f"{name} cannot be joined: a {architecture} has no tensor of all experts")
+        if transposed and role.part in ("gate_proj", "up_proj"):  # which may alternate in the tensor of all
+            raise Unrepairable(f"{name} cannot be joined: a {architecture} stores its experts transposed")
         same = found.setdefault(fused, {}).setdefault((role.number, role.part), weight)
         if same is not weight:
             raise Unrepairable(f"{same.name} and {name} are the same expert")
-    return Changes(stack={fused: tuple(_order_experts(fused, weights)) for fused, weights in found.items()})
+    counts: dict[str, int] = {}  # of the experts of a layer
+    for fused, weights in found.items():
+        module = fused.rpartition(".")[0]
+        counts[module] = max(counts.get(module, 0), *(number + 1 for number, _ in weights))
+    stack = {}
+    for fused, weights in found.items():
+        parts = tuple(_order_experts(fused, weights, counts[fused.rpartition(".")[0]]))
+        stack[fused] = Stack(parts, transposed and not fused.endswith("_bias"))
+    return Changes(stack=stack)
 
 
-def _order_experts(fused: str, weights: dict[tuple[int, str], Weight]) -> Iterator[Weight]:
+def _order_experts(fused: str, weights: dict[tuple[int, str], Weight], count: int) -> Iterator[Weight]:
     """Every matrix of every expert; raises Unrepairable at a gap, or where one expert is whole and another is not."""
     parts = {part for _, part in weights}
-    wanted = ("gate_up_proj",) if "gate_up_proj" in parts else _matrices(fused.rpartition(".")[2])
-    for number, part in product(range(max(number for number, _ in weights) + 1), wanted):
+    wanted = ("gate_up_proj",) if "gate_up_proj" in parts else _matrices(fused.rpartition(".")[2].removesuffix("_bias"))
+    for number, part in product(range(count), wanted):
         if (number, part) not in weights:
             raise Unrepairable(f"{fused} cannot be joined: expert {number} has no {part}, but others have one")
         yield weights[number, part]

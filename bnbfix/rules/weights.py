@@ -32,6 +32,9 @@ def check_quantized_in_unquantized(case: Case) -> Iterator[Hit]:
     ]
     if hits:
         yield Hit(Severity.FAILS, names_of(hits), "quantized in the file, an unquantized parameter in vLLM")
+    lost = [m for p in case.params if p.unbound and p.quantized for m in p.members if m.quantized]
+    if lost:
+        yield Hit(Severity.FAILS, names_of(lost), "quantized in the file, for a parameter that gets no quant state")
 
 
 _STOPS, _SILENT = releases_where(lambda r: not r.requantizes), releases_where(lambda r: r.requantizes)
@@ -63,7 +66,9 @@ def check_unquantized_in_quantized(case: Case) -> Iterator[Hit]:
     message = "full precision in the file, a quantized parameter in vLLM"
     if experts := [m for p in found if p.kind == "expert" for m in p.members]:
         yield Hit(Severity.FAILS, names_of(experts), message)
-    if hits := [m for p in found if p.kind != "expert" for m in p.members]:
+    if unbound := [m for p in found if p.unbound for m in p.members]:
+        yield Hit(Severity.FAILS, names_of(unbound), message)
+    if hits := [m for p in found if p.kind != "expert" and not p.unbound for m in p.members]:
         yield _unskipped(case, hits, message)
 
 
@@ -115,7 +120,7 @@ def dequantize_unquantizable(request: Request, so_far: Changes) -> Changes:
     """Dequantizes what lands in an unquantized parameter whatever the skip list says."""
     found: dict[str, Code | None] = {}
     for p in request.parameters(so_far):
-        if not p.quantizable and p.kind not in ("expert", "lm_head"):
+        if (p.unbound or not p.quantizable) and p.kind not in ("expert", "lm_head"):
             found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), Code.QUANTIZED_IN_UNQUANTIZED)
     return Changes(dequantize=found)
 
@@ -162,7 +167,7 @@ def dequantize_partial_groups(request: Request, so_far: Changes) -> Changes:
 
 def dequantize_everything(request: Request, so_far: Changes) -> Changes:
     """Dequantizes every quantized weight that is neither dropped nor joined with others."""
-    joined = {part.name for parts in so_far.stack.values() for part in parts}
+    joined = {part.name for stack in so_far.stack.values() for part in stack.parts}
     weights = request.inspection.checkpoint.weights.values()
     names = (w.name for w in weights if w.quantized and w.name not in so_far.drop and w.name not in joined)
     return Changes(dequantize=dict.fromkeys(names))
@@ -228,23 +233,27 @@ def set_quant_storage(request: Request, so_far: Changes) -> Changes:
 
 @rule(
     Code.QUANTIZED_PIXEL_PROJECTION,
-    "quantized pixel projection",
+    "quantized weight in whose dtype numbers are made",
     severity=Severity.DEGRADED,
     why="transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
     "quantized the dtype is uint8, and every image is silently corrupted. "
-    f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers.",
-    fix="The projection, a small one, is dequantized and skipped.",
+    f"{releases_where(lambda r: r.casts_pixels)} may be installed with such a transformers. vLLM makes a factor of "
+    "Gemma 3n in the dtype of altup.modality_router: as uint8 it is 0, and altup has no effect.",
+    fix="It is small, and is dequantized and skipped.",
     after_loading=True,
 )
 def check_quantized_pixel_projection(case: Case) -> Iterator[Hit]:
+    zeroed = [m for p in case.params if p.dtype_read and p.quantized for m in p.members if m.quantized]
+    if zeroed:
+        yield Hit(Severity.DEGRADED, names_of(zeroed), "quantized; vLLM makes a factor in its dtype, which becomes 0")
     hits = [m for p in case.params if p.kind == "pixel_projection" and p.quantized for m in p.members if m.quantized]
     if hits and case.release.casts_pixels:
         yield Hit(Severity.DEGRADED, names_of(hits), "quantized; corrupts images with transformers older than 5.13")
 
 
 def dequantize_pixel_projection(request: Request, so_far: Changes) -> Changes:
-    """Dequantizes the pixel projection where a release of the target may corrupt images."""
-    if not any(r.casts_pixels for r in request.releases):
-        return Changes()
-    hits = [m for m in request.linears(so_far) if m.role.kind == "pixel_projection" and m.quantized]
+    """Dequantizes the pixel projection where a release of the target may corrupt images, and what is like it."""
+    hits = [m for p in request.parameters(so_far) if p.dtype_read for m in p.members if m.quantized]
+    if any(r.casts_pixels for r in request.releases):
+        hits += [m for m in request.linears(so_far) if m.role.kind == "pixel_projection" and m.quantized]
     return Changes(dequantize=dict.fromkeys(names_of(hits), Code.QUANTIZED_PIXEL_PROJECTION))

@@ -13,12 +13,12 @@ from ..checkpoint.source import Source
 from ..kernels import reference
 from ..kernels.bnb import QuantizedTensor
 from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice, Split
-from ..writer.tensor_data import CHUNK_BYTES, copy_range, cut_values, quantized_rows, quantized_tensor
+from ..writer.tensor_data import CHUNK_BYTES, copy_range, cut_values, quantized_rows, quantized_tensor, transpose
 
 
 def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
     """What is wrong with dequantized bytes of the output at a file offset; None when every bit is right."""
-    for want in _values(source, op.weights, op.dtype):
+    for want in _values(source, op):
         got = output.read(file, [(at, len(want))])[0]
         if got != want and not reference.same_values(got, want, op.dtype):
             return f"is not what its quantized weight decodes to, before byte {at + len(want):,} of the file"
@@ -113,15 +113,20 @@ def _quantize_input(source: Source, op: Quantize) -> Iterator[bytes | memoryview
         yield from cut_values(op.values, _four_bit(quantized_rows(source, op.values)))
 
 
-def _values(source: Source, weights: tuple[Weight, ...], dtype: str) -> Iterator[bytes]:
-    for weight in weights:
-        if weight.state is not None:
-            yield from _four_bit(quantized_tensor(source, weight))
-        elif weight.int8:
-            yield from _eight_bit(source, weight, dtype)
-        else:
-            t = weight.tensor
-            yield from copy_range(source, t.shard, t.offset, t.info.nbytes)
+def _values(source: Source, op: Dequantize) -> Iterator[bytes]:
+    for weight in op.weights:
+        values = _values_of(source, weight, op.dtype)
+        yield from transpose(values, weight.shape) if op.transposed else values
+
+
+def _values_of(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:
+    if weight.state is not None:
+        yield from _four_bit(quantized_tensor(source, weight))
+    elif weight.int8:
+        yield from _eight_bit(source, weight, dtype)
+    else:
+        t = weight.tensor
+        yield from copy_range(source, t.shard, t.offset, t.info.nbytes)
 
 
 def _scales(quantized: QuantizedTensor) -> Any:  # F32 [blocks]

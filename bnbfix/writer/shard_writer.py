@@ -105,7 +105,7 @@ def shard_parts(source: Source, shards: Iterable[ShardPlan], device: str) -> Ite
                 logger.info("kernels run on %s", chosen)
                 use_threads(max(1, (os.cpu_count() or 1) - 1))
             if isinstance(step, Dequantize):
-                made = weight_values(source, step.weights, step.dtype, chosen)
+                made = weight_values(source, step, chosen)
             else:
                 made = made_parts(source, step, chosen)
             for data in made:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Tensor, Weight
 from ..checkpoint.source import Source
 from ..kernels.bnb import Quantized, QuantizedTensor, block_scales, dequantize, dequantize_int8, quantize
-from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Quantize, Rows, Slice, Split
+from ..planner.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Dequantize, Quantize, Rows, Slice, Split
 
 CHUNK_BYTES = 4 << 20  # at a time; a multiple of every blocksize in every dtype
 
@@ -34,24 +34,37 @@ def quantized_tensor(source: Source, weight: Weight) -> QuantizedTensor:
     )
 
 
-def weight_values(source: Source, weights: tuple[Weight, ...], dtype: str, device: str) -> Iterator[bytes | memoryview]:
-    """The values of weights, in order, little-endian in `dtype` (safetensors name).
+def weight_values(source: Source, op: Dequantize, device: str) -> Iterator[bytes | memoryview]:
+    """The values of weights, in order, little-endian.
 
-    4-bit weights are decoded in the dtype their quant state names, which must be `dtype`; so must the dtype of
+    4-bit weights are decoded in the dtype their quant state names, which must be the operation's; so must the dtype of
     unquantized weights.
     """
-    for weight in weights:
-        if weight.state is not None:
-            yield from dequantize(quantized_tensor(source, weight), device, CHUNK_BYTES)
-        elif weight.int8:
-            rows, columns = weight.shape
-            scales = weight.state_tensors[".SCB"].read(source)
-            torch_dtype = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
-            yield from dequantize_int8(
-                _reader(source, weight.tensor), (rows, columns), scales, torch_dtype, CHUNK_BYTES
-            )
-        else:
-            yield from copy_range(source, weight.tensor.shard, weight.tensor.offset, weight.tensor.info.nbytes)
+    for weight in op.weights:
+        values = _values_of(source, weight, op.dtype, device)
+        yield from transpose(values, weight.shape) if op.transposed else values
+
+
+def _values_of(source: Source, weight: Weight, dtype: str, device: str) -> Iterator[bytes | memoryview]:
+    if weight.state is not None:
+        yield from dequantize(quantized_tensor(source, weight), device, CHUNK_BYTES)
+    elif weight.int8:
+        rows, columns = weight.shape
+        scales = weight.state_tensors[".SCB"].read(source)
+        torch_dtype = next(torch for torch, name in qs.DTYPES.items() if name == dtype)
+        yield from dequantize_int8(_reader(source, weight.tensor), (rows, columns), scales, torch_dtype, CHUNK_BYTES)
+    else:
+        yield from copy_range(source, weight.tensor.shard, weight.tensor.offset, weight.tensor.info.nbytes)
+
+
+def transpose(values: Iterable[bytes | memoryview], shape: Sequence[int]) -> Iterator[bytes]:
+    """A matrix of values, column after column. It is in memory whole; what comes of it is not."""
+    from ..kernels.reference import cut_columns  # here, since it imports numpy
+
+    data, (rows, columns) = b"".join(values), shape
+    step = max(1, CHUNK_BYTES * columns // max(1, len(data)))
+    for first in range(0, columns if data else 0, step):
+        yield cut_columns(data, rows, columns, first, step)
 
 
 def _reader(source: Source, tensor: Tensor) -> Callable[[int, int], bytes]:

@@ -31,7 +31,11 @@ class Family:
     processor: str | None = None  # of a processor_config.json that the class needs
     preprocessor: Config | None = None  # preprocessor_config.json, without which some releases build no such model
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
+    expert_lists: bool = False  # published with a list of linear modules for each projection, biases and all
     dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
+    unbound: list[str] = field(default_factory=list)  # parameters that get no quant state, as dry loads say
+    dtype_read: list[str] = field(default_factory=list)  # parameters in whose dtype vLLM makes a number
+    inner_names: list[tuple[str, str]] = field(default_factory=list)  # parts of names: as a tool writes them, and here
 
 
 def change(config: Config, **changes: Any) -> Config:
@@ -220,6 +224,38 @@ def _multimodal(
     )
 
 
+def _gemma3n_text(sizes: Config, layers: int, shared: int) -> Config:
+    """Text of Gemma 3n; it has altup_num_inputs 4 in every model."""
+    large = sizes is LARGE
+    return sizes | {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": layers,
+        "num_kv_shared_layers": shared,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "activation_sparsity_pattern": [0.95] + [0.0] * (layers - 1),
+        "vocab_size_per_layer_input": 544 if large else 480,
+        "hidden_size_per_layer_input": 80 if large else 48,
+        "laurel_rank": 40 if large else 24,
+        "sliding_window": 64,
+        "tie_word_embeddings": True,
+    }
+
+
+_GEMMA3N_AUDIO = {
+    "hidden_size": 64,
+    "vocab_size": 18,
+    "conf_num_attention_heads": 2,
+    "conf_num_hidden_layers": 3,
+    "sscp_conv_channel_size": [40, 20],
+}
+_GEMMA3N_AUDIO_LARGE = {
+    "hidden_size": 160,
+    "vocab_size": 30,
+    "conf_num_attention_heads": 5,
+    "conf_num_hidden_layers": 5,
+    "conf_conv_kernel_size": 7,
+    "sscp_conv_channel_size": [56, 28],
+}
 _BIAS = {"attention_bias": ["true", "attention_bias"], "mlp_bias": ["true", "mlp_bias"]}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _OTHERS: dict[str, Family] = {
@@ -362,6 +398,35 @@ _OTHERS: dict[str, Family] = {
         ),
         {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         transposed_experts=True,
+    ),
+    "Gemma3nForConditionalGeneration": Family(
+        [
+            {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n", "tie_word_embeddings": True}
+            | {"text_config": text, "vision_config": vision, "audio_config": audio}
+            for text, vision, audio in (
+                (_gemma3n_text(SMALL, 6, 2), {"hidden_size": 2048, "vocab_size": 16}, _GEMMA3N_AUDIO),
+                (_gemma3n_text(LARGE, 8, 4), {"hidden_size": 1024, "vocab_size": 24}, _GEMMA3N_AUDIO_LARGE),
+            )
+        ],
+        TIED | {"kv_shared": ["last", "text_config.num_kv_shared_layers", "text_config.num_hidden_layers"]},
+        unbound=[  # gemma3n.py moves them into its self_decoder as it loads them
+            "language_model.model.self_decoder.altup_projections.*.weight",
+            "language_model.model.self_decoder.per_layer_model_projection.weight",
+        ],
+        dtype_read=["language_model.model.layers.*.altup.modality_router.weight"],  # gemma3n.py, router_input_scale
+    ),
+    "GptOssForCausalLM": Family(  # no variant with tied embeddings: vLLM's class never ties them
+        [
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"} | UNTIED | size | more
+            for size, more in (
+                (SMALL, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
+                (LARGE, {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 80}),
+            )
+        ],
+        TIED,
+        transposed_experts=True,
+        expert_lists=True,
+        inner_names=[("mlp.router.linear.", "mlp.router.")],
     ),
 }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from cells import SECONDS, choose_releases, environment, make_parser
 from dry_loads import compare, open_folder, verdict, words, write_repair
 from families import FAMILIES
-from make_family import FORMS
+from make_family import FORMS, LISTS
 from run import run_in
 from survey import SHAPES_RELEASE
 
@@ -38,17 +38,18 @@ CLASSES = tuple(name for name in FAMILIES if not name.startswith("Gemma4"))  # w
 
 def make(work: Path, name: str, python: Path) -> list[Path]:
     """The checkpoints of a class, made once."""
-    folder = work / "families" / name
-    missing = [form for form in FORMS if not (folder / form / "config.json").exists()]
+    folder, family = work / "families" / name, FAMILIES[name]
+    forms = (*FORMS, LISTS) if family.expert_lists else FORMS
+    missing = [form for form in forms if not (folder / form / "config.json").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        asked = {"config": FAMILIES[name].configs[0], "out": str(folder), "forms": missing}
+        asked = {"config": family.configs[0], "out": str(folder), "forms": missing, "renames": family.inner_names}
         (folder / "in.json").write_text(json.dumps(asked))
         subprocess.run([str(python), str(Path(__file__).with_name("make_family.py")), folder / "in.json"], check=False)
-    if preprocessor := FAMILIES[name].preprocessor:
-        for form in FORMS:
+    if preprocessor := family.preprocessor:
+        for form in forms:
             (folder / form / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return [path for form in FORMS if (path := folder / form) and (path / "config.json").exists()]
+    return [path for form in forms if (path := folder / form) and (path / "config.json").exists()]
 
 
 def list_sources(original: Path, release: str) -> dict[str, list[str]]:

@@ -2,19 +2,22 @@
 
     VENV/bin/python tests/conformance/make_family.py IN.json
 
-IN.json is {config, out, forms}: a config.json, a folder, and which of FORMS to write to OUT/FORM.
+IN.json is {config, out, forms, renames}: a config.json, a folder, which of FORMS to write to OUT/FORM, or LISTS, and
+for that one parts of names: as it writes them, and as transformers does.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 FORMS = ("all", "skip", "partial", "fp4", "int8")
+LISTS = "lists"  # a list of linear modules for each projection of the experts, as unsloth publishes some classes
 LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp|feed_forward)\.")
 TOWER = re.compile(r"vision|visual|audio|tower")
 
@@ -49,6 +52,29 @@ def list_skipped(model: Any, form: str) -> list[str] | None:
     return skipped
 
 
+def write_lists(source: Path, out: Path, renames: list[list[str]]) -> None:
+    """What transformers quantized, with its experts, which are stored transposed, as lists of linear modules in NF4."""
+    import bitsandbytes.functional as bnb
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    tensors = {}
+    for name, value in load_file(out / "model.safetensors").items():
+        for theirs, ours in renames:
+            name = name.replace(ours, theirs)
+        if (m := re.fullmatch(r"(.*\.experts\.\w+_proj)(_bias)?", name)) is None:
+            tensors[name] = value
+            continue
+        for number, one in enumerate(value):
+            if m[2]:
+                tensors[f"{m[1]}s.{number}.bias"] = one.clone()
+                continue
+            weight = f"{m[1]}s.{number}.weight"
+            tensors[weight], state = bnb.quantize_4bit(one.T.contiguous(), quant_type="nf4", compress_statistics=True)
+            tensors |= {f"{weight}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
 def main() -> None:
     """See the module's docstring."""
     import torch
@@ -58,7 +84,7 @@ def main() -> None:
     out, name = Path(given["out"]), given["config"]["architectures"][0]
     model = make_model(given["config"])
     model.save_pretrained(out / "bf16")
-    for form in given["forms"]:
+    for form in [form for form in given["forms"] if form != LISTS]:
         bits = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True}
         if form != "int8":
             bits |= {
@@ -72,6 +98,8 @@ def main() -> None:
             out / "bf16", quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
         )
         quantized.save_pretrained(out / form)
+    if LISTS in given["forms"]:
+        write_lists(out / "all", out / LISTS, given["renames"])
 
 
 if __name__ == "__main__":

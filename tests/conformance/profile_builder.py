@@ -11,7 +11,15 @@ from typing import Any
 
 from families import Family
 
-from bnbfix.engines.vllm.profiles import derive_size, evaluate_feature, evaluate_size, find_numbers, find_pattern
+from bnbfix.engines.vllm.profiles import (
+    EACH,
+    LITERAL,
+    derive_size,
+    evaluate_feature,
+    evaluate_size,
+    find_numbers,
+    find_pattern,
+)
 from bnbfix.models.family import read_path
 
 MAX_FEATURES = 4  # that one answer may depend on
@@ -78,9 +86,13 @@ def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]
             yield from _list_integers(value, f"{at}{key}.")
         elif type(value) is int and value > 0 and not key.endswith(("_id", "_index")):
             yield at + key, value
-        elif isinstance(value, list) and value and type(value[0]) is not dict:
+        elif isinstance(value, list) and value and type(value[0]) not in (dict, float):
+            if key == "intermediate_size":  # of every layer
+                if all(size == value[0] for size in value):
+                    yield f"{at}{key}{EACH}", value[0]
+                continue
             yield at + key, len(value)
-            if key.endswith("channels"):
+            if key.endswith(("channels", "channel_size")):
                 yield from ((f"{at}{key}.{i}", size) for i, size in enumerate(value))
 
 
@@ -93,9 +105,10 @@ def build_profile(
     """
     models = Models([s["config"] for s in shapes], [s["defaults"] for s in shapes], family.features)
     refuses_axial = {r: 1 for r, answers in releases.items() if any(a["error"] for a in answers if "axial" in a)}
-    releases = {r: [a for a in answers if "axial" not in a] for r, answers in releases.items()}
+    plain = {r: _find_error(a) for r, answers in releases.items() for a in answers if "plain" in a}
+    releases = {r: [a for a in answers if not {"axial", "plain"} & set(a)] for r, answers in releases.items()}
     linears = {find_pattern(n): find_pattern(m) for s in shapes for n, m in s["linears"].items()}
-    refused = {r: _find_refusal(answers) for r, answers in releases.items()}
+    refused = {r: _find_refusal(answers, plain.get(r)) for r, answers in releases.items()}
     known = {r: answers for r, answers in releases.items() if refused[r] is None}
     sized = list(_list_sizes(shapes, len(family.configs)))
     by_release = {r: _describe_release(models, answers, sized) for r, answers in known.items()}
@@ -118,6 +131,12 @@ def build_profile(
         profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
     if family.dialects:
         profile["dialects"] = family.dialects
+    if family.unbound:
+        profile["unbound"] = family.unbound
+    if family.dtype_read:
+        profile["dtype_read"] = family.dtype_read
+    if family.inner_names:
+        profile["inner_names"] = family.inner_names
     if family.transposed_experts:
         profile["transposed_experts"] = 1
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
@@ -140,20 +159,32 @@ def build_profile(
     return profile
 
 
-def _find_refusal(answers: list[dict[str, Any]]) -> str | None:
-    """Why a release loads no checkpoint of a class; "" where it does not know the class, None where it loads some."""
+def _find_error(plain: dict[str, Any]) -> str | None:
+    """Why a release does not load a class in full precision."""
+    return plain["error"] or next((a["error"] for a in plain["answers"] if "error" in a), None)
+
+
+def _find_refusal(answers: list[dict[str, Any]], plain: str | None) -> str | None:
+    """Why a release loads no checkpoint of a class; "" where it does not know the class, None where it loads some.
+
+    `plain` is why it loads none in full precision.
+    """
     built = [a for a in answers if not a["error"]]
     if not built:
         unknown = any(words in a["error"] for a in answers for words in UNKNOWN_CLASS)
         return "" if unknown else str(answers[0]["error"]).partition("\n")[0][:200]
     tries = [answer for a in built for answer in a["answers"]]
     first = tries[0].get("error", "")
-    return first if first and all(t.get("error") == first for t in tries) else None
+    if first and all(t.get("error") == first for t in tries):
+        return str(first)
+    experts = {name for a in built for name, p in a["parameters"].items() if p["experts"] and p["quantized"]}
+    filled = {name for t in tries for name in t["fills"]}
+    return plain if experts - filled else None  # of experts that no tensor fills there is no checkpoint in 4 bits
 
 
 def _list_paths(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from (f for f in re.split(r"[*+/]+", value) if f and not f.isdigit())
+        yield from (f for f in re.split(r"[*+/]+", value) if f and not f.removeprefix("-").isdigit())
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _list_paths(item)
@@ -194,6 +225,8 @@ def _describe_release(
         found = dict(zip(map(tuple, model["experiments"]), model["answers"], strict=True))
         for name, shape in model["shapes"].items():
             tries = [found[kind, name] for kind in ("quantized", "tensor") if (kind, name) in found]
+            if not tries:
+                continue  # asked with another model
             numbers = find_numbers(name)
             point = Point(number, numbers[0] if numbers else None, _describe_outcome(name, tries, model), shape)
             tensors.setdefault(find_pattern(name), []).append(point)
@@ -245,7 +278,10 @@ def _describe_release(
                 if not here:
                     points.append(Point(number, 0, None))
     out: dict[str, dict[str, Answer]] = {
-        "tensors": {pattern: fit_cases(models, points) for pattern, points in tensors.items()},
+        "tensors": {
+            pattern: _fit_literal(points) if LITERAL in pattern else fit_cases(models, points)
+            for pattern, points in tensors.items()
+        },
         "parameters": {pattern: fit_cases(models, points) for pattern, points in parameters.items()},
         "unknown": _shorten_unknown(unknown),
         "aliases": {},
@@ -319,6 +355,16 @@ def fit_cases(models: Models, points: list[Point]) -> Answer:
     return fallback
 
 
+def _fit_literal(points: list[Point]) -> Answer:
+    """The answer about a tensor that every model of the class has in one shape."""
+    first = points[0]
+    assert first.shape is not None and all(p.shape == first.shape for p in points), first
+    assert all(p.answer in (first.answer, ONLY_SHAPE) for p in points), first
+    if not isinstance(first.answer, dict):
+        return first.answer
+    return {"fills": first.answer, "shape": list(map(str, first.shape))}
+
+
 def _with_shape(models: Models, group: list[Point], answer: Answer) -> Answer:
     first = group[0].shape
     if first is None or not isinstance(answer, dict):
@@ -390,6 +436,9 @@ def _list_formulas(sizes: dict[str, int], negatives: list[str], wanted: int) -> 
         for c in sizes
         if (sizes[a] + 2 * sizes[b]) * sizes[c] == wanted
     ]
+    heads = [p for p in sizes if p.endswith("num_attention_heads")]
+    yield [f"{a}//{b}" for a in sizes for b in heads if a.endswith("hidden_size") and sizes[a] == wanted * sizes[b]]
+    yield [f"{p}+-1" for p, v in sizes.items() if v == wanted + 1]
 
 
 def _fit_stacks(
@@ -412,7 +461,7 @@ def _fit_stacks(
                 for prefix in ("experts", "moe.experts"):
                     stack = find_pattern(name.rpartition(".experts.")[0]) + "." + prefix
                     found.setdefault(stack, {}).setdefault(model, set()).update(range(shape[0]))
-            parts = name.split(".")
+            parts = [] if LITERAL in name else name.split(".")
             for at, part in enumerate(parts):
                 if part.isdigit():
                     stack = find_pattern(".".join(parts[:at]))

@@ -29,6 +29,20 @@ def _gemma4(*sizes: int, **more: Any) -> Config:
     return _text(*sizes, head_dim=256, global_head_dim=512, **more)
 
 
+def _gemma3n(hidden: int, intermediate: int, layers: int, shared: int) -> Config:
+    text = _text(262400, hidden, intermediate, layers, 8, 2, head_dim=256, num_kv_shared_layers=shared)
+    text |= {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * (layers // 5), "laurel_rank": 64}
+    text |= {"vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256}
+    audio = {"hidden_size": 1536, "vocab_size": 128, "conf_num_attention_heads": 8, "conf_num_hidden_layers": 12}
+    audio |= {"sscp_conv_channel_size": [128, 32], "conf_conv_kernel_size": 5}
+    sparse = {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * (layers - 10)}
+    return {
+        "text_config": text | sparse,
+        "vision_config": {"hidden_size": 2048, "vocab_size": 128},
+        "audio_config": audio,
+    }
+
+
 _LLAMA_1B = _text(128256, 2048, 8192, 16, 32, 8, head_dim=64)
 _LLAMA_3B = _text(128256, 3072, 8192, 28, 24, 8, head_dim=128)
 _MISTRAL_7B = _text(32768, 4096, 14336, 32, 32, 8, head_dim=128)
@@ -74,6 +88,15 @@ SIZES: dict[str, list[Config]] = {
     "Glm4ForCausalLM": [_text(151552, 4096, 13696, 40, 32, 2, head_dim=128)],
     "Qwen3MoeForCausalLM": [
         _text(151936, 2048, 6144, 6, 32, 4, head_dim=128, num_experts=128, moe_intermediate_size=768)
+    ],
+    "Gemma3nForConditionalGeneration": [
+        _gemma3n(2048, 16384, 35, 15),  # E4B
+        _gemma3n(2048, 8192, 30, 10),  # E2B
+        {"text_config": {"altup_num_inputs": 3}},  # 4 in all that are published
+    ],
+    "GptOssForCausalLM": [
+        _text(201088, 2880, 2880, 4, 64, 8, head_dim=64, num_local_experts=32, num_experts_per_tok=4),  # 20b
+        _text(201088, 2880, 2880, 2, 64, 8, head_dim=64, num_local_experts=128, num_experts_per_tok=4),  # 120b
     ],
     "Gemma3ForConditionalGeneration": [
         {"text_config": _GEMMA3_27B, "vision_config": _SIGLIP},

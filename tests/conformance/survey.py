@@ -32,7 +32,7 @@ from profile_builder import build_profile
 
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header
 from bnbfix.engines.vllm.process import run_worker
-from bnbfix.engines.vllm.profiles import FOLDER, INDEX, find_pattern
+from bnbfix.engines.vllm.profiles import FOLDER, INDEX, LITERAL, find_pattern
 
 SHAPES_RELEASE = "0.32.0"  # whose transformers says which tensors a model has
 SECONDS = 1800
@@ -81,9 +81,12 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
         for here, elsewhere in family.dialects:
             if name.startswith(here):
                 out[elsewhere + name[len(here) :]] = shape
+        for theirs, ours in family.inner_names:
+            if ours in name:
+                out[name.replace(ours, theirs)] = shape
     stacks: dict[str, dict[int, dict[str, list[int]]]] = {}
     for name, shape in out.items():
-        if m := re.match(r"(.*?)\.(\d+)\.(.*)", name):
+        if LITERAL not in name and (m := re.match(r"(.*?)\.(\d+)\.(.*)", name)):
             stacks.setdefault(m[1], {}).setdefault(int(m[2]), {})[m[3]] = shape
     for stack, layers in stacks.items():
         for i, layer in layers.items():
@@ -97,6 +100,10 @@ def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str,
             joined = m[2] == "gate_up_proj"
             parts = dict.fromkeys(("gate_proj", "up_proj"), rows // 2) if joined else {"down_proj": rows}
             for expert in range(shape[0]):
+                if family.expert_lists:  # and nobody writes them as below
+                    linear = f"{m[1]}experts.{m[2]}s.{expert}"
+                    out |= {f"{linear}.weight": [rows, columns], f"{linear}.bias": [rows]}
+                    continue
                 for prefix in ("experts", "moe.experts"):
                     for part, height in parts.items():
                         out[f"{m[1]}{prefix}.{expert}.{part}.weight"] = [height, columns]
@@ -112,11 +119,13 @@ def list_experiments(
     pattern; `seen` holds those of the models before.
     """
     for name, shape in (tensors | others).items():
+        if LITERAL in name and find_pattern(name) in seen:
+            continue
         yield ["tensor", name], describe_tensor(name, shape)
         if can_be_quantized(name, shape):
             yield ["quantized", name], describe_quantized(name, shape)
     first = {p: name for name in reversed(tensors) if (p := find_pattern(name)) not in seen}
-    for name in first.values():
+    for name in [name for name in first.values() if LITERAL not in name]:
         shape = tensors[name]
         for i in range(len(shape)):
             wrong = [n + 8 * (i == at) for at, n in enumerate(shape)]
@@ -124,7 +133,10 @@ def list_experiments(
             if can_be_quantized(name, shape):
                 yield ["wrong-quantized", name, i], describe_quantized(name, wrong)
     modules = {
-        p: m for name in reversed(first.values()) for m in prefixes_of(name) if (p := find_pattern(m)) not in seen
+        p: m
+        for name in reversed(first.values())
+        for m in prefixes_of(name.partition(LITERAL)[0])
+        if (p := find_pattern(m)) not in seen
     }
     if not seen:
         modules |= {tower: tower for tower in TOWERS if not any(name.startswith(tower + ".") for name in tensors)}
@@ -133,7 +145,7 @@ def list_experiments(
             name = f"{module}.{unknown}" if module else unknown
             if name not in tensors:
                 yield ["unknown", module, unknown], describe_tensor(name, [8])
-    for stack in {m[1] for name in first.values() if (m := re.match(r"(.*?)\.\d+\.", name))}:
+    for stack in {m[1] for name in first.values() if LITERAL not in name and (m := re.match(r"(.*?)\.\d+\.", name))}:
         layers = [name for name in tensors if name.startswith(stack + ".")]
         beyond = 1 + max(int(name[len(stack) + 1 :].split(".")[0]) for name in layers)
         example = next(name for name in layers if len(tensors[name]) == min(len(tensors[n]) for n in layers))
@@ -193,10 +205,12 @@ def find_shapes(work: Path, name: str, family: Family, python: Path) -> list[dic
     return models
 
 
-def write_folder(folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family) -> None:
+def write_folder(
+    folder: Path, model: dict[str, Any], tensors: dict[str, list[int]], family: Family, quantized: bool = True
+) -> None:
     """What vLLM needs to build a skeleton: config.json, a shard of holes, and a processor where the class needs it."""
     folder.mkdir()
-    config = model["config"] | {"quantization_config": tiny_gemma4.ALL}
+    config = model["config"] | ({"quantization_config": tiny_gemma4.ALL} if quantized else {})
     (folder / "config.json").write_text(json.dumps(config))
     if family.processor:
         processor = tiny_gemma4._processor_config(family.processor, config["vision_config"])
@@ -235,6 +249,11 @@ def list_questions(
         experiments = list(list_experiments(own, others, seen))
         (folder / "bnbfix-experiments.json").write_text(json.dumps([rows for _, rows in experiments]))
         yield folder, {"shapes": own | others, "experiments": [what for what, _ in experiments]}
+    full = models[0]["tensors"]  # does the class load in full precision?
+    write_folder(scratch / "plain", models[0], full, family, quantized=False)
+    group = [row for name, shape in full.items() for row in describe_tensor(name, shape)]
+    (scratch / "plain" / "bnbfix-experiments.json").write_text(json.dumps([group]))
+    yield scratch / "plain", {"plain": True}
     if axial := models[0]["axial"]:  # is the class built with the vision tower's rope as transformers 5.19 names it?
         config = change(models[0]["config"], vision_config__rope_parameters=axial)
         write_folder(scratch / "axial", {"config": config}, complete[0], family)

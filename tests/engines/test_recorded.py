@@ -181,7 +181,7 @@ def test_every_row_of_a_profile_is_a_range_and_every_size_a_formula(path) -> Non
     text = path.read_text("utf-8")
     profile = json.loads(text)
     assert profile["architecture"] == path.stem and profile["schema"] == 1
-    assert len(path.read_bytes()) < 150_000
+    assert len(path.read_bytes()) < 200_000
     for kind in ("known", "tensors", "parameters", "unknown", "aliases"):
         found = [profile[kind]] if kind == "known" else profile[kind].values()
         for rows in found:
@@ -218,6 +218,8 @@ def test_features(feature: list[str], config: dict[str, object], layer: int | No
     [
         ("a", 6),
         ("2*a", 12),
+        ("a+-1", 5),
+        ("a//b", 1),
         ("a*b", 24),
         ("a*b/4", 6),
         ("a*b+2*b", 32),
@@ -239,6 +241,15 @@ def test_sizes(formula: str | None, size: int | None) -> None:
 def test_numbers_in_names() -> None:
     assert find_pattern("a.0.b.12.c2.03.x") == "a.*.b.*.c2.03.x"
     assert find_numbers("a.0.b.12.c2.03.x") == (0, 12)
+    assert find_pattern("a.timm_model.blocks.0.1.x") == "a.timm_model.blocks.0.1.x"
+    assert find_numbers("a.timm_model.blocks.0.1.x") == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size"), [([8, 8], 8), (8, 8), ([8, 9], None), ([], None), (None, None), ("8", None)]
+)
+def test_the_size_of_each_layer(sizes: object, size: int | None) -> None:
+    assert evaluate_size("2*sizes.each", partial(read_path, {"sizes": sizes})) == (None if size is None else 2 * size)
 
 
 def test_of_a_class_that_was_not_surveyed_nothing_is_known() -> None:

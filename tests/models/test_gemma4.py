@@ -174,6 +174,7 @@ NAMES = {  # real names: (role, layer, part)
     L + "moe.experts.0.down_proj.weight": ("expert", 11, "down_proj"),
     L + "experts.gate_up_proj_4bit.12.weight": ("expert_linear", 11, "gate_up_proj"),
     L + "experts.down_projs.0.weight": ("expert_linear", 11, "down_proj"),
+    L + "experts.down_projs.0.bias": ("expert_bias", 11, "down_proj"),
     L + "self_attn.q_norm.weight": ("other", None, None),
     L + "self_attn.k_norm.weight": ("other", None, None),
     L + "input_layernorm.weight": ("other", None, None),

@@ -13,21 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bnbfix
+from bnbfix.checkpoint.safetensors import TensorInfo, build_header, tensor_nbytes
 from bnbfix.engines.engine import matching_entries
 from bnbfix.engines.targets import find_range, resolve_target
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
+from bnbfix.engines.vllm.profiles import find_pattern, load_profile
 from bnbfix.engines.vllm.recorded import expect
 from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.choices import find_choices
-from bnbfix.rules.rule import Code
+from bnbfix.rules.rule import Code, Severity
 from tests.support.build import opened, scan
-from tests.support.families import SHAPES, make_family, quantize
+from tests.support.families import SHAPES, dequantize, make_family, quantize
 
 RELEASES = ("0.22.1", "0.27.1", "0.32.0")
 LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
 QWEN, GEMMA = "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration"
 LLAVA = "LlavaNextForConditionalGeneration"
+GPT_OSS = "GptOssForCausalLM"
 VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
     (LLAMA, "all"): "loads loads loads",
     (LLAMA, "skip"): "loads loads loads",
@@ -40,12 +43,14 @@ VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
     (GEMMA, "all"): "fails fails fails",
     (GEMMA, "skip"): "fails fails fails",
     (LLAVA, "skip"): "fails fails fails",
+    (GPT_OSS, "all"): "fails fails fails",
 }
 REFUSED = {
     (MOE, "0.27.1"): "a mixture of experts, which the release refuses",  # it reports the experts under other names
     (MOE, "portable"): "a mixture of experts, which the release refuses",
     (LLAVA, "0.22.1"): "No 'packed_modules_mapping' found",
     (LLAVA, "0.27.1"): "No 'packed_modules_mapping' found",
+    **{(GPT_OSS, target): "a mixture of experts, which the release refuses" for target in (*RELEASES, "portable")},
 }
 MODEL = "model.safetensors"
 
@@ -115,7 +120,7 @@ def test_experts_are_quantized_and_the_router_is_skipped(family: Make, tmp_path:
     assert after["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", [LLAMA, MOE])
+@pytest.mark.parametrize("name", [LLAMA, MOE, GPT_OSS])
 def test_full_precision_keeps_the_names_of_experts(name: str, family: Make, tmp_path: Path) -> None:
     bnbfix.repair(family(name, "all"), tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
     after = load_file(tmp_path / "out" / MODEL)
@@ -231,6 +236,180 @@ def test_experts_in_lists_of_a_class_that_has_no_tensor_of_all_are_refused_by_na
     tensors[name] = tensors.pop("model.layers.0.mlp.experts.0.gate_proj.weight")
     save_file(tensors, source / MODEL, {"format": "pt"})
     with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {MOE} has no tensor of all"):
+        bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+GEMMA3N = {
+    "architectures": ["Gemma3nForConditionalGeneration"],
+    "model_type": "gemma3n",
+    "tie_word_embeddings": True,
+    "text_config": {
+        "vocab_size": 512,
+        "vocab_size_per_layer_input": 480,
+        "hidden_size": 128,
+        "intermediate_size": [256] * 4,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_size_per_layer_input": 48,
+        "laurel_rank": 24,
+    },
+    "vision_config": {"hidden_size": 2048, "vocab_size": 16},
+    "audio_config": {"hidden_size": 64, "vocab_size": 16, "conf_num_hidden_layers": 1},
+}
+L3N = "model.language_model.layers."
+
+
+def gemma3n(folder: Path, *full: str) -> Path:
+    """Every tensor that transformers has of this class; all linear modules in NF4 but those that match.
+
+    Tensors that are not in NF4 are holes in the file: the vision tower has the size of the published one.
+    """
+    release = find_range("0.32.0")
+    assert release is not None
+    found, linears = expect(read_model(GEMMA3N), release), load_profile(GEMMA3N["architectures"][0])["linears"]  # type: ignore[index]
+    assert found is not None
+    infos, data, at = [], {}, 0
+
+    def add(name: str, dtype: str, shape: list[int], values: bytes = b"") -> None:
+        nonlocal at
+        size = tensor_nbytes(dtype, shape)
+        infos.append(TensorInfo(name, dtype, tuple(shape), at, at + size))
+        data[at] = values
+        at += size
+
+    for name in (n for parameter in found.parameters for n in found.missing(parameter, set())):
+        place = found.place(name)
+        assert place is not None and place.shape is not None
+        shape = [n or (16 if i == 0 else 64) for i, n in enumerate(place.shape)]
+        if find_pattern(name) in linears and not any(re.search(pattern, name) for pattern in full):
+            for part, value in quantize(name, torch.randn(shape).to(torch.bfloat16)).items():
+                dtype = {torch.uint8: "U8", torch.float32: "F32"}[value.dtype]
+                add(part, dtype, list(value.shape), value.numpy().tobytes())
+        else:
+            add(name, "BF16", shape)
+    folder.mkdir()
+    header = build_header(infos, {"format": "pt"})
+    with (folder / MODEL).open("wb") as f:
+        f.write(header)
+        for begin, values in data.items():
+            f.seek(len(header) + begin)
+            f.write(values)
+        f.truncate(len(header) + at)
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(GEMMA3N | {"quantization_config": quantization}))
+    return folder
+
+
+def test_gemma_3n_as_transformers_quantizes_it(tmp_path: Path) -> None:
+    source = gemma3n(tmp_path / "source")
+    older, newer = (
+        {f"{f.code} {f.message}": f.tensors for f in scan(source, release).findings} for release in ("0.22.1", "0.32.0")
+    )
+    routers = tuple(f"{L3N}{layer}.altup.modality_router.weight" for layer in range(4))
+    decoder = ["altup_projections.0", "altup_projections.1", "altup_projections.2", "per_layer_model_projection"]
+    for findings in (older, newer):
+        assert findings["BNB107 quantized; vLLM makes a factor in its dtype, which becomes 0"] == routers
+        towers = findings["BNB101 quantized in the file, an unquantized parameter in vLLM"]
+        assert "model.embed_vision.embedding_projection.weight" in towers
+        assert all(name.startswith(("model.audio_tower.", "model.embed_")) for name in towers)
+        unbound = findings["BNB101 quantized in the file, for a parameter that gets no quant state"]
+        assert sorted(unbound) == [f"model.language_model.{module}.weight" for module in decoder]
+    shared = [f"{L3N}{layer}.self_attn.{part}.weight" for layer in (2, 3) for part in ("k_norm", "k_proj", "v_proj")]
+    lost = "BNB106 not in the file; the release makes the parameter all the same"
+    assert sorted(older[lost]) == shared and lost not in newer
+    plan = bnbfix.plan_repair(source, "0.22.1")
+    done = {e.name: e.action for e in plan.edits}
+    assert all(done[name] == "dequantize" for name in routers) and all(done[name] == "insert" for name in shared)
+    skip = str(plan.texts["config.json"])
+    assert "language_model.model.layers.0.altup.modality_router" in skip
+    assert f"{L3N}0.altup.modality_router" in skip
+    assert '"language_model.model.self_decoder"' in skip, "the module in which vLLM has them"
+    assert not bnbfix.plan_repair(source, "portable").nothing_to_do
+
+
+@pytest.mark.parametrize(("release", "severity"), [("0.27.1", Severity.FAILS), ("0.32.0", Severity.WRONG)])
+def test_what_vllm_does_not_find_is_not_requantized_either(tmp_path: Path, release: str, severity: Severity) -> None:
+    source = gemma3n(tmp_path / "source", "altup", "audio", "embed_", "per_layer_model")
+    found = [f for f in scan(source, release).findings if f.code is Code.UNQUANTIZED_IN_QUANTIZED]
+    by_name = {name: f.severity for f in found for name in f.tensors}
+    assert by_name["model.language_model.altup_projections.0.weight"] is Severity.FAILS
+    assert by_name["model.language_model.altup_unembed_projections.0.weight"] is severity
+
+
+def test_a_quarter_of_gemma_3ns_layers_may_be_narrower(tmp_path: Path) -> None:
+    config = GEMMA3N | {"text_config": GEMMA3N["text_config"] | {"intermediate_size": [256, 256, 256, 128]}}  # type: ignore[operator]
+    release = find_range("0.32.0")
+    assert release is not None
+    for known, shape in ((GEMMA3N, (256, 128)), (config, (None, 128))):
+        found = expect(read_model(known), release)
+        assert found is not None
+        place = found.place(f"{L3N}0.mlp.up_proj.weight")
+        assert place is not None and place.shape == shape, "each layer has its own: no size is held against it"
+
+
+def as_lists(source: Path, out: Path) -> Path:
+    """gpt-oss as unsloth publishes it: each expert's projections in NF4 linear modules, the router in a module more."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / MODEL)
+    for name in list(tensors):
+        value = tensors.pop(name)
+        if m := re.fullmatch(r"(.*\.experts\.\w+_proj)(_bias)?", name):
+            for number, one in enumerate(value):
+                linear = f"{m[1]}s.{number}"
+                tensors |= {f"{linear}.bias": one} if m[2] else quantize(f"{linear}.weight", one.T.contiguous())
+        else:
+            tensors[name.replace("router.", "router.linear.")] = value
+    save_file(tensors, out / MODEL, {"format": "pt"})
+    return out
+
+
+def test_lists_of_experts_of_which_no_release_takes_4_bits_are_joined_as_the_class_stores_them(
+    family: Make, tmp_path: Path
+) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    for release in (*RELEASES, "portable"):
+        found = {f.code: f for f in scan(source, release).findings}
+        assert {Code.MOE_REFUSED, Code.EXPERT_LINEARS} <= set(found)
+        assert "no release takes experts of this class in 4 bits" in str(found[Code.EXPERT_LINEARS].reason)
+    bnbfix.repair(source, tmp_path / "out", vllm="0.32.0", device="cpu", bf16=True)
+    assert bnbfix.verify(tmp_path / "out", source).ok
+    before, after = load_file(source / MODEL), load_file(tmp_path / "out" / MODEL)
+    assert {name: list(t.shape) for name, t in after.items()} == SHAPES[GPT_OSS]["tensors"]
+    mlp = "model.layers.1.mlp."
+    assert torch.equal(after[f"{mlp}router.weight"], before[f"{mlp}router.linear.weight"])
+    for part in ("gate_up_proj", "down_proj"):
+        stem = f"{mlp}experts.{part}s.2"
+        assert torch.equal(after[f"{mlp}experts.{part}_bias"][2], before[f"{stem}.bias"])
+        assert torch.equal(after[f"{mlp}experts.{part}"][2], dequantize(before, f"{stem}.weight").T)
+    name = f"{mlp}experts.down_proj"
+    data = bytearray((tmp_path / "out" / MODEL).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + json.loads(data[8:start])[name]["data_offsets"][0] + 1] ^= 0x01
+    (tmp_path / "out" / MODEL).write_bytes(data)
+    assert name in [p.tensor for p in bnbfix.verify(tmp_path / "out", source).problems]
+
+
+def test_gate_and_up_are_not_joined_where_they_may_alternate(family: Make, tmp_path: Path) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    tensors = load_file(source / MODEL)
+    name = "model.layers.0.mlp.experts.gate_projs.0.weight"
+    tensors[name] = torch.zeros(192, 128, dtype=torch.bfloat16)
+    save_file(tensors, source / MODEL, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {GPT_OSS} stores"):
+        bnbfix.plan_repair(source, "0.32.0", bf16=True)
+
+
+@pytest.mark.parametrize("lost", ["gate_up_projs.1.bias", "down_projs.2.bias"])
+def test_a_bias_that_is_lost_is_named(lost: str, family: Make, tmp_path: Path) -> None:
+    source = as_lists(family(GPT_OSS, "all"), tmp_path / "lists")
+    tensors = load_file(source / MODEL)
+    del tensors[f"model.layers.0.mlp.experts.{lost}"]
+    save_file(tensors, source / MODEL, {"format": "pt"})
+    with pytest.raises(bnbfix.Unrepairable, match=r"proj_bias cannot be joined: expert [12] has no"):
         bnbfix.plan_repair(source, "0.32.0", bf16=True)
 
 

@@ -27,6 +27,12 @@ def quantize(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: data} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
+def dequantize(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The values of a weight in NF4."""
+    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return bnb.dequantize_4bit(tensors[name], bnb.QuantState.from_dict(state, device=torch.device("cpu")))
+
+
 def is_quantized(module: str, form: str) -> bool:
     """`all`: every linear module but lm_head; `skip`: those of the language model's layers; `partial`: but a q_proj."""
     if module.endswith("lm_head"):

@@ -3,7 +3,9 @@
 A profile is JSON: for patterns of names, in which layer numbers are `*`, rows of [first release, last release, what the
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
 are formulas over the keys of config.json; `keys` are older names of some. `built` are stacks of which the engine builds
-fewer layers than a file has.
+fewer layers than a file has. `dialects` are beginnings of names, and `inner_names` parts of them, that tools write
+differently. `dtype_read` are parameters in whose dtype the class makes a number, `unbound` those that get no quant
+state, since the class renames their tensors after the loader has looked for it.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ FOLDER = Path(__file__).with_name("profiles")
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")  # as Python writes it: no other names the same module
 _DIVIDED = re.compile("(?<!/)/(?!/)")
 Feature = Sequence[str]  # [kind, path, ...]
+LITERAL = ".timm_model."  # a tower of timm's: its blocks are all unlike, and the same in every model of the class
+EACH = ".each"  # after the path of a list: the number that all of its items are
 
 
 @cache
 def find_pattern(name: str) -> str:
     """A name with `*` for its layer numbers."""
-    return _NUMBER.sub("*", name)
+    return name if LITERAL in name else _NUMBER.sub("*", name)
 
 
 @cache
 def find_numbers(name: str) -> tuple[int, ...]:
     """The layer numbers in a name, first to last."""
-    return tuple(int(n) for n in _NUMBER.findall(name))
+    return () if LITERAL in name else tuple(int(n) for n in _NUMBER.findall(name))
 
 
 @lru_cache(1 << 14)
@@ -127,7 +131,11 @@ def _evaluate_factor(factor: str, read: Callable[[str], Any]) -> int | None:
     if divisor:
         whole, part = _evaluate_factor(dividend, read), _evaluate_factor(divisor, read)
         return whole // part if whole is not None and part else None
-    found = int(factor) if factor.isdigit() else read(factor)
+    if factor.endswith(EACH):
+        value = read(factor.removesuffix(EACH))
+        items = value if isinstance(value, list) and value else [value]
+        return items[0] if type(items[0]) is int and all(item == items[0] for item in items) else None
+    found = int(factor) if factor.removeprefix("-").isdigit() else read(factor)
     if isinstance(found, list):
         return len(found)
     return found if type(found) is int else None

@@ -92,7 +92,9 @@ class RecordedExpectation:
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    out[name] = Slot(name, module, bool(answer.get("quantized")), bool(answer.get("experts")))
+                    traits = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
+                    quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
+                    out[name] = Slot(name, module, quantized, experts, *traits)
         return out
 
     def place(self, name: str) -> Place | None:
@@ -131,7 +133,7 @@ class RecordedExpectation:
         return name if find_pattern(name) in self._rows["tensors"] else self._find_alias(name, accepted=True)
 
     def rename(self, name: str) -> str | None:
-        """The name that the release knows for a tensor whose beginning it does not know; None where it knows none."""
+        """The name that the release knows for a tensor of which it does not know this one; None where it knows none."""
         if self.canonical(name) is None:
             return self._find_alias(name, accepted=False)
         place = self.place(name)
@@ -140,6 +142,10 @@ class RecordedExpectation:
                 other = self.place(ours + name[len(theirs) :]) if name.startswith(theirs) else None
                 if other is not None and not other.refused:
                     return f"{ours}{name[len(theirs) :]}"
+        for theirs, ours in self._facts.profile.get("inner_names", ()) if place is not None and not place.fills else ():
+            known = name.replace(theirs, ours)
+            if known != name and (other := self.place(known)) is not None and other.fills:
+                return known
         return None
 
     def _find_alias(self, name: str, *, accepted: bool) -> str | None:

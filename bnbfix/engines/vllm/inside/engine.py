@@ -125,6 +125,21 @@ def _patch_experts(torch: Any) -> None:
         pass  # newer releases have neither the table nor the gap
 
 
+def _patch_sparse_activation(torch: Any) -> None:
+    """Gemma 3n's activation computes a number as it is made, for which the meta device has no values."""
+    from vllm.model_executor.layers import activation
+
+    if (sparse := getattr(activation, "GeluAndMulSparse", None)) is None:
+        return
+    original = sparse.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.device("cpu"):
+            original(self, *args, **kwargs)
+
+    sparse.__init__ = make
+
+
 @contextmanager
 def after_loading(look: Look) -> Iterator[None]:
     """Calls `look(model)` when the weights are in, before vLLM requantizes them for its kernels."""
@@ -179,6 +194,7 @@ def build_skeleton(folder: str, prepare: Look = lambda config: None) -> tuple[An
 
     load_general_plugins()
     patch_vllm_for_cpu()
+    _patch_sparse_activation(torch)
     options = {k: v for k, v in ENGINE.items() if k != "skip_mm_profiling"}
     config = EngineArgs(model=folder, skip_tokenizer_init=True, **options).create_engine_config()
     prepare(config)

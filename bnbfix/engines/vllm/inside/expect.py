@@ -52,7 +52,6 @@ def run(folder: str) -> dict[str, Any]:
     parts: list[tuple[str, str]] = []
     for name, p in model.named_parameters():
         _record_parts(name, p, parts)
-    loader = get_model_loader(config.load_config)
     answers = []
     report_status(f"trying {len(groups):,} groups of tensors")
     with stand_ins(feed), current_config(config), set_default_torch_dtype(torch.bfloat16):
@@ -60,6 +59,7 @@ def run(folder: str) -> dict[str, Any]:
             feed.shards = {group[0][0]: [row[1:] for row in group]}
             parts.clear()
             answer: dict[str, Any] = {"fills": []}
+            loader = get_model_loader(config.load_config)  # a new one: its lists of modules grow with every load
             try:
                 loader.load_weights(model, config.model_config)
             except Filled as filled:
@@ -71,7 +71,9 @@ def run(folder: str) -> dict[str, Any]:
 
 
 def _record_prefixes(config: Any, prefixes: dict[int, str]) -> None:
-    """Has the quantization method note the name by which it knows each module."""
+    """Has the quantization method, where there is one, note the name by which it knows each module."""
+    if config.quant_config is None:
+        return
     method = type(config.quant_config)
     original = method.get_quant_method
 
