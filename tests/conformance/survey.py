@@ -6,7 +6,7 @@
 
 For each class (families.py) and release vLLM builds the model's skeleton, and its loader is given a tensor at a time:
 each as transformers names it, unquantized and quantized; in a wrong shape; under other names; unknown ones everywhere.
-Answers are kept in WORK/survey/RELEASE/CLASS.json and not asked for again.
+Answers are kept in WORK/survey/RELEASE/CLASS.json; a class is asked about again where they lack a question.
 """
 
 from __future__ import annotations
@@ -279,6 +279,18 @@ def survey(work: Path, release: str, python: Path, classes: dict[str, list[dict[
         path.write_text(json.dumps(kept))
 
 
+def is_answered(kept: Path, family: Family, models: list[dict[str, Any]]) -> bool:
+    """Return True if there are answers of a release to everything that is asked about a class now."""
+    if not kept.exists():
+        return False
+    answers = [a for a in json.loads(kept.read_text()) if "experiments" in a]
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = [q for _, q in list_questions(family, models, Path(scratch)) if "experiments" in q]
+    lists = ((q["experiments"], a["experiments"]) for q, a in zip(asked, answers, strict=False))
+    known = (all(what in found for what in wanted) for wanted, found in lists)
+    return len(asked) == len(answers) and (any(a["error"] for a in answers) or all(known))
+
+
 def write_index() -> None:
     """Lists every profile, with the releases that load its class."""
     profiles = sorted(path for path in FOLDER.glob("*.json") if path.name != INDEX)
@@ -303,7 +315,8 @@ def main() -> None:
         for name in classes
     }
     for release in [] if a.profiles else releases:
-        missing = {n: models[n] for n in classes if not (a.work / "survey" / release / f"{n}.json").exists()}
+        kept = a.work / "survey" / release
+        missing = {n: m for n, m in models.items() if not is_answered(kept / f"{n}.json", FAMILIES[n], m)}
         if missing:
             survey(a.work, release, venvs.build(release, folder / release), missing)
     FOLDER.mkdir(exist_ok=True)
