@@ -19,7 +19,7 @@ from tests.support.command_line import Run
 
 tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
 ROOT = Path(bnbfix.__file__).parent.parent
-INSTALL = f", for which bnbfix[repair] has to be installed\n  {SMALLER}\n  pip install 'bnbfix[repair]'\n"
+INSTALL = f": pip install 'bnbfix[repair]'\n  {SMALLER}\n"
 
 
 def required(lines: list[str]) -> set[str]:

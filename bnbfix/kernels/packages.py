@@ -7,8 +7,7 @@ from importlib.util import find_spec
 
 from ..errors import UsageError
 
-EXTRA = "bnbfix[repair]"
-INSTALL = f"pip install '{EXTRA}'"
+INSTALL = "pip install 'bnbfix[repair]'"
 SMALLER = "It brings torch, in a build for CUDA of several GB; a CPU build that is installed before is enough."
 KERNELS = ("torch", "bitsandbytes", "numpy")
 
@@ -21,4 +20,4 @@ def require_packages(what: str, packages: Sequence[str] = KERNELS) -> None:
     """
     if any(find_spec(name) is None for name in packages):
         hint = SMALLER if find_spec("torch") is None else None
-        raise UsageError(f"{what}, for which {EXTRA} has to be installed", hint=hint, command=INSTALL)
+        raise UsageError(f"{what}: {INSTALL}", hint=hint, command=INSTALL)

@@ -45,7 +45,7 @@ def check_moe_refused(case: Case) -> Iterator[Hit]:
         words = "a mixture of experts, which the release refuses under bitsandbytes"
         loading = _ranges_that_load(case)
         others = f"; {label_ranges(loading)} can load one, and" if loading else ";"
-        reason = f"no 4-bit form exists for this release{others} --bf16 works everywhere"
+        reason = f"no 4-bit form exists for this release{others} --bf16 loads wherever the class does"
         yield Hit(Severity.FAILS, (), words, reason)
 
 

@@ -233,7 +233,7 @@ def set_quant_storage(request: Request, so_far: Changes) -> Changes:
 
 @rule(
     Code.QUANTIZED_PIXEL_PROJECTION,
-    "quantized weight in whose dtype numbers are made",
+    "quantized weight whose dtype the model uses",
     severity=Severity.DEGRADED,
     why="transformers before 5.13 casts pixels to the dtype of patch_embedder.input_proj's weight. When that is "
     "quantized the dtype is uint8, and every image is silently corrupted. "

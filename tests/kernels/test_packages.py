@@ -11,7 +11,7 @@ from bnbfix.kernels.packages import INSTALL, require_packages
 
 
 def test_a_package_that_is_not_installed_is_a_usage_error_with_what_to_install() -> None:
-    with pytest.raises(UsageError, match=r"this repair dequantizes, for which bnbfix\[repair\]") as caught:
+    with pytest.raises(UsageError, match=r"this repair dequantizes: pip install 'bnbfix\[repair\]'") as caught:
         require_packages("this repair dequantizes", ["json", "no_such_package"])
     assert caught.value.command == INSTALL
 
