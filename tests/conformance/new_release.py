@@ -230,7 +230,7 @@ def write_row(row: ReleaseRange) -> bool:
         at = text.rindex('"last": ')
         text = text[:at] + text[at:].replace(f'"last": "{newest.last}"', f'"last": "{row.last}"', 1)
     else:
-        values = {k: v for k, v in asdict(row).items() if k != "classes"}
+        values = {k: v for k, v in asdict(row).items() if k not in ("engine", "classes")}
         lines = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         text = text.rstrip().removesuffix("]\n}").rstrip() + ",\n    {\n" + ",\n".join(lines) + "\n    }\n  ]\n}\n"
     TABLE.write_text(text, "utf-8")

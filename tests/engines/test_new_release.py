@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from bnbfix.engines.engine import version_key
 from bnbfix.engines.vllm.profiles import FOLDER
 from bnbfix.engines.vllm.releases import ranges
-from tests.conformance import new_release, venvs
+from tests.conformance import new_release, survey, venvs
 
 RELEASES = list(venvs.PINS["releases"])
 PROFILES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("Gemma4*.json"))}
@@ -99,7 +100,25 @@ def test_a_release_that_differs_gets_a_row(table: Path) -> None:
     assert new_release.write_row(row)
     after = json.loads(table.read_text())
     assert after["ranges"][:-1] == before["ranges"]
-    assert after["ranges"][-1] == {k: v for k, v in asdict(row).items() if k != "classes"}
+    assert after["ranges"][-1] == {k: v for k, v in asdict(row).items() if k in before["traits"] and k != "classes"}
+
+
+def test_a_class_is_asked_about_again_where_kept_answers_lack_a_question(tmp_path: Path) -> None:
+    config, kept = {"architectures": ["AForCausalLM"]}, tmp_path / "AForCausalLM.json"
+    family = replace(survey.FAMILIES["LlamaForCausalLM"], configs=[config])
+    models = [{"config": config, "tensors": {"model.norm.weight": [8]}, "axial": None}]
+    assert not survey.is_answered(kept, family, models)
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = [question for _, question in survey.list_questions(family, models, Path(scratch))]
+    answers = [question | {"error": None} for question in asked]
+    kept.write_text(json.dumps(answers))
+    assert survey.is_answered(kept, family, models)
+    answers[0]["experiments"].pop()
+    kept.write_text(json.dumps(answers))
+    assert not survey.is_answered(kept, family, models)
+    answers[0]["error"] = "AForCausalLM is refused"
+    kept.write_text(json.dumps(answers))
+    assert survey.is_answered(kept, family, models)
 
 
 def test_a_release_is_forgotten_by_data(table: Path, tmp_path: Path) -> None:
