@@ -6,7 +6,7 @@
 
 For each class (families.py) and release vLLM builds the model's skeleton, and its loader is given a tensor at a time:
 each as transformers names it, unquantized and quantized; in a wrong shape; under other names; unknown ones everywhere.
-Answers are kept in WORK/survey/RELEASE/CLASS.json; a class is asked about again where they lack a question.
+Answers are kept in WORK/survey/RELEASE/CLASS.json; a class is asked about again where the questions have changed.
 """
 
 from __future__ import annotations
@@ -280,15 +280,14 @@ def survey(work: Path, release: str, python: Path, classes: dict[str, list[dict[
 
 
 def is_answered(kept: Path, family: Family, models: list[dict[str, Any]]) -> bool:
-    """Return True if there are answers of a release to everything that is asked about a class now."""
+    """Return True if the kept answers of a release are to what is asked about a class now."""
     if not kept.exists():
         return False
     answers = [a for a in json.loads(kept.read_text()) if "experiments" in a]
     with tempfile.TemporaryDirectory() as scratch:
         asked = [q for _, q in list_questions(family, models, Path(scratch)) if "experiments" in q]
-    lists = ((q["experiments"], a["experiments"]) for q, a in zip(asked, answers, strict=False))
-    known = (all(what in found for what in wanted) for wanted, found in lists)
-    return len(asked) == len(answers) and (any(a["error"] for a in answers) or all(known))
+    both = ([sorted(map(json.dumps, x["experiments"])) for x in pair] for pair in zip(asked, answers, strict=False))
+    return len(asked) == len(answers) and (any(a["error"] for a in answers) or all(now == then for now, then in both))
 
 
 def write_index() -> None:

@@ -103,7 +103,7 @@ def test_a_release_that_differs_gets_a_row(table: Path) -> None:
     assert after["ranges"][-1] == {k: v for k, v in asdict(row).items() if k in before["traits"] and k != "classes"}
 
 
-def test_a_class_is_asked_about_again_where_kept_answers_lack_a_question(tmp_path: Path) -> None:
+def test_a_class_is_asked_about_again_where_the_questions_have_changed(tmp_path: Path) -> None:
     config, kept = {"architectures": ["AForCausalLM"]}, tmp_path / "AForCausalLM.json"
     family = replace(survey.FAMILIES["LlamaForCausalLM"], configs=[config])
     models = [{"config": config, "tensors": {"model.norm.weight": [8]}, "axial": None}]
