@@ -167,6 +167,8 @@ def _torch_decoder(quantized: QuantizedTensor, device: str) -> StartDecode:
     # Numbers below the normal ones are flushed to zero by AVX512-BF16 and by CUDA (--use_fast_math), in float32 too;
     # the CPU's float32 kernel and torch's own rounding keep them.
     inner = dtype
+    if device == "cpu" and dtype is torch.float16:  # to which the CPU functions in builds for CUDA round wrongly (0.50)
+        inner = torch.float32
     if bool(((absmax != 0) & (absmax.abs() < SUBNORMAL)).any()):
         device, inner, absmax = "cpu", torch.float32, _absmax(quantized, "cpu")
     absmax = absmax.repeat_interleave(state.blocksize // size)

@@ -40,6 +40,7 @@ def through_torch(quantized: Quantized, chunk_bytes: int) -> bytes:
 @examples(150)
 @given(states, st.integers(0, 2**32 - 1), st.integers(1, 100_000))
 @example(QuantState("fp4", 4096, "float16", (3, 5000), NestedState(256, 0.25)), 1, 4 << 20)
+@example(QuantState("nf4", 32, "float16", (1, 1185), None), 340, 1)  # differs where the build is one for CUDA
 def test_with_and_without_torch_is_the_same_to_the_bit(state: QuantState, seed: int, chunk_bytes: int) -> None:
     quantized = random_weight(state, seed)
     assert kernels.native_decoder(quantized.tensor) is not None
