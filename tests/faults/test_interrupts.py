@@ -27,6 +27,7 @@ NUMBERS = count()
 # SIGINT is ignored in a job in a shell's background, and so in its children.
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 MAIN = "from bnbfix.cli.main import main\nmain()\n"
+PATIENT = "import bnbfix.cli.signals\nbnbfix.cli.signals.SECONDS = 3600\n"  # however slow the machine is, it may finish
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
@@ -151,6 +152,7 @@ def test_a_push_ends_without_a_commit(held: Hub, checkpoint: Make, tmp_path: Pat
         held.environment | {"HF_TOKEN": TOKEN},
         *("repair", source, "--out", tmp_path / "out", *TARGET, "--push-to", to),
         when=used(fault),
+        script=PATIENT,
     )
     assert done.code == 130 and f"hf upload {to} {tmp_path / 'out'}" in done.err, done.err
     assert bnbfix.verify(tmp_path / "out", source).ok
@@ -164,7 +166,7 @@ def test_a_pull_request_of_a_config_ends_without_a_commit(held: Hub, checkpoint:
     held.server.add(repo, checkpoint("dense31b", "skip", shards=2))
     fault = held.server.fault("holds", "/commit/", origin="hub")
     command = ("repair", repo, "--vllm", "0.32.0", "--create-pr")
-    done = interrupt(held.environment | {"HF_TOKEN": TOKEN}, *command, when=used(fault))
+    done = interrupt(held.environment | {"HF_TOKEN": TOKEN}, *command, when=used(fault), script=PATIENT)
     assert (done.code, done.out) == (130, "")
     assert done.err == f"error: interrupted; nothing was pushed\n  {shlex.join(('bnbfix', *command))}\n"
 
@@ -218,8 +220,7 @@ def test_a_wait_that_no_signal_interrupts_ends(hub: Hub, tmp_path: Path, number:
 
 def test_a_second_signal_ends_at_once(hub: Hub, tmp_path: Path) -> None:
     sign = tmp_path / "waiting"
-    patient = "import bnbfix.cli.signals\nbnbfix.cli.signals.SECONDS = 3600\n"
-    script = patient + DEADLOCK.format(sign=str(sign))
+    script = PATIENT + DEADLOCK.format(sign=str(sign))
     done = interrupt(hub.environment, "scan", "org/model", when=sign.exists, times=2, script=script)
     assert done.code == 130
 
