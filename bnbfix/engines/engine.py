@@ -163,7 +163,7 @@ class Expectation(Protocol):
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
 
     def rename(self, name: str) -> str | None:
-        """The name that the release knows for a tensor of which it does not know this one; None where it knows none."""
+        """The name by which the release knows a tensor that it does not know by this one; None where there is none."""
 
 
 class Engine(Protocol):

@@ -62,7 +62,7 @@ def load_names(weights: Mapping[str, Weight], expectation: Expectation) -> Load:
 
 
 def find_known_names(weights: Mapping[str, Weight], expectation: Expectation) -> Iterator[tuple[str, str]]:
-    """(name, the name that the release knows) of tensors that it knows by another one."""
+    """(name, the name that the release knows) of tensors that it knows by another name."""
     for name in weights:
         place = expectation.place(name)
         if place is None or not place.fills:

@@ -84,7 +84,8 @@ def check_wrong_shape(case: Case) -> Iterator[Hit]:
     Code.WRONG_PREFIX,
     "names that begin differently",
     why="The tensors have the names of another class, version or tool (`base_model.model.`, `model.model.`): only "
-    "their beginnings differ from what the release looks for: `There is no module or parameter named ...`.",
+    "their beginnings, or a part (unsloth's `router.linear`), differ from what the release looks for: `There is no "
+    "module or parameter named ...`.",
     fix="The tensors are renamed to the names that the release reads.",
 )
 def check_wrong_prefix(case: Case) -> Iterator[Hit]:

@@ -133,7 +133,7 @@ class RecordedExpectation:
         return name if find_pattern(name) in self._rows["tensors"] else self._find_alias(name, accepted=True)
 
     def rename(self, name: str) -> str | None:
-        """The name that the release knows for a tensor of which it does not know this one; None where it knows none."""
+        """The name by which the release knows a tensor that it does not know by this one; None where there is none."""
         if self.canonical(name) is None:
             return self._find_alias(name, accepted=False)
         place = self.place(name)
