@@ -25,8 +25,9 @@ def load(folder: Path, dtype: Any) -> Any:
     import transformers
 
     kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    # "sdpa" by choice: with "eager" Gemma4's audio tower masks the wrong positions.
-    model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    # Left to transformers: "sdpa" (with "eager" Gemma4's audio tower masks the wrong positions), or "eager" where
+    # a class knows no other.
+    model = kind.from_pretrained(folder, dtype=dtype).eval()
     for module in model.modules():  # bitsandbytes' fused AVX-512 kernel rounds scales to bfloat16, as no GPU does,
         if hasattr(
             module, "support_avx512bf16_for_cpu"
