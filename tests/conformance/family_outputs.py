@@ -3,10 +3,10 @@
     python tests/conformance/family_outputs.py                            0.22.1, 0.27.1 and 0.32.0
     python tests/conformance/family_outputs.py --classes LlamaForCausalLM --releases 0.32.0
 
-Of every class without pictures and without experts, whose router has no kernel for the CPU: the forms that a release
-loads as they are, and what a repair for it writes of the others. The right answers are those of transformers in float32
-on the dequantized model; the tolerance is judge.py's. With --vllm or --transformers it is what runs inside an
-environment, with a list of folders, each with a file for its answer.
+Of every class: the forms that a release loads as they are, and what a repair for it writes of the others. The prompts
+are text, and where a class takes pictures (pictures.py), a red and a blue one. The right answers are those of
+transformers in float32 on the dequantized model; the tolerance is judge.py's. With --vllm or --transformers it is what
+runs inside an environment, with a list of folders, each with a file for its answer.
 """
 
 from __future__ import annotations
@@ -18,24 +18,45 @@ import sys
 import tempfile
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 INSIDE = HERE.parents[1] / "bnbfix" / "engines" / "vllm" / "inside"
 IDS = list(range(20, 60))
 
 
+def list_prompts(folder: Path) -> dict[str, tuple[str, Any]]:
+    """What is asked of a folder's model: text, and where its class takes them, a red and a blue picture."""
+    from pictures import COLOURS, PICTURES, WORDS
+    from PIL import Image
+
+    out: dict[str, tuple[str, Any]] = {"text": ("", None)}
+    picture = PICTURES.get(json.loads((folder / "config.json").read_text())["architectures"][0])
+    if picture is not None and (folder / "processor_config.json").exists():
+        text = f"<bos> t21 {picture.text} {WORDS}"
+        out |= {name: (text, Image.new("RGB", (60, 48), colour)) for name, colour in COLOURS.items()}
+    return out
+
+
 def answer_by_vllm(folder: str, out: str) -> None:
-    """The log probabilities at every position but the first."""
+    """Token ids and the log probabilities at every position but the first, of each prompt."""
     import numpy as np
     import vllm
     from inside.engine import start_engine
 
-    llm = start_engine(folder, lambda model: None, skip_tokenizer_init=True, max_logprobs=-1)
+    prompts = list_prompts(Path(folder))
+    llm = start_engine(folder, lambda model: None, skip_tokenizer_init=len(prompts) == 1, max_logprobs=-1)
     options = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
-    answer = llm.generate({"prompt_token_ids": IDS}, vllm.SamplingParams(**options), use_tqdm=False)[0]
-    rows = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
-    np.savez(out, logp=np.array([[row[t].logprob for t in range(len(row))] for row in rows]))
+    found = {}
+    for name, (text, picture) in prompts.items():
+        prompt = {"prompt": text, "multi_modal_data": {"image": picture}} if picture else {"prompt_token_ids": IDS}
+        answer = llm.generate(prompt, vllm.SamplingParams(**options), use_tqdm=False)[0]
+        rows = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
+        found[f"{name}.ids"] = np.array(answer.prompt_token_ids)
+        found[f"{name}.logp"] = np.array([[row[t].logprob for t in range(len(row))] for row in rows])
+    np.savez(out, **found)
 
 
 def run_vllm(jobs: Path) -> None:
@@ -58,20 +79,37 @@ def run_vllm(jobs: Path) -> None:
         os.waitpid(child, 0)
 
 
+def ask_transformers(model: Any, folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """(prompt, token ids, log probabilities at every position)."""
+    import torch
+    import transformers
+
+    for name, (text, picture) in list_prompts(folder).items():
+        inputs = {"input_ids": torch.tensor([IDS])}
+        if picture is not None:
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            inputs = processor(text=[text], images=[[picture]], return_tensors="pt", add_special_tokens=False)
+            # Without it Gemma 3 attends to all of a picture, which vLLM cannot do on a CPU.
+            inputs.pop("token_type_ids", None)
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        yield name, inputs["input_ids"][0].numpy(), torch.log_softmax(logits.float(), -1).numpy()
+
+
 def run_transformers(jobs: Path) -> None:
-    """For each folder the log probabilities in float32, and what bfloat16 differs by."""
+    """For each folder and prompt the log probabilities in float32, and what bfloat16 differs by."""
     import numpy as np
     import torch
     from reference import load
 
     for folder, out in json.loads(jobs.read_text()):
-        found = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            with torch.no_grad():
-                logits = load(Path(folder), dtype)(input_ids=torch.tensor([IDS])).logits[0]
-            found[dtype] = torch.log_softmax(logits.float(), -1).numpy()
-        noise = np.abs(found[torch.float32] - found[torch.bfloat16]).mean()
-        np.savez(out, logp=found[torch.float32], noise=noise)
+        found: dict[str, Any] = {}
+        for name, ids, logp in ask_transformers(load(Path(folder), torch.float32), Path(folder)):
+            found[f"{name}.ids"], found[f"{name}.logp"] = ids, logp
+        for name, _, logp in ask_transformers(load(Path(folder), torch.bfloat16), Path(folder)):
+            found[f"{name}.noise"] = np.abs(logp - found[f"{name}.logp"]).mean()
+        np.savez(out, **found)
 
 
 def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path) -> None:
@@ -102,18 +140,24 @@ def choose_folders(sources: list[Path], release: str, scratch: Path) -> dict[Pat
     return out
 
 
-def compare(answer: Path, truth: Path, *, int8: bool) -> tuple[bool, str]:
-    """(is it right?, the mean difference of what is allowed, or why there is no answer)."""
+def compare(answer: Path, truth: Path, factor: float) -> tuple[bool, str]:
+    """(is it right?, the mean difference of what is allowed for each prompt, or why there is no answer)."""
     import numpy as np
-    from judge import TOLERANCE, TOLERANCE_INT8
 
     if not answer.exists():
         error = answer.with_suffix(".error")
         return False, error.read_text() if error.exists() else "no answer"
-    right, got = np.load(truth), np.load(answer)["logp"]
-    mean = float(np.nan_to_num(np.abs(got - right["logp"]), nan=99.0).mean())
-    allowed = float(right["noise"]) * (TOLERANCE_INT8 if int8 else TOLERANCE)
-    return mean <= allowed, f"{mean:.4f} of {allowed:.4f}"
+    right, got = np.load(truth), np.load(answer)
+    found, words = True, []
+    for name in [key.removesuffix(".ids") for key in right if key.endswith(".ids")]:
+        if right[f"{name}.ids"].tolist() != got[f"{name}.ids"].tolist():
+            return False, f"{name}: vLLM makes other tokens of it"
+        difference = np.abs(got[f"{name}.logp"] - right[f"{name}.logp"])
+        mean = float(np.nan_to_num(difference, nan=99.0).mean())
+        allowed = float(right[f"{name}.noise"]) * factor
+        found = found and mean <= allowed
+        words.append(f"{name} {mean:.4f} of {allowed:.4f}")
+    return found, ", ".join(words)
 
 
 def main() -> None:
@@ -122,8 +166,9 @@ def main() -> None:
         (run_vllm if sys.argv[1] == "--vllm" else run_transformers)(Path(sys.argv[2]))
         return
     from cells import choose_releases, environment, make_parser
-    from families import FAMILIES
     from family_loads import CLASSES, make
+    from judge import TOLERANCE, TOLERANCE_INT8
+    from pictures import PICTURES, add_processor
     from survey import SHAPES_RELEASE
 
     import bnbfix
@@ -134,13 +179,17 @@ def main() -> None:
     options = parser.parse_args()
     venvs = options.venvs or options.work / "venvs"
     referee, log = environment(SHAPES_RELEASE, venvs), options.work / "outputs.log"
-    left_out = {"vision_config", "num_experts", "num_local_experts"}
-    text = [name for name in CLASSES if not left_out & set(FAMILIES[name].configs[0])]
-    chosen = options.classes.split(",") if options.classes else text
-    sources = [folder for name in chosen for folder in make(options.work, name, referee)]
+    chosen = options.classes.split(",") if options.classes else CLASSES
     compared = wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        sources = [
+            add_processor(source, scratch / "sources" / name / source.name, PICTURES[name])
+            if name in PICTURES
+            else source
+            for name in chosen
+            for source in make(options.work, name, referee)
+        ]
         jobs = []
         for i, source in enumerate(sources):
             bnbfix.repair(source, scratch / f"full-{i}", SHAPES_RELEASE, bf16=True, device="cpu")
@@ -149,12 +198,16 @@ def main() -> None:
         truths = {source: answer for source, (_, answer) in zip(sources, jobs, strict=True)}
         for release in choose_releases(options):
             loads = choose_folders(sources, release, scratch / release)
-            answers = {source: scratch / f"{release}-{i}.npz" for i, source in enumerate(loads)}
-            run_inside(environment(release, venvs), "--vllm", [(loads[s], answers[s]) for s in loads], log)
+            folders = dict.fromkeys([*loads, *loads.values()])
+            answers = {folder: scratch / f"{release}-{i}.npz" for i, folder in enumerate(folders)}
+            run_inside(environment(release, venvs), "--vllm", list(answers.items()), log)
             for source, loaded in loads.items():
-                right, words = compare(answers[source], truths[source], int8=source.name == "int8")
-                what = f"{source.parent.name} {source.name}{'' if loaded == source else ', repaired'}"
-                print(f"{release} {what}: {words}{'' if right else ' WRONG'}", flush=True)
+                factor = TOLERANCE_INT8 if source.name == "int8" else TOLERANCE
+                judged = {folder: compare(answers[folder], truths[source], factor) for folder in (source, loaded)}
+                name, (right, words) = f"{source.parent.name} {source.name}", judged[loaded]
+                if loaded != source:
+                    name, words = f"{name}, repaired", f"{words}; before: {judged[source][1]}"
+                print(f"{release} {name}: {words}{'' if right else ' WRONG'}", flush=True)
                 compared, wrong = compared + 1, wrong + (not right)
     print(f"{compared} compared, {wrong} wrong")
     sys.exit(1 if wrong else 0)
