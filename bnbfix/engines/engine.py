@@ -103,6 +103,7 @@ class Slot:
     experts: bool  # of a mixture: no skip entry reaches them
     dtype_read: bool = False  # the class makes a number in this dtype: quantized, that is uint8
     unbound: bool = False  # it gets no quant state: the class renames its tensor after the loader has looked for it
+    reordered: bool = False  # the class moves its rows, and of a quantized tensor the packed bytes
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ class Expectation(Protocol):
     @property
     def transposed_experts(self) -> bool:
         """Return True if the tensor of all experts is [experts, columns, rows]."""
+
+    @property
+    def interleaved_experts(self) -> bool:
+        """Return True if gate and up alternate in the tensor of both."""
 
     @property
     def parameters(self) -> Mapping[str, Slot]:
@@ -203,6 +208,7 @@ class Parameter:
     skipped_by: tuple[str, ...]  # skip entries that the engine matches with it
     dtype_read: bool = False
     unbound: bool = False
+    reordered: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -95,6 +95,6 @@ def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: 
     for slot, members in groups.items():
         role = members[0].role
         skipped = matching_entries(skip, slot.module, expectation.skips) if slot.quantized and not slot.experts else ()
-        traits = slot.dtype_read, slot.unbound
+        traits = slot.dtype_read, slot.unbound, slot.reordered
         out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, *traits))
     return out

@@ -67,6 +67,14 @@ def transformers_linears(linears: Iterable[LinearWeight], model: Model) -> Itera
             yield linear, module
 
 
+def loads_numbered_experts(architecture: str) -> bool:
+    """Return True if transformers makes a linear module for each expert of a class that is quantized.
+
+    Source: transformers quantizers/base.py, `MODULES_TO_PATCH_FOR_QUANTIZATION`.
+    """
+    return bool((load_profile(architecture) or {}).get("numbered_experts"))
+
+
 @lru_cache(1 << 14)
 def find_module(name: str, architecture: str) -> str | None:
     """The linear module that transformers makes for a tensor of a class's files; None where it makes none."""

@@ -18,11 +18,15 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Slice:
-    """A matrix inside an unquantized tensor: `begin` and `nbytes` count from the tensor's first byte."""
+    """A matrix inside an unquantized tensor: `begin` and `nbytes` count from the tensor's first byte.
+
+    With `columns`, (the first, the one after the last), it is these of the tensor's matrix there, as rows.
+    """
 
     tensor: Tensor
     begin: int
     nbytes: int
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Dequantize:
 
     weights: tuple[Weight, ...]
     dtype: str  # safetensors name
-    transposed: bool = False  # each matrix by its columns
+    transposed: int = 0  # so many weights, one below the other, by their columns
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def plan_copy(origin: Tensor, name: str | None = None, *, column: bool = False) 
 
 
 def plan_dequantize(
-    name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...], transposed: bool = False
+    name: str, weights: tuple[Weight, ...], dtype: str, shape: tuple[int, ...], transposed: int = 0
 ) -> TensorPlan:
     """A tensor of the values of weights, in `dtype` (safetensors name)."""
     info = st.TensorInfo(name, dtype, shape, 0, st.tensor_nbytes(dtype, shape))

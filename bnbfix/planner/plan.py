@@ -14,6 +14,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import CONFIG, Checkpoint
 from ..engines.engine import Target
+from ..engines.transformers import loads_numbered_experts
 from ..errors import UsageError
 from ..rules.rule import Code
 from ..rules.scan import Finding, ScanResult, describe_run
@@ -99,9 +100,10 @@ class Edit:
 ONLY_VLLM = "transformers does not load the result, whose experts are quantized one by one; it may load the source."
 
 
-def is_only_for_vllm(edits: Iterable[Edit]) -> bool:
-    """Return True if experts become 4-bit weights of their own, which transformers does not load."""
-    return any(e.action in (Action.QUANTIZE, Action.SPLIT) and ".experts." in e.name for e in edits)
+def is_only_for_vllm(edits: Iterable[Edit], architecture: str) -> bool:
+    """Return True if experts become 4-bit weights of their own, which transformers does not load in this class."""
+    split = any(e.action in (Action.QUANTIZE, Action.SPLIT) and ".experts." in e.name for e in edits)
+    return split and not loads_numbered_experts(architecture)
 
 
 @dataclass(frozen=True, repr=False)

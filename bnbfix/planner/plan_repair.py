@@ -186,7 +186,7 @@ def _write_card(
             old = read_file(source, model_card.CARD).decode("utf-8")
         except UnicodeDecodeError:
             return {}
-    actions, only_vllm = [e.action for e in edits], is_only_for_vllm(edits)
+    actions, only_vllm = [e.action for e in edits], is_only_for_vllm(edits, family.architecture)
     section = model_card.describe_repair(target, actions, bf16=options.bf16, only_vllm=only_vllm)
     card = model_card.insert_section(old, section, family=family.name, quantized=not options.bf16)
     return {model_card.CARD: card}

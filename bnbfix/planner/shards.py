@@ -105,7 +105,7 @@ def _inserted_tensors(checkpoint: Checkpoint, insert: Insert) -> Iterator[Tensor
 def _expert_tensors(checkpoint: Checkpoint, name: str, change: ExpertChange) -> Iterable[TensorPlan]:
     """The tensors that take the place of one tensor of experts."""
     weight = checkpoint.weights[name]
-    matrices = split_experts(weight, change.prefix)
+    matrices = split_experts(weight, change.prefix, transposed=change.transposed)
     if change.action == "rename":
         target = matrices[0][0]
         yield plan_copy(weight.tensor, target, column=True)
@@ -116,7 +116,7 @@ def _expert_tensors(checkpoint: Checkpoint, name: str, change: ExpertChange) -> 
         if change.action == "split":
             yield from plan_made(Split(target, shape, _matrix(weight, i, shape)))
         else:
-            yield from plan_made(_quantize_op(checkpoint, target, shape, weight, i))
+            yield from plan_made(_quantize_op(checkpoint, target, shape, weight, i, transposed=change.transposed))
 
 
 def _matrix(weight: Weight, number: int, shape: tuple[int, int]) -> Rows:
@@ -125,7 +125,13 @@ def _matrix(weight: Weight, number: int, shape: tuple[int, int]) -> Rows:
 
 
 def _quantize_op(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, int], weight: Weight, number: int = 0
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, int],
+    weight: Weight,
+    number: int = 0,
+    *,
+    transposed: bool = False,
 ) -> Quantize:
     """One of the matrices of a weight, quantized."""
     double = bool(checkpoint.quantization.get("bnb_4bit_use_double_quant"))
@@ -133,7 +139,13 @@ def _quantize_op(
         return Quantize(name, shape, weight.state.dtype, _matrix(weight, number, shape), double)
     dtype = weight.tensor.info.dtype
     size = st.tensor_nbytes(dtype, shape)
-    return Quantize(name, shape, _TORCH_DTYPES[dtype], Slice(weight.tensor, number * size, size), double)
+    values = Slice(weight.tensor, number * size, size)
+    if transposed:  # next to each other in the tensor's matrices are columns of gate and up
+        rows, width = shape[0], weight.shape[-1]
+        matrix, part = divmod(number, width // rows)
+        size = st.tensor_nbytes(dtype, weight.shape[-2:])
+        values = Slice(weight.tensor, matrix * size, size, (part * rows, (part + 1) * rows))
+    return Quantize(name, shape, _TORCH_DTYPES[dtype], values, double)
 
 
 def _dequantized_tensor(checkpoint: Checkpoint, name: str, weight: Weight) -> TensorPlan:
@@ -166,6 +178,5 @@ def _stack_experts(checkpoint: Checkpoint, name: str, stack: Stack) -> TensorPla
             )
     each = 1 if name.removesuffix("_bias").endswith(str(role.part)) else 2  # gate and up
     one = (each * shape[0], *shape[1:])
-    return plan_dequantize(
-        name, parts, dtype, (len(parts) // each, *(one[::-1] if stack.transposed else one)), stack.transposed
-    )
+    shape, together = (one[::-1], each) if stack.transposed else (one, 0)
+    return plan_dequantize(name, parts, dtype, (len(parts) // each, *shape), together)

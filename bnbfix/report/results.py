@@ -92,7 +92,7 @@ def _edit_lines(plan: Plan) -> Iterable[RenderableType]:
         codes = " ".join(sorted({e.code.value for e in edits if e.code}))
         yield Text(action.describe(len(edits)) + (f" ({codes})" if codes else ""))
         yield from _name_lines(e.name for e in edits)
-    if is_only_for_vllm(plan.edits):
+    if is_only_for_vllm(plan.edits, plan.scan.family):
         yield Text(ONLY_VLLM)
 
 

@@ -27,12 +27,16 @@ class Insert:
 
 @dataclass(frozen=True)
 class ExpertChange:
-    """What is done to one tensor of experts to be under `prefix`: quantized, split with its quant state, or renamed."""
+    """What is done to one tensor of experts to be under `prefix`: quantized, split with its quant state, or renamed.
+
+    `transposed`: the rows of each of its matrices are the columns of the expert's.
+    """
 
     action: Literal["quantize", "split", "rename"]
     prefix: str
     code: Code
     detail: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

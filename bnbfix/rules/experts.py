@@ -9,12 +9,12 @@ place where bnbfix quantizes unasked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from ..checkpoint.checkpoint import Weight
 from ..checkpoint.quant_state import DTYPES
-from ..engines.engine import DEFAULT, ReleaseRange
+from ..engines.engine import DEFAULT, Expectation, ReleaseRange
 from ..engines.registry import engines, expect
 from ..engines.targets import label_ranges
 from ..errors import Unrepairable
@@ -69,22 +69,24 @@ def check_fused_experts(case: Case) -> Iterator[Hit]:
     if case.expectation is None or case.expert_prefix is None:
         return
     reason = "they are not whole matrices of full blocks; --bf16 keeps them in one tensor"
-    if case.expectation.transposed_experts:
-        reason = "bnbfix does not split experts that are stored transposed; --bf16 leaves them as they are"
     for splits, names in _group_experts(case, "fused_experts"):
-        kept = None if splits and not case.expectation.transposed_experts else reason
-        yield Hit(
-            Severity.FAILS, names, "all experts in one tensor; the release takes them quantized, per expert", kept
-        )
+        words = "all experts in one tensor; the release takes them quantized, per expert"
+        yield Hit(Severity.FAILS, names, words, None if splits else reason)
 
 
 def _group_experts(case: Case, kind: str) -> Iterator[tuple[bool, tuple[str, ...]]]:
     """(can they be split?, their names) of the tensors of experts in one form."""
     found: dict[bool, list[str]] = {}
+    transposed = case.expectation is not None and _are_transposed(kind, (case.expectation,))
     for name, weight in case.inspection.checkpoint.weights.items():
         if classify_tensor(name).kind == kind:
-            found.setdefault(_can_split(weight), []).append(name)
+            found.setdefault(_can_split(weight, transposed=transposed), []).append(name)
     yield from ((splits, tuple(names)) for splits, names in found.items())
+
+
+def _are_transposed(kind: str, expectations: Sequence[Expectation]) -> bool:
+    """Return True if tensors of experts in one form have the columns of each expert's matrices as rows."""
+    return kind == "fused_experts" and any(e.transposed_experts for e in expectations)
 
 
 @rule(
@@ -170,32 +172,32 @@ def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
     prefix = prefixes.pop()
     if not request.inspection.model.moe or prefixes or prefix is None:
         return Changes()
-    transposed = any(e.transposed_experts for e in request.expectations)
     out = {}
     for name, weight in request.inspection.checkpoint.weights.items():
         role = classify_tensor(name)
-        if role.kind == "fused_experts" and (transposed or not _can_split(weight)):
+        transposed = _are_transposed(role.kind, request.expectations)
+        if role.kind == "fused_experts" and not _can_split(weight, transposed=transposed):
             continue
         if role.kind == "expert" and role.prefix == prefix and weight.form == "nf4":
             continue
         if role.kind in ("fused_experts", "expert_linear", "expert"):
-            out[name] = _change_experts(weight, prefix)
+            out[name] = _change_experts(weight, prefix, transposed=transposed)
     return Changes(experts=out)
 
 
-def _change_experts(weight: Weight, prefix: str) -> ExpertChange:
+def _change_experts(weight: Weight, prefix: str, *, transposed: bool) -> ExpertChange:
     """What brings one tensor of experts into the form of those under a prefix."""
-    if not _can_split(weight):
+    if not _can_split(weight, transposed=transposed):
         what = f"{weight.form} {list(weight.shape)[:8]}"
         raise Unrepairable(f"{weight.name} is {what}, which cannot be quantized as an expert")
     forms = {"fused_experts": Code.FUSED_EXPERTS, "expert_linear": Code.EXPERT_LINEARS}
     code, state = forms.get(classify_tensor(weight.name).kind), weight.state
-    matrices = split_experts(weight, prefix)
+    matrices = split_experts(weight, prefix, transposed=transposed)
     first, (rows, columns) = matrices[0]
     split = f"split into {len(matrices)} matrices, " if len(matrices) > 1 else ""
     if state is None:
         words = f"{split}quantized to NF4, which loses precision"
-        return ExpertChange("quantize", prefix, code or Code.UNQUANTIZED_IN_QUANTIZED, words)
+        return ExpertChange("quantize", prefix, code or Code.UNQUANTIZED_IN_QUANTIZED, words, transposed)
     if state.quant_type != "nf4":
         words = f"{split}FP4 to NF4, which loses precision again"
         return ExpertChange("quantize", prefix, code or Code.FP4_EXPERTS, words)
@@ -207,15 +209,18 @@ def _change_experts(weight: Weight, prefix: str) -> ExpertChange:
     return ExpertChange("split", prefix, code, f"{split}same values")
 
 
-def _can_split(weight: Weight) -> bool:
+def _can_split(weight: Weight, *, transposed: bool) -> bool:
     """Return True for a tensor of experts, in 4 bits or unquantized, that consists of matrices of whole blocks."""
+    if weight.state is not None and transposed:
+        return False  # its blocks are of columns
     role, shape = classify_tensor(weight.name), weight.shape
     if weight.state is None and weight.tensor.info.dtype not in DTYPES.values():
         return False
     if len(shape) != (3 if role.kind == "fused_experts" else 2) or 0 in shape:
         return False
-    rows, left = divmod(shape[-2], len(_matrices(role.part)))
-    return not left and rows * shape[-1] % BLOCK == 0
+    rows, columns = shape[:-3:-1] if transposed else shape[-2:]
+    rows, left = divmod(rows, len(_matrices(role.part)))
+    return not left and rows * columns % BLOCK == 0
 
 
 def _matrices(part: str | None) -> tuple[str, ...]:
@@ -223,12 +228,12 @@ def _matrices(part: str | None) -> tuple[str, ...]:
     return ("gate_proj", "up_proj") if part == "gate_up_proj" else (str(part),)
 
 
-def split_experts(weight: Weight, prefix: str) -> list[tuple[str, tuple[int, int]]]:
+def split_experts(weight: Weight, prefix: str, *, transposed: bool) -> list[tuple[str, tuple[int, int]]]:
     """The matrices of which a tensor of experts consists, one after the other: the name under a prefix, and the shape.
 
     All have the same shape.
     """
-    role, (rows, columns) = classify_tensor(weight.name), weight.shape[-2:]
+    role, (rows, columns) = classify_tensor(weight.name), weight.shape[:-3:-1] if transposed else weight.shape[-2:]
     numbers = range(weight.shape[0]) if role.kind == "fused_experts" else (role.number,)
     stem, parts = _EXPERTS.split(weight.name, 1)[0], _matrices(role.part)
     shape = (rows // len(parts), columns)
@@ -253,8 +258,8 @@ def join_experts(request: Request, so_far: Changes) -> Changes:
             if role.kind == "expert":
                 continue  # transformers writes this class's experts one by one
             raise Unrepairable(f"{name} cannot be joined: a {architecture} has no tensor of all experts")
-        if transposed and role.part in ("gate_proj", "up_proj"):  # which may alternate in the tensor of all
-            raise Unrepairable(f"{name} cannot be joined: a {architecture} stores its experts transposed")
+        if role.part in ("gate_proj", "up_proj") and any(e.interleaved_experts for e in request.expectations):
+            raise Unrepairable(f"{name} cannot be joined: gate and up alternate in a {architecture}")
         same = found.setdefault(fused, {}).setdefault((role.number, role.part), weight)
         if same is not weight:
             raise Unrepairable(f"{same.name} and {name} are the same expert")

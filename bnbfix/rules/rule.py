@@ -78,6 +78,7 @@ class Code(str, Enum):
     TIED_LM_HEAD = "BNB116"
     WRONG_PREFIX = "BNB117"
     PARTLY_FILLED = "BNB118"
+    REORDERED = "BNB119"
     QUANT_STATE = "BNB201"
     ORPHANED_STATE_TENSORS = "BNB202"
     INDEX = "BNB203"
@@ -106,6 +107,7 @@ class Code(str, Enum):
     EXPERT_LINEARS = "BNB407"
     ENGINE_REFUSES = "BNB501"
     REQUANTIZED_AT_LOAD = "BNB502"
+    REORDERED_AT_LOAD = "BNB503"
 
     def __str__(self) -> str:
         return self.value

@@ -124,6 +124,18 @@ def check_requantized_at_load(case: Case) -> Iterator[Hit]:
     yield from (hit for code, hit in describe_dry_load(case.dry_load) if code is Code.REQUANTIZED_AT_LOAD)
 
 
+@rule(
+    Code.REORDERED_AT_LOAD,
+    "quantized weight that the installed vLLM reorders",
+    severity=Severity.WRONG,
+    why="The vLLM that was asked (`--dry-load`) reorders the rows of this weight while it loads. A quantized one has "
+    "packed bytes in place of rows, which are decoded in their new order with the scales of the old one.",
+    fix="A repair dequantizes it, where BNB119 names it too. `repair --bf16` dequantizes everything.",
+)
+def check_reordered_at_load(case: Case) -> Iterator[Hit]:
+    yield from (hit for code, hit in describe_dry_load(case.dry_load) if code is Code.REORDERED_AT_LOAD)
+
+
 def describe_dry_load(answer: DryLoad | None) -> Iterator[tuple[Code, Hit]]:
     """What an installed vLLM's answer comes to; nothing where it loads the checkpoint, or none was asked."""
     if answer is None:
@@ -134,6 +146,9 @@ def describe_dry_load(answer: DryLoad | None) -> Iterator[tuple[Code, Hit]]:
     elif answer.unbound:
         words = f"vLLM {answer.vllm} loads it, but {len(answer.unbound)} quantized parameters have no quant state"
         yield Code.ENGINE_REFUSES, Hit(Severity.FAILS, answer.unbound, words)
+    if answer.reordered:
+        words = f"vLLM {answer.vllm} reorders its packed bytes at load time"
+        yield Code.REORDERED_AT_LOAD, Hit(Severity.WRONG, answer.reordered, words)
     if answer.requantized:
         words = f"vLLM {answer.vllm} silently quantizes it at load time"
         yield Code.REQUANTIZED_AT_LOAD, Hit(Severity.WRONG, answer.requantized, words)

@@ -116,12 +116,30 @@ def check_quantized_lm_head(case: Case) -> Iterator[Hit]:
         yield Hit(Severity.FAILS, names_of(hits), "quantized; no release quantizes lm_head")
 
 
+@rule(
+    Code.REORDERED,
+    "quantized weight that the model reorders",
+    severity=Severity.WRONG,
+    why="vLLM's Llama 4 reorders the rows of q_proj and k_proj as it loads them, for its rotary embeddings. A quantized"
+    " weight is a column of packed bytes: those are reordered in place of rows, and decoded with the scales of the old "
+    "order. The model loads, and answers nonsense.",
+    fix="The weights are dequantized, with those that are fused with them, and skip entries in both spellings name "
+    "their modules.",
+    upstream=[34243],
+)
+def check_reordered(case: Case) -> Iterator[Hit]:
+    hits = [m for p in case.params if p.reordered and p.quantized for m in p.members if m.quantized]
+    if hits:
+        yield Hit(Severity.WRONG, names_of(hits), "quantized, in a parameter of which vLLM reorders the rows")
+
+
 def dequantize_unquantizable(request: Request, so_far: Changes) -> Changes:
-    """Dequantizes what lands in an unquantized parameter whatever the skip list says."""
+    """Dequantizes what lands in an unquantized parameter whatever the skip list says, or is reordered as bytes."""
     found: dict[str, Code | None] = {}
     for p in request.parameters(so_far):
-        if (p.unbound or not p.quantizable) and p.kind not in ("expert", "lm_head"):
-            found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), Code.QUANTIZED_IN_UNQUANTIZED)
+        if (p.reordered or p.unbound or not p.quantizable) and p.kind not in ("expert", "lm_head"):
+            code = Code.REORDERED if p.reordered and p.quantizable else Code.QUANTIZED_IN_UNQUANTIZED
+            found |= dict.fromkeys(names_of(m for m in p.members if m.quantized), code)
     return Changes(dequantize=found)
 
 

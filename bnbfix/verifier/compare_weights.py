@@ -13,7 +13,15 @@ from ..checkpoint.source import Source
 from ..kernels import reference
 from ..kernels.bnb import QuantizedTensor
 from ..planner.layout import QUANT_TYPE, Dequantize, Quantize, Slice, Split
-from ..writer.tensor_data import CHUNK_BYTES, copy_range, cut_values, quantized_rows, quantized_tensor, transpose
+from ..writer.tensor_data import (
+    CHUNK_BYTES,
+    copy_range,
+    cut_values,
+    order_values,
+    quantized_rows,
+    quantized_tensor,
+    slice_values,
+)
 
 
 def compare_dequantized(source: Source, op: Dequantize, output: Source, file: str, at: int) -> str | None:
@@ -107,16 +115,13 @@ def _offset(raw: bytes) -> float:
 
 def _quantize_input(source: Source, op: Quantize) -> Iterator[bytes | memoryview]:
     if isinstance(op.values, Slice):
-        tensor = op.values.tensor
-        yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
+        yield from slice_values(source, op.values)
     else:
         yield from cut_values(op.values, _four_bit(quantized_rows(source, op.values)))
 
 
 def _values(source: Source, op: Dequantize) -> Iterator[bytes]:
-    for weight in op.weights:
-        values = _values_of(source, weight, op.dtype)
-        yield from transpose(values, weight.shape) if op.transposed else values
+    yield from map(bytes, order_values(op, lambda weight: _values_of(source, weight, op.dtype)))
 
 
 def _values_of(source: Source, weight: Weight, dtype: str) -> Iterator[bytes]:

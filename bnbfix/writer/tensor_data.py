@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint.checkpoint import Tensor, Weight
@@ -40,9 +41,7 @@ def weight_values(source: Source, op: Dequantize, device: str) -> Iterator[bytes
     4-bit weights are decoded in the dtype their quant state names, which must be the operation's; so must the dtype of
     unquantized weights.
     """
-    for weight in op.weights:
-        values = _values_of(source, weight, op.dtype, device)
-        yield from transpose(values, weight.shape) if op.transposed else values
+    yield from order_values(op, lambda weight: _values_of(source, weight, op.dtype, device))
 
 
 def _values_of(source: Source, weight: Weight, dtype: str, device: str) -> Iterator[bytes | memoryview]:
@@ -57,14 +56,28 @@ def _values_of(source: Source, weight: Weight, dtype: str, device: str) -> Itera
         yield from copy_range(source, weight.tensor.shard, weight.tensor.offset, weight.tensor.info.nbytes)
 
 
-def transpose(values: Iterable[bytes | memoryview], shape: Sequence[int]) -> Iterator[bytes]:
-    """A matrix of values, column after column. It is in memory whole; what comes of it is not."""
+def order_values(
+    op: Dequantize, values_of: Callable[[Weight], Iterable[bytes | memoryview]]
+) -> Iterator[bytes | memoryview]:
+    """The values of an operation's weights, in the order in which its tensor has them."""
+    if not op.transposed:
+        for weight in op.weights:
+            yield from values_of(weight)
+        return
+    for at in range(0, len(op.weights), op.transposed):
+        together = op.weights[at : at + op.transposed]
+        rows, columns = sum(weight.shape[0] for weight in together), together[0].shape[1]
+        yield from _cut_columns(chain.from_iterable(map(values_of, together)), (rows, columns), 0, columns)
+
+
+def _cut_columns(values: Iterable[bytes | memoryview], shape: tuple[int, int], first: int, end: int) -> Iterator[bytes]:
+    """Columns of a matrix of values, one after the other. It is in memory whole; what comes of it is not."""
     from ..kernels.reference import cut_columns  # here, since it imports numpy
 
     data, (rows, columns) = b"".join(values), shape
     step = max(1, CHUNK_BYTES * columns // max(1, len(data)))
-    for first in range(0, columns if data else 0, step):
-        yield cut_columns(data, rows, columns, first, step)
+    for at in range(first, end if data else first, step):
+        yield cut_columns(data, rows, columns, at, min(step, end - at))
 
 
 def _reader(source: Source, tensor: Tensor) -> Callable[[int, int], bytes]:
@@ -99,10 +112,20 @@ def made_parts(source: Source, op: Quantize | Split, device: str) -> Iterator[by
 def quantize_input(source: Source, op: Quantize, device: str) -> Iterator[bytes | memoryview]:
     """The values that a weight is quantized from."""
     if isinstance(op.values, Slice):
-        tensor = op.values.tensor
-        yield from copy_range(source, tensor.shard, tensor.offset + op.values.begin, op.values.nbytes)
+        yield from slice_values(source, op.values)
     else:
         yield from cut_values(op.values, dequantize(quantized_rows(source, op.values), device, CHUNK_BYTES))
+
+
+def slice_values(source: Source, values: Slice) -> Iterator[bytes]:
+    """The values of a matrix inside an unquantized tensor."""
+    tensor = values.tensor
+    matrix = copy_range(source, tensor.shard, tensor.offset + values.begin, values.nbytes)
+    if values.columns is None:
+        yield from matrix
+    else:
+        rows, columns = tensor.info.shape[-2:]
+        yield from _cut_columns(matrix, (rows, columns), *values.columns)
 
 
 def quantized_rows(source: Source, rows: Rows) -> QuantizedTensor:

@@ -38,12 +38,12 @@ def verdict(answer: DryLoad) -> Severity:
     """What a dry load amounts to."""
     if answer.error is not None or answer.unbound:
         return Severity.FAILS
-    return Severity.WRONG if answer.requantized else Severity.LOADS
+    return Severity.WRONG if answer.requantized or answer.reordered else Severity.LOADS
 
 
 def words(answer: DryLoad) -> object:
     """Why it is so."""
-    return answer.error or answer.requantized or answer.unbound
+    return answer.error or answer.requantized or answer.reordered or answer.unbound
 
 
 def compare(folder: Path, release: str, answer: DryLoad) -> list[str]:
@@ -53,9 +53,7 @@ def compare(folder: Path, release: str, answer: DryLoad) -> list[str]:
     seen = verdict(answer)
     faults = []
     if said != seen and not (said == Severity.DEGRADED and seen == Severity.LOADS):
-        faults.append(
-            f"the rules say {said}, a dry load {seen}: {answer.error or answer.requantized or answer.unbound}"
-        )
+        faults.append(f"the rules say {said}, a dry load {seen}: {words(answer)}")
     named = {name for f in findings if f.code in REQUANTIZED for name in f.tensors}
     if seen == Severity.WRONG and not named.issuperset(answer.requantized):
         faults.append(f"re-quantized and in no finding: {sorted(set(answer.requantized) - named)}")

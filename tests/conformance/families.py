@@ -31,7 +31,9 @@ class Family:
     processor: str | None = None  # of a processor_config.json that the class needs
     preprocessor: Config | None = None  # preprocessor_config.json, without which some releases build no such model
     transposed_experts: bool = False  # [experts, hidden, inner] in the tensor of all experts
+    interleaved_experts: bool = False  # of which gate and up alternate
     expert_lists: bool = False  # published with a list of linear modules for each projection, biases and all
+    numbered_experts: bool = False  # of which transformers makes a list of linear modules where it quantizes
     dialects: list[tuple[str, str]] = field(default_factory=list)  # beginnings of the same names: here, and elsewhere
     unbound: list[str] = field(default_factory=list)  # parameters that get no quant state, as dry loads say
     dtype_read: list[str] = field(default_factory=list)  # parameters in whose dtype vLLM makes a number
@@ -205,7 +207,6 @@ def _multimodal(
     features: dict[str, list[str]] | None = None,
     *,
     sizes: tuple[Config, Config] = (SMALL, LARGE),
-    transposed_experts: bool = False,
     dialects: list[tuple[str, str]] | None = None,
     preprocessor: Config | None = None,
     **both: Any,
@@ -216,11 +217,7 @@ def _multimodal(
     small, large = (named | {"text_config": t, "vision_config": v} for t, v in zip(texts, vision, strict=True))
     configs = [small, change(small, tie_word_embeddings=True), change(small, text_config__tie_word_embeddings=True)]
     return Family(
-        [*configs, large],
-        TIED_MULTIMODAL | (features or {}),
-        dialects=dialects or [],
-        preprocessor=preprocessor,
-        transposed_experts=transposed_experts,
+        [*configs, large], TIED_MULTIMODAL | (features or {}), dialects=dialects or [], preprocessor=preprocessor
     )
 
 
@@ -359,45 +356,48 @@ _OTHERS: dict[str, Family] = {
         dialects=VISION_MODEL,
         image_token_index=10,
     ),
-    "Llama4ForConditionalGeneration": _multimodal(
-        "Llama4ForConditionalGeneration",
-        "llama4",
-        (
-            {
-                "intermediate_size_mlp": 320,
-                "num_local_experts": 4,
-                "num_experts_per_tok": 1,
-                "interleave_moe_layer_step": 1,
-                "attention_chunk_size": 64,
-            },
-            {
-                "intermediate_size_mlp": 384,
-                "num_local_experts": 5,
-                "num_experts_per_tok": 1,
-                "interleave_moe_layer_step": 2,
-                "attention_chunk_size": 64,
-            },
+    "Llama4ForConditionalGeneration": replace(
+        _multimodal(
+            "Llama4ForConditionalGeneration",
+            "llama4",
+            (
+                {
+                    "intermediate_size_mlp": 320,
+                    "num_local_experts": 4,
+                    "num_experts_per_tok": 1,
+                    "interleave_moe_layer_step": 1,
+                    "attention_chunk_size": 64,
+                },
+                {
+                    "intermediate_size_mlp": 384,
+                    "num_local_experts": 5,
+                    "num_experts_per_tok": 1,
+                    "interleave_moe_layer_step": 2,
+                    "attention_chunk_size": 64,
+                },
+            ),
+            (
+                SIGLIP
+                | {
+                    "intermediate_size": 256,
+                    "vision_output_dim": 64,
+                    "projector_input_dim": 64,
+                    "projector_output_dim": 64,
+                    "pixel_shuffle_ratio": 0.5,
+                },
+                SIGLIP_LARGE
+                | {
+                    "intermediate_size": 384,
+                    "vision_output_dim": 96,
+                    "projector_input_dim": 96,
+                    "projector_output_dim": 96,
+                    "pixel_shuffle_ratio": 0.5,
+                },
+            ),
+            {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         ),
-        (
-            SIGLIP
-            | {
-                "intermediate_size": 256,
-                "vision_output_dim": 64,
-                "projector_input_dim": 64,
-                "projector_output_dim": 64,
-                "pixel_shuffle_ratio": 0.5,
-            },
-            SIGLIP_LARGE
-            | {
-                "intermediate_size": 384,
-                "vision_output_dim": 96,
-                "projector_input_dim": 96,
-                "projector_output_dim": 96,
-                "pixel_shuffle_ratio": 0.5,
-            },
-        ),
-        {"moe": ["every", "text_config.interleave_moe_layer_step"]},
         transposed_experts=True,
+        numbered_experts=True,
     ),
     "Gemma3nForConditionalGeneration": Family(
         [
@@ -425,6 +425,7 @@ _OTHERS: dict[str, Family] = {
         ],
         TIED,
         transposed_experts=True,
+        interleaved_experts=True,
         expert_lists=True,
         inner_names=[("mlp.router.linear.", "mlp.router.")],
     ),

@@ -39,11 +39,12 @@ CLASSES = tuple(name for name in FAMILIES if not name.startswith("Gemma4"))  # w
 def make(work: Path, name: str, python: Path) -> list[Path]:
     """The checkpoints of a class, made once."""
     folder, family = work / "families" / name, FAMILIES[name]
-    forms = (*FORMS, LISTS) if family.expert_lists else FORMS
+    forms = (*FORMS, LISTS) if family.expert_lists or family.numbered_experts else FORMS
     missing = [form for form in forms if not (folder / form / "config.json").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         asked = {"config": family.configs[0], "out": str(folder), "forms": missing, "renames": family.inner_names}
+        asked["numbered"] = family.numbered_experts
         (folder / "in.json").write_text(json.dumps(asked))
         subprocess.run([str(python), str(Path(__file__).with_name("make_family.py")), folder / "in.json"], check=False)
     if preprocessor := family.preprocessor:

@@ -5,20 +5,23 @@
 
 Of every class: the forms that a release loads as they are, and what a repair for it writes of the others. The prompts
 are text, and where a class takes pictures (pictures.py), a red and a blue one. The right answers are those of
-transformers in float32 on the dequantized model; the tolerance is judge.py's. With --vllm or --transformers it is what
-runs inside an environment, with a list of folders, each with a file for its answer.
+transformers in float32 on the dequantized model: the source's, or where a repair quantizes anew the output's. The
+tolerance is judge.py's. With --vllm or --transformers it is what runs inside an environment, with a list of folders,
+each with a file for its answer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,62 @@ def compare(answer: Path, truth: Path, factor: float) -> tuple[bool, str]:
     return found, ", ".join(words)
 
 
+def prepare(source: Path, out: Path) -> Path:
+    """A checkpoint as it is asked: with a processor where its class takes pictures, and all experts active.
+
+    Of experts that are almost equal bfloat16 chooses others than float32, after which all differs.
+    """
+    from pictures import PICTURES, add_processor, change_config
+
+    config = json.loads((source / "config.json").read_text())
+    if (name := source.parent.name) in PICTURES:
+        add_processor(source, out, PICTURES[name])
+    elif "num_experts_per_tok" in config:
+        change_config(source, out, num_experts_per_tok=config.get("num_experts") or config["num_local_experts"])
+    else:
+        return source
+    return out
+
+
+class Truths:
+    """The right answers of checkpoints, asked of transformers once for each model that they dequantize to."""
+
+    def __init__(self, scratch: Path, python: Path, log: Path) -> None:
+        self.scratch, self.python, self.log = scratch, python, log
+        self.known: dict[str, Path] = {}  # by a hash of the dequantized weights
+
+    def find(self, folders: Iterable[Path]) -> dict[Path, Path]:
+        """A file of answers for each folder; the same one for those with the same values."""
+        from survey import SHAPES_RELEASE
+
+        import bnbfix
+
+        found, jobs = {}, []
+        for folder in folders:
+            full = self.scratch / "full"
+            try:
+                bnbfix.repair(folder, full, SHAPES_RELEASE, bf16=True, device="cpu")
+            except bnbfix.NotApplicable:  # it is in full precision
+                shutil.copytree(folder, full)
+            digest = hash_values(full)
+            if digest not in self.known:
+                self.known[digest] = self.scratch / f"{digest}.npz"
+                jobs.append((full.rename(self.scratch / digest), self.known[digest]))
+            shutil.rmtree(full, ignore_errors=True)
+            found[folder] = self.known[digest]
+        run_inside(self.python, "--transformers", jobs, self.log)
+        return found
+
+
+def hash_values(folder: Path) -> str:
+    """A hash of the bytes of a folder's tensors, whatever their names and files are."""
+    from dry_loads import open_folder
+
+    checkpoint = open_folder(folder)
+    read = (tensor.read(checkpoint.source) for tensor in checkpoint.tensors.values())
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(values).digest() for values in read))).hexdigest()
+
+
 def main() -> None:
     """See the module's docstring."""
     if sys.argv[1:2] in (["--vllm"], ["--transformers"]):
@@ -168,10 +227,7 @@ def main() -> None:
     from cells import choose_releases, environment, make_parser
     from family_loads import CLASSES, make
     from judge import TOLERANCE, TOLERANCE_INT8
-    from pictures import PICTURES, add_processor
     from survey import SHAPES_RELEASE
-
-    import bnbfix
 
     parser = make_parser(__doc__)
     parser.add_argument("--all", action="store_true", help="every release of pins.json")
@@ -183,32 +239,24 @@ def main() -> None:
     compared = wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        sources = [
-            add_processor(source, scratch / "sources" / name / source.name, PICTURES[name])
-            if name in PICTURES
-            else source
-            for name in chosen
-            for source in make(options.work, name, referee)
-        ]
-        jobs = []
-        for i, source in enumerate(sources):
-            bnbfix.repair(source, scratch / f"full-{i}", SHAPES_RELEASE, bf16=True, device="cpu")
-            jobs.append((scratch / f"full-{i}", scratch / f"{i}.npz"))
-        run_inside(referee, "--transformers", jobs, log)
-        truths = {source: answer for source, (_, answer) in zip(sources, jobs, strict=True)}
+        made = [source for name in chosen for source in make(options.work, name, referee)]
+        sources = [prepare(source, scratch / "sources" / source.parent.name / source.name) for source in made]
+        truths = Truths(scratch, referee, log)
         for release in choose_releases(options):
             loads = choose_folders(sources, release, scratch / release)
             folders = dict.fromkeys([*loads, *loads.values()])
+            right = truths.find(folders)
             answers = {folder: scratch / f"{release}-{i}.npz" for i, folder in enumerate(folders)}
             run_inside(environment(release, venvs), "--vllm", list(answers.items()), log)
             for source, loaded in loads.items():
                 factor = TOLERANCE_INT8 if source.name == "int8" else TOLERANCE
-                judged = {folder: compare(answers[folder], truths[source], factor) for folder in (source, loaded)}
-                name, (right, words) = f"{source.parent.name} {source.name}", judged[loaded]
+                judged = {f: compare(answers[f], right[f], factor) for f in (source, loaded)}
+                name, (ok, words) = f"{source.parent.name} {source.name}", judged[loaded]
                 if loaded != source:
-                    name, words = f"{name}, repaired", f"{words}; before: {judged[source][1]}"
-                print(f"{release} {name}: {words}{'' if right else ' WRONG'}", flush=True)
-                compared, wrong = compared + 1, wrong + (not right)
+                    new = "" if right[source] == right[loaded] else " and quantized anew"
+                    name, words = f"{name}, repaired{new}", f"{words}; before: {judged[source][1]}"
+                print(f"{release} {name}: {words}{'' if ok else ' WRONG'}", flush=True)
+                compared, wrong = compared + 1, wrong + (not ok)
     print(f"{compared} compared, {wrong} wrong")
     sys.exit(1 if wrong else 0)
 

@@ -2,8 +2,9 @@
 
     VENV/bin/python tests/conformance/make_family.py IN.json
 
-IN.json is {config, out, forms, renames}: a config.json, a folder, which of FORMS to write to OUT/FORM, or LISTS, and
-for that one parts of names: as it writes them, and as transformers does.
+IN.json is {config, out, forms, numbered, renames}: a config.json, a folder, which of FORMS to write to OUT/FORM, or
+LISTS, and for that one whether it numbers the experts first, and parts of names: as it writes them, and as transformers
+does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 FORMS = ("all", "skip", "partial", "fp4", "int8")
-LISTS = "lists"  # a list of linear modules for each projection of the experts, as unsloth publishes some classes
+# Experts as linear modules: a list for each projection, as unsloth publishes some classes, or a list of experts, as
+# transformers 4 saves others.
+LISTS = "lists"
 LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp|feed_forward)\.")
 TOWER = re.compile(r"vision|visual|audio|tower")
 
@@ -35,7 +38,8 @@ def make_model(config: dict[str, Any]) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
-                p.copy_(torch.randn(p.shape) / p[0].numel() ** 0.5)
+                inputs = p.shape[-1] if p.dim() == 3 else p[0].numel()  # of three dimensions are experts
+                p.copy_(torch.randn(p.shape) / inputs**0.5)
     return model
 
 
@@ -52,8 +56,11 @@ def list_skipped(model: Any, form: str) -> list[str] | None:
     return skipped
 
 
-def write_lists(source: Path, out: Path, renames: list[list[str]]) -> None:
-    """What transformers quantized, with its experts, which are stored transposed, as lists of linear modules in NF4."""
+def write_lists(source: Path, out: Path, renames: list[list[str]], *, numbered: bool) -> None:
+    """What transformers quantized, with its experts, which are stored transposed, as lists of linear modules in NF4.
+
+    In a list of experts gate and up, of which one is left of the other in the tensor of both, are modules of their own.
+    """
     import bitsandbytes.functional as bnb
     from safetensors.torch import load_file, save_file
 
@@ -65,11 +72,17 @@ def write_lists(source: Path, out: Path, renames: list[list[str]]) -> None:
         if (m := re.fullmatch(r"(.*\.experts\.\w+_proj)(_bias)?", name)) is None:
             tensors[name] = value
             continue
-        for number, one in enumerate(value):
+        stem, joined = m[1].rsplit(".", 1)
+        linears = {f"{joined}s.{number}": one for number, one in enumerate(value)}
+        if numbered:
+            parts = ("gate_proj", "up_proj") if joined == "gate_up_proj" else (joined,)
+            cut = ((number, one.chunk(len(parts), dim=-1)) for number, one in enumerate(value))
+            linears = {f"{n}.{part}": v for n, values in cut for part, v in zip(parts, values, strict=True)}
+        for linear, one in linears.items():
             if m[2]:
-                tensors[f"{m[1]}s.{number}.bias"] = one.clone()
+                tensors[f"{stem}.{linear}.bias"] = one.clone()
                 continue
-            weight = f"{m[1]}s.{number}.weight"
+            weight = f"{stem}.{linear}.weight"
             tensors[weight], state = bnb.quantize_4bit(one.T.contiguous(), quant_type="nf4", compress_statistics=True)
             tensors |= {f"{weight}.{key}": part for key, part in state.as_dict(packed=True).items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -99,7 +112,7 @@ def main() -> None:
         )
         quantized.save_pretrained(out / form)
     if LISTS in given["forms"]:
-        write_lists(out / "all", out / LISTS, given["renames"])
+        write_lists(out / "all", out / LISTS, given["renames"], numbered=given["numbered"])
 
 
 if __name__ == "__main__":

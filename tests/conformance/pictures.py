@@ -139,14 +139,18 @@ def write_tokenizer(folder: Path, picture: Picture) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
-def add_processor(source: Path, out: Path, picture: Picture) -> Path:
-    """The checkpoint with what a prompt with a picture needs; its weights are links to the source's."""
+def change_config(source: Path, out: Path, **changes: Any) -> None:
+    """The checkpoint with another config.json; its weights are links to the source's."""
     out.mkdir(parents=True)
     for file in source.glob("*.safetensors"):
         (out / file.name).symlink_to(file.absolute())
     config = json.loads((source / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(change(config, **picture.changes), indent=2))
+    (out / "config.json").write_text(json.dumps(change(config, **changes), indent=2))
+
+
+def add_processor(source: Path, out: Path, picture: Picture) -> None:
+    """The checkpoint with what a prompt with a picture needs."""
+    change_config(source, out, **picture.changes)
     write_tokenizer(out, picture)
     (out / "preprocessor_config.json").write_text(json.dumps(NORMALIZED | picture.preprocessor))
     (out / "processor_config.json").write_text(json.dumps({"processor_class": picture.processor} | picture.options))
-    return out

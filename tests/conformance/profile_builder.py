@@ -133,12 +133,20 @@ def build_profile(
         profile["dialects"] = family.dialects
     if family.unbound:
         profile["unbound"] = family.unbound
+    reordered = {r: _find_reordered(answers) for r, answers in known.items()}
+    if found := set().union(*reordered.values()):
+        assert all(patterns == found for patterns in reordered.values()), reordered  # no release differs so far
+        profile["reordered"] = sorted(found)
     if family.dtype_read:
         profile["dtype_read"] = family.dtype_read
     if family.inner_names:
         profile["inner_names"] = family.inner_names
     if family.transposed_experts:
         profile["transposed_experts"] = 1
+    if family.interleaved_experts:
+        profile["interleaved_experts"] = 1
+    if family.numbered_experts:
+        profile["numbered_experts"] = 1
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
         keys = sorted({key for described in by_release.values() for key in described[part]})
         profile[part] = {
@@ -162,6 +170,12 @@ def build_profile(
 def _find_error(plain: dict[str, Any]) -> str | None:
     """Why a release does not load a class in full precision."""
     return plain["error"] or next((a["error"] for a in plain["answers"] if "error" in a), None)
+
+
+def _find_reordered(answers: list[dict[str, Any]]) -> set[str]:
+    """The parameters of which a release reorders quantized tensors."""
+    tries = [answer for a in answers if not a["error"] for answer in a["answers"] if answer.get("reordered")]
+    return {find_pattern(parameter) for answer in tries for parameter in answer["fills"]}
 
 
 def _find_refusal(answers: list[dict[str, Any]], plain: str | None) -> str | None:

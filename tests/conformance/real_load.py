@@ -5,7 +5,8 @@
 JOBS.json is a list of {folder, original, sources}: what to load, the model in full precision, and the tensors of it
 that make up each parameter of the engine. For each folder a line of JSON: {folder, error, quantized, unbound,
 requantized, exact, rounded, permuted, wrong}: of the parameters, how many hold the original's values, within 4-bit
-rounding, or in another order, which some classes load q and k in; and the names of those that hold others.
+rounding, or its rows in another order, which some classes load q, k and experts in; and the names of those that hold
+others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from judge import EXACT, ROUNDED, dequantized
 
+LIKE = 0.97  # cosine of a row and the same in 4 bits
 INSIDE = Path(__file__).parents[2] / "bnbfix" / "engines" / "vllm" / "inside"
 
 
@@ -47,7 +49,11 @@ def compare_weights(model: Any, original: Path, sources: dict[str, list[str]]) -
             out["exact"] += 1
         elif ordered < ROUNDED and want[parts[0]].dim() > 1:
             out["rounded"] += 1
-        elif _distance(values.sort().values, true.sort().values) < ROUNDED:
+        elif parts[0].endswith("bias"):
+            moved = _distance(values.sort().values, true.sort().values) < EXACT
+            out["permuted"] += moved
+            out["wrong"] += [] if moved else [name]
+        elif want[parts[0]].dim() > 1 and _same_rows(values, true, want[parts[0]]):
             out["permuted"] += 1
         else:
             out["wrong"].append(name)
@@ -56,6 +62,22 @@ def compare_weights(model: Any, original: Path, sources: dict[str, list[str]]) -
 
 def _distance(values: Any, true: Any) -> float:
     return float((values - true).norm() / (true.norm() + 1e-9))
+
+
+def _same_rows(values: Any, true: Any, first: Any) -> bool:
+    """Are these an original's rows in another order? Of experts that are stored transposed, its columns.
+
+    `first` is the tensor that the original begins with.
+    """
+    forms = [true.reshape(-1, first.shape[-1])]
+    if first.dim() == 3:
+        forms.append(true.reshape(first.shape).mT.reshape(-1, first.shape[-2]))
+    for rows in forms:
+        found = values.reshape(rows.shape)
+        likeness = (found / found.norm(dim=1, keepdim=True)) @ (rows / rows.norm(dim=1, keepdim=True)).T
+        if min(likeness.max(dim=0).values.min(), likeness.max(dim=1).values.min()) > LIKE:
+            return True
+    return False
 
 
 def load(folder: str, original: str, sources: dict[str, list[str]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     VENV/bin/python tests/conformance/same_outputs.py SOURCE OUTPUT [SOURCE OUTPUT ...]
 
 For each pair one line: the largest difference of the logits for the same token ids, and how many parameters have
-another shape or dtype.
+another shape or dtype; or why transformers cannot run one of the two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def main() -> None:
     """See the module's docstring."""
     bad = 0
     for source, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        (before, mine), (after, other) = answer(Path(source)), answer(Path(out))
+        try:
+            (before, mine), (after, other) = answer(Path(source)), answer(Path(out))
+        except Exception as e:  # of experts in 4 bits, one by one, transformers 5 reads none
+            print(f"{source}: {type(e).__name__}: {str(e)[:150]}", flush=True)
+            bad += 1
+            continue
         difference = (before - after).abs().max().item()
         changed = sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
         print(f"{source}: {difference:.4f}", f"{len(changed)} parameters changed" if changed else "", flush=True)

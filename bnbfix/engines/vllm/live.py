@@ -40,13 +40,14 @@ class DryLoad:
     requantized: tuple[str, ...]  # unquantized in the file, quantized at load time
     quantized: int  # parameters
     unbound: tuple[str, ...]  # quantized parameters without a quant state, by vLLM's names
+    reordered: tuple[str, ...] = ()  # quantized in the file, their elements moved to other places at load time
 
     @property
     def ok(self) -> bool:
-        return self.error is None and not self.requantized and not self.unbound
+        return self.error is None and not self.requantized and not self.unbound and not self.reordered
 
     def to_dict(self) -> dict[str, Any]:
-        """{vllm, versions, error, tensors, requantized, quantized, unbound}"""
+        """{vllm, versions, error, tensors, requantized, quantized, unbound, reordered}"""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
@@ -139,6 +140,7 @@ def _read_answer(vllm: str, answer: Mapping[str, Any], checkpoint: Checkpoint) -
             requantized=tuple(sorted(map(str, answer.get("requantized", ())))),
             quantized=int(answer.get("quantized", 0)),
             unbound=tuple(map(str, answer.get("unbound", ()))),
+            reordered=tuple(sorted(map(str, answer.get("reordered", ())))),
         )
     except (TypeError, ValueError, OverflowError) as e:
         raise EngineError(f"vLLM's answer makes no sense ({e})", where=checkpoint.source.name) from e

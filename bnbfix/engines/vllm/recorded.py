@@ -14,6 +14,7 @@ from .profiles import fill_pattern, find_numbers, find_pattern, known_classes, l
 from .skip_entries import vllm_skips
 
 NARROWED = ("tensors", "parameters")  # the answers that depend on the model
+TRAITS = ("dtype_read", "unbound", "reordered")  # of parameters, in the order of Slot's fields
 REFUSED, IGNORED = Place(refused=True), Place()
 REMEMBERED = 8  # models, each with what every range expects of it: the one at hand, and what repairs would make of it
 _RECENT: dict[Hashable, tuple[ModelFacts, dict[ReleaseRange, RecordedExpectation]]] = {}
@@ -76,6 +77,11 @@ class RecordedExpectation:
         return bool(self._facts.profile.get("transposed_experts"))
 
     @property
+    def interleaved_experts(self) -> bool:
+        """Return True if gate and up alternate in the tensor of both."""
+        return bool(self._facts.profile.get("interleaved_experts"))
+
+    @property
     def refuses_axial_rope(self) -> bool:
         """Return True if the release does not know the name that transformers 5.19 gave the vision tower's rope."""
         return bool(self._rows["refuses_axial"])
@@ -92,7 +98,7 @@ class RecordedExpectation:
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    traits = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
+                    traits = (pattern in self._facts.profile.get(key, ()) for key in TRAITS)
                     quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
                     out[name] = Slot(name, module, quantized, experts, *traits)
         return out

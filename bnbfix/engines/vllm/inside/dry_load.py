@@ -47,6 +47,8 @@ class Feed:
             self.shards.setdefault(shard, []).append(tensor)
         self.now: str | None = None  # the tensor that was given last
         self.requantized: list[str] = []
+        self.given: dict[int, tuple[str, Any]] = {}  # quantized stand-ins, by the address of their one element
+        self.reordered: set[str] = set()
 
     def tensors(self, files: Iterable[str], *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         """In place of vLLM's iterator over safetensors files."""
@@ -60,7 +62,34 @@ class Feed:
                 else:  # one element, seen as many: the shape costs no memory
                     if dtype not in DTYPES:
                         raise ValueError(f"{name}: torch has no dtype for {dtype}")
-                    yield name, torch.zeros((), dtype=getattr(torch, DTYPES[dtype])).expand(shape)
+                    one = torch.zeros((), dtype=getattr(torch, DTYPES[dtype]))
+                    if dtype in ("U8", "I8"):
+                        self.given[one.data_ptr()] = name, one
+                    yield name, one.expand(shape)
+
+    def watch(self) -> Any:
+        """A context in which quantized stand-ins whose elements change places are noted in `reordered`."""
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        feed, aten = self, torch.ops.aten
+
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                op = func.overloadpacket
+                if op in (aten.transpose, aten.permute, aten.t) and args[0].data_ptr() in feed.given:
+                    order = list(range(args[0].dim()))
+                    if op is aten.permute:
+                        order = [d % len(order) for d in args[1]]
+                    else:
+                        a, b = args[1:] or (0, 1)
+                        order[a], order[b] = order[b], order[a]
+                    moved = [d for d in order if args[0].shape[d] > 1]
+                    if moved != sorted(moved):
+                        feed.reordered.add(feed.given[args[0].data_ptr()][0])
+                return func(*args, **(kwargs or {}))
+
+        return Watch()  # type: ignore[no-untyped-call]
 
     def quantize(self, a: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """In place of bitsandbytes' quantize_4bit, which the loader calls for weights that are not quantized."""
@@ -84,8 +113,8 @@ class Feed:
 
 
 def run(folder: str) -> dict[str, Any]:
-    """{requantized, quantized, unbound}: names of the tensors that were quantized at load time, how many parameters are
-    quantized, and those of them without a quant state."""
+    """{requantized, reordered, quantized, unbound}: names of the tensors that were quantized at load time, and of the
+    quantized ones whose elements changed places; how many parameters are quantized, and those without a quant state."""
     import torch
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -95,7 +124,7 @@ def run(folder: str) -> dict[str, Any]:
     config, model = build_skeleton(folder)
     loader = get_model_loader(config.load_config)
     report_status(f"loading {sum(map(len, feed.shards.values())):,} tensors without their bytes")
-    with stand_ins(feed), current_config(config), set_default_torch_dtype(torch.bfloat16):
+    with stand_ins(feed), feed.watch(), current_config(config), set_default_torch_dtype(torch.bfloat16):
         try:
             loader.load_weights(model, config.model_config)
         except Exception as e:
@@ -103,7 +132,8 @@ def run(folder: str) -> dict[str, Any]:
             raise
     quantized = [(n, p) for n, p in model.named_parameters() if p.data.dtype in (torch.uint8, torch.int8)]
     unbound = [n for n, p in quantized if getattr(p, "bnb_quant_state", None) is None]
-    return {"requantized": feed.requantized, "quantized": len(quantized), "unbound": unbound}
+    found = {"requantized": feed.requantized, "reordered": sorted(feed.reordered)}
+    return found | {"quantized": len(quantized), "unbound": unbound}
 
 
 @contextlib.contextmanager

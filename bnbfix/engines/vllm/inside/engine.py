@@ -96,31 +96,48 @@ def _patch_experts(torch: Any) -> None:
     """The bitsandbytes method for experts calls a Triton kernel; torch operations take its place."""
     import vllm.model_executor.layers.fused_moe as moe
 
-    def gelu_and_mul(x: Any, approximate: str) -> Any:
-        gate, up = x.chunk(2, dim=-1)
-        return torch.nn.functional.gelu(gate, approximate=approximate) * up
+    functional = torch.nn.functional
+    gates = {"silu": functional.silu, "gelu": functional.gelu}
+    gates["gelu_tanh"] = lambda x: functional.gelu(x, approximate="tanh")
 
-    def fused_experts(hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, **_: Any) -> Any:
+    def gate_and_mul(x: Any, activation: str) -> Any:
+        gate, up = x.chunk(2, dim=-1)
+        return gates[activation](gate) * up
+
+    def fused_experts(hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, **how: Any) -> Any:
+        activation = getattr(how["activation"], "value", how["activation"])
         out = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for expert in range(w1.shape[0]):
             chosen = topk_ids == expert
             rows = chosen.any(dim=-1)
-            if rows.any():
-                inner = gelu_and_mul(hidden_states[rows].float() @ w1[expert].float().t(), "tanh")
-                weight = (topk_weights * chosen).sum(dim=-1, keepdim=True)[rows]
-                out[rows] += inner @ w2[expert].float().t() * weight
+            if not rows.any():
+                continue
+            x, weight = hidden_states[rows].float(), (topk_weights * chosen).sum(dim=-1, keepdim=True)[rows]
+            if before := how.get("apply_router_weight_on_input"):
+                x = x * weight
+            found = gate_and_mul(x @ w1[expert].float().t(), activation) @ w2[expert].float().t()
+            out[rows] += found if before else found * weight
         return out.to(hidden_states.dtype)
 
-    moe.fused_experts = fused_experts
-    try:  # unquantized experts: the CPU kernel of 0.19 to 0.22 lacks Gemma's activation
-        from vllm.model_executor.layers.fused_moe import cpu_fused_moe as cpu
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    def topk_softmax(weights: Any, ids: Any, _: Any, logits: Any, renormalize: bool = False, bias: Any = None) -> None:
+        scores = torch.softmax(logits.float(), dim=-1)
+        chosen = (scores if bias is None else scores + bias).topk(ids.shape[-1], dim=-1).indices
+        found = scores.gather(-1, chosen)
+        weights.copy_(found / found.sum(dim=-1, keepdim=True) if renormalize else found)
+        ids.copy_(chosen)
 
-        wanted = getattr(MoEActivation, "GELU_TANH", MoEActivation.GELU)
-        if wanted not in cpu._CPU_MOE_ACT_FN:
-            kind = "none" if wanted == MoEActivation.GELU else "tanh"
-            cpu._CPU_MOE_ACT_FN[wanted] = lambda x: gelu_and_mul(x, kind)
-            cpu.CPUFusedMOE.check_grouped_gemm = lambda self, layer: (False, "none")
+    moe.fused_experts = fused_experts
+    import vllm._custom_ops as ops
+
+    if not hasattr(torch.ops._moe_C, "topk_softmax"):  # the router's; CPU builds up to 0.24 lack it
+        ops.topk_softmax = topk_softmax
+    try:  # unquantized experts: the CPU kernels of 0.19 to 0.24 lack Gemma's activation, and build SiLU as they run
+        from vllm.model_executor.layers.fused_moe import cpu_fused_moe as cpu
+
+        for activation in cpu.MoEActivation:
+            if activation.value in gates:
+                cpu._CPU_MOE_ACT_FN[activation] = lambda x, name=activation.value: gate_and_mul(x, name)
+        cpu.CPUFusedMOE.check_grouped_gemm = lambda self, layer: (False, "none")
     except (ImportError, AttributeError):
         pass  # newer releases have neither the table nor the gap
 

@@ -31,7 +31,8 @@ def run(folder: str) -> dict[str, Any]:
 
     A parameter is {quantized, prefix, experts}; `prefix` is the name that skip entries are compared with, None where
     the quantization method is never asked about the module. An answer is {fills, parts}: names of parameters, and the
-    [name, part] that their own loaders were called for, such as q of a qkv_proj; with `error` where the loader stopped.
+    [name, part] that their own loaders were called for, such as q of a qkv_proj; with `error` where the loader stopped,
+    and `reordered` where the elements of a quantized tensor changed places.
     """
     import torch
     from vllm.model_executor.model_loader import get_model_loader
@@ -54,10 +55,12 @@ def run(folder: str) -> dict[str, Any]:
         _record_parts(name, p, parts)
     answers = []
     report_status(f"trying {len(groups):,} groups of tensors")
-    with stand_ins(feed), current_config(config), set_default_torch_dtype(torch.bfloat16):
+    with stand_ins(feed), feed.watch(), current_config(config), set_default_torch_dtype(torch.bfloat16):
         for group in groups:
             feed.shards = {group[0][0]: [row[1:] for row in group]}
             parts.clear()
+            feed.given.clear()
+            feed.reordered.clear()
             answer: dict[str, Any] = {"fills": []}
             loader = get_model_loader(config.load_config)  # a new one: its lists of modules grow with every load
             try:
@@ -66,6 +69,8 @@ def run(folder: str) -> dict[str, Any]:
                 answer["fills"] = filled.names
             except Exception as e:
                 answer["error"] = f"{type(e).__name__}: {e}"[:200]
+            if feed.reordered:
+                answer["reordered"] = True
             answers.append(answer | {"parts": list(parts)})
     return {"class": type(model).__name__, "parameters": _describe_parameters(model, prefixes), "answers": answers}
 
