@@ -111,8 +111,9 @@ def test_a_load_does_not_overrule_what_only_the_first_forward_pass_shows(pristin
         ({"error": "AssertionError: ", "tensor": TOWER}, "fails", "BNB501", "stops: AssertionError", (TOWER,)),
         ({"unbound": ["layers.0.qkv_proj"]}, "fails", "BNB501", "have no quant state", ("layers.0.qkv_proj",)),
         ({"requantized": [TOWER]}, "wrong", "BNB502", "vLLM 0.32.0 silently quantizes it", (TOWER,)),
+        ({"reordered": [TOWER]}, "wrong", "BNB503", "vLLM 0.32.0 reorders its packed bytes", (TOWER,)),
     ],
-    ids=["named", "last given", "unbound", "requantized"],
+    ids=["named", "last given", "unbound", "requantized", "reordered"],
 )
 def test_what_a_vllm_says_against_it_is_a_finding(
     pristine: Make, tmp_path: Path, given: dict[str, Any], verdict: str, code: str, words: str, tensors: tuple[str, ...]

@@ -18,7 +18,7 @@ from tests.support.build import Make
 from tests.support.command_line import Cli
 
 LOADED = LoadResult({"vllm": "0.32.0"}, None, 2, 1, (), ("x",), True)
-DRY_LOAD = DryLoad("0.32.0", {"vllm": "0.32.0", "plugin": None}, "KeyError", ("x",), (), 1, ())
+DRY_LOAD = DryLoad("0.32.0", {"vllm": "0.32.0", "plugin": None}, "KeyError", ("x",), (), 1, (), ())
 
 
 @pytest.fixture

@@ -192,8 +192,8 @@ LLAMA4 = {
 STACKS = (("gate_up_proj", (128, 512)), ("down_proj", (256, 128)))  # of one expert
 
 
-def llama4(folder: Path) -> Path:
-    """Every tensor that the profile of this class names, the experts in two for a layer and one weight in NF4."""
+def llama4(folder: Path, *quantized: str) -> Path:
+    """Every tensor that the profile of this class names, the experts in two for a layer and projections in NF4."""
     release = find_range("0.32.0")
     assert release is not None
     found = expect(read_model(LLAMA4), release)
@@ -203,28 +203,84 @@ def llama4(folder: Path) -> Path:
         place = found.place(name)
         assert place is not None and place.shape is not None
         if m := re.fullmatch(r"(.*\.experts)\.\d+\.\w+\.weight", name):
-            tensors |= {f"{m[1]}.{part}": torch.zeros(4, *shape, dtype=torch.bfloat16) for part, shape in STACKS}
+            tensors |= {f"{m[1]}.{part}": torch.randn(4, *shape).to(torch.bfloat16) for part, shape in STACKS}
         else:
             tensors[name] = torch.zeros([n or 0 for n in place.shape], dtype=torch.bfloat16)
-    q = "language_model.model.layers.0.self_attn.o_proj.weight"
-    tensors |= quantize(q, torch.randn(tensors[q].shape).to(torch.bfloat16))
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    quantization["llm_int8_skip_modules"] = ["q_proj"]
+    for part in quantized:
+        name = f"language_model.model.layers.0.self_attn.{part}.weight"
+        tensors |= quantize(name, torch.randn(tensors[name].shape).to(torch.bfloat16))
+    quantization: dict[str, object] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantization["bnb_4bit_quant_type"] = "nf4"
+    modules = {slot.module for slot in found.parameters.values() if slot.quantized and not slot.experts}
+    fused = {"o_proj" if part == "o_proj" else "qkv_proj" for part in quantized}
+    modules -= {f"language_model.model.layers.0.self_attn.{part}" for part in fused}
+    quantization["llm_int8_skip_modules"] = sorted(modules)
     folder.mkdir()
     save_file(tensors, folder / MODEL, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(LLAMA4 | {"quantization_config": quantization}))
     return folder
 
 
-def test_experts_that_are_stored_transposed_are_not_split(tmp_path: Path) -> None:
-    source = llama4(tmp_path / "llama4")
-    (found,) = [f for f in scan(source, "0.32.0").findings if f.code is Code.FUSED_EXPERTS]
-    assert found.reason is not None and "does not split experts that are stored transposed" in found.reason
-    assert len(found.tensors) == 4
-    with pytest.raises(bnbfix.Unrepairable, match="all experts in one tensor"):
-        bnbfix.plan_repair(source, "0.32.0")
-    edits = bnbfix.plan_repair(source, "0.32.0", bf16=True).edits
-    assert edits and not any(".experts." in e.name for e in edits), "they stay as they are"
+def numbered(source: Path, out: Path) -> Path:
+    """Llama 4 as transformers 4 saves it quantized: a list of experts, each of linear modules in NF4."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / MODEL)
+    for name in [name for name in tensors if ".experts." in name]:
+        stem, fused = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else (fused,)
+        for number, one in enumerate(tensors.pop(name)):
+            for part, values in zip(parts, one.chunk(len(parts), dim=-1), strict=True):
+                tensors |= quantize(f"{stem}.{number}.{part}.weight", values.T.contiguous())
+    save_file(tensors, out / MODEL, {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("release", ["0.22.1", "0.32.0", "portable"])
+def test_experts_that_are_stored_transposed_are_split_by_columns(release: str, tmp_path: Path) -> None:
+    source = llama4(tmp_path / "source", "o_proj")
+    (found,) = [f for f in scan(source, release).findings if f.code is Code.FUSED_EXPERTS]
+    assert found.reason is None and len(found.tensors) == 4
+    bnbfix.repair(source, tmp_path / "out", release, device="cpu")
+    assert bnbfix.scan(tmp_path / "out", release).ok and bnbfix.verify(tmp_path / "out", source).ok
+    before, after = load_file(source / MODEL), load_file(tmp_path / "out" / MODEL)
+    experts = "language_model.model.layers.1.feed_forward.experts"
+    gate, up = before[f"{experts}.gate_up_proj"][2].T.chunk(2)
+    for part, values in (("gate_proj", gate), ("up_proj", up), ("down_proj", before[f"{experts}.down_proj"][2].T)):
+        name = f"{experts}.2.{part}.weight"
+        assert torch.equal(after[name], quantize(name, values.contiguous())[name]), part
+    assert "transformers does not load" not in (tmp_path / "out" / "README.md").read_text(), "of this class it does"
+
+
+def test_numbered_experts_are_joined_as_the_class_stores_them(tmp_path: Path) -> None:
+    whole = llama4(tmp_path / "whole", "o_proj")
+    source = numbered(whole, tmp_path / "source")
+    assert scan(source, "portable").ok
+    bnbfix.repair(source, tmp_path / "out", "0.32.0", device="cpu", bf16=True)
+    assert bnbfix.verify(tmp_path / "out", source).ok
+    before, after = load_file(source / MODEL), load_file(tmp_path / "out" / MODEL)
+    assert {n: t.shape for n, t in after.items() if "experts" in n} == {
+        n: t.shape for n, t in load_file(whole / MODEL).items() if "experts" in n
+    }
+    experts = "language_model.model.layers.0.feed_forward.experts"
+    rows = [dequantize(before, f"{experts}.3.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")]
+    assert torch.equal(after[f"{experts}.gate_up_proj"][3], torch.cat(rows[:2]).T)
+    assert torch.equal(after[f"{experts}.down_proj"][3], rows[2].T)
+
+
+def test_what_a_class_reorders_is_wrong_in_4_bits_and_dequantized_with_its_group(tmp_path: Path) -> None:
+    source = numbered(llama4(tmp_path / "whole", "q_proj", "k_proj", "v_proj", "o_proj"), tmp_path / "source")
+    group = [f"language_model.model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    for release in (*RELEASES, "portable"):
+        result = scan(source, release)
+        (found,) = [f for f in result.findings if f.code is Code.REORDERED]
+        assert (result.verdict, sorted(found.tensors)) == (Severity.WRONG, sorted(group))
+        plan = bnbfix.plan_repair(source, release)
+        changed = {e.name: (e.action, e.code) for e in plan.edits if e.name.endswith(".weight")}
+        assert changed == dict.fromkeys(group, ("dequantize", Code.REORDERED)), "o_proj is not among them"
+    bnbfix.repair(source, tmp_path / "out", "portable", device="cpu")
+    assert scan(tmp_path / "out", "portable").ok
+    unfused = llama4(tmp_path / "unfused", "o_proj")
+    assert not [f for f in scan(unfused, "portable").findings if f.code is Code.REORDERED]
 
 
 def test_experts_in_lists_of_a_class_that_has_no_tensor_of_all_are_refused_by_name(
@@ -399,7 +455,7 @@ def test_gate_and_up_are_not_joined_where_they_may_alternate(family: Make, tmp_p
     name = "model.layers.0.mlp.experts.gate_projs.0.weight"
     tensors[name] = torch.zeros(192, 128, dtype=torch.bfloat16)
     save_file(tensors, source / MODEL, {"format": "pt"})
-    with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: a {GPT_OSS} stores"):
+    with pytest.raises(bnbfix.Unrepairable, match=f"{re.escape(name)} cannot be joined: gate and up alternate"):
         bnbfix.plan_repair(source, "0.32.0", bf16=True)
 
 

@@ -40,7 +40,7 @@ class DryLoad:
     requantized: tuple[str, ...]  # unquantized in the file, quantized at load time
     quantized: int  # parameters
     unbound: tuple[str, ...]  # quantized parameters without a quant state, by vLLM's names
-    reordered: tuple[str, ...] = ()  # quantized in the file, their elements moved to other places at load time
+    reordered: tuple[str, ...]  # quantized in the file, their elements moved to other places at load time
 
     @property
     def ok(self) -> bool:
