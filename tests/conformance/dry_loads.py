@@ -1,8 +1,8 @@
 """Dry loads of cells: against what `scan` says without one, and against real loads.
 
-Of every checkpoint: a dry load says what the rules say, with the same tensors re-quantized, but for the findings about
-what happens after loading; and what a repair writes loads. A real load stops where the dry load does, and makes as many
-quantized parameters, with quant states bound to as many.
+Of every checkpoint: a dry load says what the rules say, with the same tensors re-quantized or reordered, but for the
+findings about what happens after loading; and what a repair writes loads. A real load stops where the dry load does,
+and makes as many quantized parameters, with quant states bound to as many.
 """
 
 from __future__ import annotations
@@ -54,9 +54,13 @@ def compare(folder: Path, release: str, answer: DryLoad) -> list[str]:
     faults = []
     if said != seen and not (said == Severity.DEGRADED and seen == Severity.LOADS):
         faults.append(f"the rules say {said}, a dry load {seen}: {words(answer)}")
-    named = {name for f in findings if f.code in REQUANTIZED for name in f.tensors}
-    if seen == Severity.WRONG and not named.issuperset(answer.requantized):
-        faults.append(f"re-quantized and in no finding: {sorted(set(answer.requantized) - named)}")
+    for what, codes, names in (
+        ("re-quantized", REQUANTIZED, answer.requantized),
+        ("reordered", (Code.REORDERED,), answer.reordered),
+    ):
+        named = {name for f in findings if f.code in codes for name in f.tensors}
+        if seen == Severity.WRONG and not named.issuperset(names):
+            faults.append(f"{what} and in no finding: {sorted(set(names) - named)}")
     return faults
 
 

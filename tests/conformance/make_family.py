@@ -112,7 +112,7 @@ def main() -> None:
         )
         quantized.save_pretrained(out / form)
     if LISTS in given["forms"]:
-        write_lists(out / "all", out / LISTS, given["renames"], numbered=given["numbered"])
+        write_lists(out / "skip", out / LISTS, given["renames"], numbered=given["numbered"])
 
 
 if __name__ == "__main__":
