@@ -68,10 +68,12 @@ def _ranges_that_load(case: Case) -> list[ReleaseRange]:
 def check_fused_experts(case: Case) -> Iterator[Hit]:
     if case.expectation is None or case.expert_prefix is None:
         return
-    reason = "they are not whole matrices of full blocks; --bf16 keeps them in one tensor"
     for splits, names in _group_experts(case, "fused_experts"):
-        words = "all experts in one tensor; the release takes them quantized, per expert"
-        yield Hit(Severity.FAILS, names, words, None if splits else reason)
+        words, kept = "all experts in one tensor; the release takes them quantized, per expert", None
+        if case.expectation.interleaved_experts or not splits:
+            why = "gate and up alternate in it" if splits else "they are not whole matrices of full blocks"
+            kept = f"{why}; --bf16 keeps them in one tensor"
+        yield Hit(Severity.FAILS, names, words, kept)
 
 
 def _group_experts(case: Case, kind: str) -> Iterator[tuple[bool, tuple[str, ...]]]:
@@ -172,11 +174,12 @@ def split_and_quantize_experts(request: Request, so_far: Changes) -> Changes:
     prefix = prefixes.pop()
     if not request.inspection.model.moe or prefixes or prefix is None:
         return Changes()
+    interleaved = any(e.interleaved_experts for e in request.expectations)
     out = {}
     for name, weight in request.inspection.checkpoint.weights.items():
         role = classify_tensor(name)
         transposed = _are_transposed(role.kind, request.expectations)
-        if role.kind == "fused_experts" and not _can_split(weight, transposed=transposed):
+        if role.kind == "fused_experts" and (interleaved or not _can_split(weight, transposed=transposed)):
             continue
         if role.kind == "expert" and role.prefix == prefix and weight.form == "nf4":
             continue

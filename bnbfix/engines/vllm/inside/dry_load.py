@@ -77,7 +77,8 @@ class Feed:
         class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 op = func.overloadpacket
-                if op in (aten.transpose, aten.permute, aten.t) and args[0].data_ptr() in feed.given:
+                moves = op in (aten.transpose, aten.permute, aten.t) and args[0].dim() > 1
+                if moves and args[0].data_ptr() in feed.given:
                     order = list(range(args[0].dim()))
                     if op is aten.permute:
                         order = [d % len(order) for d in args[1]]

@@ -94,6 +94,7 @@ def _patch_gemm() -> None:
 
 def _patch_experts(torch: Any) -> None:
     """The bitsandbytes method for experts calls a Triton kernel; torch operations take its place."""
+    import vllm._custom_ops as ops
     import vllm.model_executor.layers.fused_moe as moe
 
     functional = torch.nn.functional
@@ -127,8 +128,6 @@ def _patch_experts(torch: Any) -> None:
         ids.copy_(chosen)
 
     moe.fused_experts = fused_experts
-    import vllm._custom_ops as ops
-
     if not hasattr(torch.ops._moe_C, "topk_softmax"):  # the router's; CPU builds up to 0.24 lack it
         ops.topk_softmax = topk_softmax
     try:  # unquantized experts: the CPU kernels of 0.19 to 0.24 lack Gemma's activation, and build SiLU as they run
