@@ -41,7 +41,7 @@ def build(release: str, folder: Path) -> Path:
     pins = PINS["releases"][release]
     python, done = folder / "bin" / "python", folder / "finished"
     if done.exists() and done.read_text() == json.dumps(pins):
-        add_timm(folder, pins)
+        add_extras(folder, pins)
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     if "on" in pins:
@@ -62,16 +62,20 @@ def build(release: str, folder: Path) -> Path:
         package = next(folder.glob("lib/python*/site-packages/torchvision/__init__.py"))
         package.write_text(DECLARATIONS + package.read_text())
     fix_bitsandbytes(folder)
-    add_timm(folder, pins)
+    add_extras(folder, pins)
     wheel.unlink()
     done.write_text(json.dumps(pins))
     return python
 
 
-def add_timm(folder: Path, pins: dict[str, str]) -> None:
-    """Installs what transformers builds Gemma 3n's vision tower with, also where the environment was made without."""
-    if "on" not in pins and not list(folder.glob("lib/python*/site-packages/timm")):
-        _pip(folder / "bin" / "python", "install", "--no-deps", f"timm=={PINS['timm']}")
+def add_extras(folder: Path, pins: dict[str, str]) -> None:
+    """Installs what transformers needs for some classes (Gemma 3n's vision tower, SmolVLM's processor).
+
+    Also where the environment was made without.
+    """
+    for name, version in PINS["extras"].items():
+        if "on" not in pins and not list(folder.glob(f"lib/python*/site-packages/{name}")):
+            _pip(folder / "bin" / "python", "install", "--no-deps", f"{name}=={version}")
 
 
 def overlay(release: str, folder: Path, base: Path) -> None:
