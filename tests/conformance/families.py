@@ -238,6 +238,18 @@ def _gemma3n_text(sizes: Config, layers: int, shared: int) -> Config:
     }
 
 
+_NAMED_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}  # as published; vLLM 0.19 goes by it
+_QWEN35_ROPE = MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
+_QWEN35 = {
+    "model_type": "qwen3_5_text",
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": _QWEN35_ROPE | {"mrope_section": [2, 1, 1]},
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 4,
+}
 _GEMMA3N_AUDIO = {
     "hidden_size": 64,
     "vocab_size": 18,
@@ -336,6 +348,52 @@ _OTHERS: dict[str, Family] = {
             QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
             QWEN_VISION_LARGE | {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 144},
         ),
+    ),
+    "Qwen3_5ForConditionalGeneration": _multimodal(
+        "Qwen3_5ForConditionalGeneration",
+        "qwen3_5",
+        (
+            _QWEN35 | {"layer_types": ["linear_attention", "full_attention"] * 2},
+            _QWEN35
+            | {
+                "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+                "rope_parameters": _QWEN35_ROPE | {"mrope_section": [4, 2, 2]},
+                "linear_key_head_dim": 64,
+                "linear_value_head_dim": 96,
+                "linear_num_key_heads": 5,
+                "linear_num_value_heads": 10,
+                "linear_conv_kernel_dim": 8,
+            },
+        ),
+        (QWEN_VISION | {"num_position_embeddings": 64}, QWEN_VISION_LARGE | {"num_position_embeddings": 144}),
+        {"full": ["item", "text_config.layer_types", "full_attention"]},
+    ),
+    "Idefics3ForConditionalGeneration": _multimodal(
+        "Idefics3ForConditionalGeneration",
+        "idefics3",
+        ({"model_type": "llama"}, {"model_type": "llama"}),
+        (SIGLIP, SIGLIP_LARGE),
+        scale_factor=2,
+        image_token_id=10,
+    ),
+    "SmolVLMForConditionalGeneration": _multimodal(
+        "SmolVLMForConditionalGeneration",
+        "smolvlm",
+        ({"model_type": "llama"}, {"model_type": "llama"}),
+        (SIGLIP, SIGLIP_LARGE),
+        scale_factor=2,
+        image_token_id=10,
+    ),
+    "InternVLForConditionalGeneration": _multimodal(
+        "InternVLForConditionalGeneration",
+        "internvl",
+        (_NAMED_QWEN2, _NAMED_QWEN2),
+        (
+            SIGLIP | {"image_size": [56, 56], "patch_size": [14, 14]},
+            SIGLIP_LARGE | {"image_size": [112, 112], "patch_size": [28, 28]},
+        ),
+        sizes=(DERIVED, DERIVED_LARGE),
+        image_token_id=10,
     ),
     "Mistral3ForConditionalGeneration": _multimodal(
         "Mistral3ForConditionalGeneration",

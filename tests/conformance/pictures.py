@@ -7,7 +7,7 @@ stands next to a published checkpoint's weights.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def _qwen(name: str, **preprocessor: Any) -> Picture:
     )
 
 
+_INTERN = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
+_INTERN["video_token"] = "<video>"
+_IDEFICS = Picture(
+    ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<row_1_col_1>"),
+    "<image>",
+    "Idefics3Processor",
+    {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": 56},
+        "max_image_size": {"longest_edge": 56},
+        "do_image_splitting": False,
+    },
+    {"image_seq_len": 4},
+)
 PICTURES = {
     "Gemma3ForConditionalGeneration": Picture(
         (*_GEMMA3.values(), *_LINE_BREAKS),
@@ -67,6 +81,17 @@ PICTURES = {
     "Qwen2_5_VLForConditionalGeneration": _qwen("Qwen2_5_VL"),
     "Qwen2VLForConditionalGeneration": _qwen("Qwen2VL"),
     "Qwen3VLForConditionalGeneration": _qwen("Qwen3VL", patch_size=16),
+    "Qwen3_5ForConditionalGeneration": _qwen("Qwen3VL", patch_size=16),
+    "Idefics3ForConditionalGeneration": _IDEFICS,
+    "SmolVLMForConditionalGeneration": replace(_IDEFICS, processor="SmolVLMProcessor"),
+    "InternVLForConditionalGeneration": Picture(
+        tuple(_INTERN.values()),
+        "<IMG_CONTEXT>",
+        "InternVLProcessor",
+        {"image_processor_type": "GotOcr2ImageProcessor", "size": _SQUARE, "crop_to_patches": False},
+        {"image_seq_length": 4},
+        _INTERN,
+    ),
     "Mistral3ForConditionalGeneration": Picture(
         ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         "[IMG]",

@@ -137,6 +137,43 @@ SIZES: dict[str, list[Config]] = {
         },
         {"vision_config": {"patch_size": 14}},  # all that are published have 16
     ],
+    "Qwen3_5ForConditionalGeneration": [
+        {
+            "text_config": _text(248320, 4096, 12288, 32, 16, 4, head_dim=256)
+            | {
+                "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                "linear_num_key_heads": 16,
+                "linear_num_value_heads": 32,
+            },
+            "vision_config": {
+                "depth": 27,
+                "hidden_size": 1152,
+                "num_heads": 16,
+                "intermediate_size": 4304,
+                "out_hidden_size": 4096,
+                "num_position_embeddings": 2304,
+            },
+        },
+        {"vision_config": {"patch_size": 14}},  # all that are published have 16
+    ],
+    "Idefics3ForConditionalGeneration": [  # Idefics3-8B
+        {"text_config": _text(128259, 4096, 14336, 32, 32, 8), "vision_config": _SIGLIP | {"image_size": 364}}
+    ],
+    "SmolVLMForConditionalGeneration": [  # SmolVLM2-2.2B
+        {
+            "text_config": _text(49280, 2048, 8192, 24, 32, 32),
+            "vision_config": _SIGLIP | {"image_size": 384},
+            "scale_factor": 3,
+        }
+    ],
+    "InternVLForConditionalGeneration": [  # InternVL3-8B
+        {
+            "text_config": _QWEN25_7B,
+            "vision_config": _vision(1024, 4096, 24, 16, image_size=[448, 448], patch_size=[14, 14]),
+        }
+    ],
     "Mistral3ForConditionalGeneration": [
         {"text_config": _MISTRAL_24B, "vision_config": _vision(1024, 4096, 24, 16, head_dim=64, patch_size=14)}
     ],

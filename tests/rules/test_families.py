@@ -29,6 +29,7 @@ from tests.support.families import SHAPES, dequantize, make_family, quantize
 RELEASES = ("0.22.1", "0.27.1", "0.32.0")
 LLAMA, MOE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
 QWEN, GEMMA = "Qwen3VLForConditionalGeneration", "Gemma3ForConditionalGeneration"
+QWEN35 = "Qwen3_5ForConditionalGeneration"  # most of its layers have linear attention
 LLAVA = "LlavaNextForConditionalGeneration"
 GPT_OSS = "GptOssForCausalLM"
 VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
@@ -40,6 +41,9 @@ VERDICTS = {  # of dry loads by each release: tests/conformance/family_loads.py
     (QWEN, "all"): "loads loads loads",
     (QWEN, "skip"): "fails fails wrong",
     (QWEN, "partial"): "fails fails wrong",
+    (QWEN35, "all"): "loads loads loads",
+    (QWEN35, "skip"): "fails fails wrong",
+    (QWEN35, "partial"): "fails fails wrong",
     (GEMMA, "all"): "fails fails fails",
     (GEMMA, "skip"): "fails fails fails",
     (LLAVA, "skip"): "fails fails fails",
