@@ -238,7 +238,9 @@ def _gemma3n_text(sizes: Config, layers: int, shared: int) -> Config:
     }
 
 
-_NAMED_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}  # as published; vLLM 0.19 goes by it
+# With the class named, as in published ones: vLLM 0.19 goes by it.
+_NAMED_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+_NAMED_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 _QWEN35_ROPE = MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 0.25}
 _QWEN35 = {
     "model_type": "qwen3_5_text",
@@ -405,7 +407,7 @@ _OTHERS: dict[str, Family] = {
     "LlavaNextForConditionalGeneration": _multimodal(
         "LlavaNextForConditionalGeneration",
         "llava_next",
-        ({"model_type": "mistral"}, {"model_type": "mistral"}),
+        (_NAMED_MISTRAL, _NAMED_MISTRAL),
         (
             SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 64},
             SIGLIP_LARGE | {"model_type": "clip_vision_model", "projection_dim": 96},
