@@ -359,6 +359,7 @@ DRY_LOAD = {
     "requantized": ["model.language_model.layers.0.self_attn.v_proj.weight", "lm_head.weight"],
     "quantized": 14,
     "unbound": ["layers.0.self_attn.qkv_proj.weight"],
+    "reordered": ["layers.0.self_attn.q_proj.weight"],
 }
 ANSWER_WORDS = (*DRY_LOAD, *NAMES, "model.language_model.embed_tokens.weight", "a.b" * 9, "0.99.0")
 
