@@ -50,7 +50,9 @@ def answer_by_vllm(folder: str, out: str) -> None:
     from inside.engine import start_engine
 
     prompts = list_prompts(Path(folder))
-    llm = start_engine(folder, lambda model: None, skip_tokenizer_init=len(prompts) == 1, max_logprobs=-1)
+    setup = {"skip_tokenizer_init": len(prompts) == 1, "max_logprobs": -1}
+    setup |= {"mamba_ssm_cache_dtype": "float32"}  # the CPU kernels of linear attention know no other
+    llm = start_engine(folder, lambda model: None, **setup)
     options = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
     found = {}
     for name, (text, picture) in prompts.items():

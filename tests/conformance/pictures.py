@@ -57,15 +57,15 @@ def _qwen(name: str, **preprocessor: Any) -> Picture:
 
 _INTERN = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>"}
 _INTERN["video_token"] = "<video>"
+_TILES = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 _IDEFICS = Picture(
-    ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<row_1_col_1>"),
+    ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES),
     "<image>",
     "Idefics3Processor",
     {
         "image_processor_type": "Idefics3ImageProcessor",
-        "size": {"longest_edge": 56},
+        "size": {"longest_edge": 112},
         "max_image_size": {"longest_edge": 56},
-        "do_image_splitting": False,
     },
     {"image_seq_len": 4},
 )
@@ -145,17 +145,15 @@ def write_tokenizer(folder: Path, picture: Picture) -> None:
     """A tokenizer whose words are t0, t1, ... by their ids, but for the special tokens."""
     special = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>"}
     special |= dict(enumerate(picture.tokens, FIRST))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    words = {i: special.get(i, f"t{i}") for i in range(VOCAB)}
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
     tokenizer = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     tokenizer |= {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": token} | flags for i, token in special.items()],
+        # Words as well: of some classes transformers 5.19 takes nothing else from a tokenizer that is not its own.
+        "added_tokens": [{"id": i, "content": w, "special": i in special} | flags for i, w in words.items()],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {
-            "type": "WordLevel",
-            "vocab": {special.get(i, f"t{i}"): i for i in range(VOCAB)},
-            "unk_token": "<unk>",
-        },
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in words.items()}, "unk_token": "<unk>"},
     }
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": picture.processor}
     about |= {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
