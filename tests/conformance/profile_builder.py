@@ -87,7 +87,7 @@ def _list_integers(config: dict[str, Any], at: str) -> Iterator[tuple[str, int]]
         elif type(value) is int and value > 0 and not key.endswith(("_id", "_index")):
             yield at + key, value
         elif isinstance(value, list) and value and type(value[0]) not in (dict, float):
-            if key == "intermediate_size":  # of every layer
+            if key in ("intermediate_size", "image_size", "patch_size"):  # of every layer; of both sides
                 if all(size == value[0] for size in value):
                     yield f"{at}{key}{EACH}", value[0]
                 continue
@@ -439,7 +439,8 @@ def _list_formulas(sizes: dict[str, int], negatives: list[str], wanted: int) -> 
     yield [f"{k}*{a}*{b}*{b}" for a, b in squares for k in (1, 2, 3) if k * sizes[a] * sizes[b] ** 2 == wanted]
     yield [f"{k}*{a}*{b}*{a}*{b}" for a, b in pairs for k in (1, 3) if k * (sizes[a] * sizes[b]) ** 2 == wanted]
     yield [f"{a}*{b}*{c}" for (a, b) in pairs for c in sizes if sizes[a] * sizes[b] * sizes[c] == wanted]
-    patches = [(a, b, sizes[a] // sizes[b]) for a in sizes for b in sizes if a.endswith("size") and b.endswith("size")]
+    sides = [path for path in sizes if path.removesuffix(EACH).endswith("size")]
+    patches = [(a, b, sizes[a] // sizes[b]) for a in sides for b in sides]
     yield [f"{a}//{b}*{a}//{b}" for a, b, side in patches if side**2 == wanted]
     yield [f"{a}//{b}*{a}//{b}+1" for a, b, side in patches if side**2 + 1 == wanted]  # and one for the class
     yield [f"{wanted // v}*{p}" for p, v in sizes.items() if wanted % v == 0 and 4 < wanted // v <= MAX_FACTOR]
@@ -449,6 +450,14 @@ def _list_formulas(sizes: dict[str, int], negatives: list[str], wanted: int) -> 
         for b in sizes
         for c in sizes
         if (sizes[a] + 2 * sizes[b]) * sizes[c] == wanted
+    ]
+    dims = [p for p in sizes if p.endswith("head_dim")]  # of linear attention: q and k, and v
+    counts_of_heads = [p for p in sizes if p.endswith("heads")]
+    yield [
+        f"2*{a}*{b}+{c}*{d}"
+        for a, c in itertools.product(dims, dims)
+        for b, d in itertools.product(counts_of_heads, counts_of_heads)
+        if 2 * sizes[a] * sizes[b] + sizes[c] * sizes[d] == wanted
     ]
     heads = [p for p in sizes if p.endswith("num_attention_heads")]
     yield [f"{a}//{b}" for a in sizes for b in heads if a.endswith("hidden_size") and sizes[a] == wanted * sizes[b]]
