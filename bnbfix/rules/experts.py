@@ -71,7 +71,11 @@ def check_fused_experts(case: Case) -> Iterator[Hit]:
     for splits, names in _group_experts(case, "fused_experts"):
         words, kept = "all experts in one tensor; the release takes them quantized, per expert", None
         if case.expectation.interleaved_experts or not splits:
-            why = "gate and up alternate in it" if splits else "they are not whole matrices of full blocks"
+            why = (
+                "gate and up alternate in the tensor of both"
+                if splits
+                else "they are not whole matrices of full blocks"
+            )
             kept = f"{why}; --bf16 keeps them in one tensor"
         yield Hit(Severity.FAILS, names, words, kept)
 

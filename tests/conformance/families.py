@@ -370,22 +370,17 @@ _OTHERS: dict[str, Family] = {
         (QWEN_VISION | {"num_position_embeddings": 64}, QWEN_VISION_LARGE | {"num_position_embeddings": 144}),
         {"full": ["item", "text_config.layer_types", "full_attention"]},
     ),
-    "Idefics3ForConditionalGeneration": _multimodal(
-        "Idefics3ForConditionalGeneration",
-        "idefics3",
-        ({"model_type": "llama"}, {"model_type": "llama"}),
-        (SIGLIP, SIGLIP_LARGE),
-        scale_factor=2,
-        image_token_id=10,
-    ),
-    "SmolVLMForConditionalGeneration": _multimodal(
-        "SmolVLMForConditionalGeneration",
-        "smolvlm",
-        ({"model_type": "llama"}, {"model_type": "llama"}),
-        (SIGLIP, SIGLIP_LARGE),
-        scale_factor=2,
-        image_token_id=10,
-    ),
+    **{
+        f"{name}ForConditionalGeneration": _multimodal(
+            f"{name}ForConditionalGeneration",
+            name.lower(),
+            ({"model_type": "llama"}, {"model_type": "llama"}),
+            (SIGLIP, SIGLIP_LARGE),
+            scale_factor=2,
+            image_token_id=10,
+        )
+        for name in ("Idefics3", "SmolVLM")
+    },
     "InternVLForConditionalGeneration": _multimodal(
         "InternVLForConditionalGeneration",
         "internvl",

@@ -208,7 +208,8 @@ class Truths:
                 jobs.append((full.rename(self.scratch / digest), self.known[digest]))
             shutil.rmtree(full, ignore_errors=True)
             found[folder] = self.known[digest]
-        run_inside(self.python, "--transformers", jobs, self.log)
+        if jobs:
+            run_inside(self.python, "--transformers", jobs, self.log)
         return found
 
 

@@ -38,7 +38,9 @@ def make_model(config: dict[str, Any]) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
-                inputs = p.shape[-1] if p.dim() == 3 else p[0].numel()  # of three dimensions are experts
+                inputs = (
+                    p.shape[-1] if p.dim() == 3 else p[0].numel()
+                )  # of three are experts, and convolutions of a sequence
                 p.copy_(torch.randn(p.shape) / inputs**0.5)
     return model
 

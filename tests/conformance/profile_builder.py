@@ -129,24 +129,11 @@ def build_profile(
         profile["built"] = fewer  # fewer layers than files have
     if refuses_axial:
         profile["refuses_axial"] = _merge_releases(refuses_axial, list(releases))
-    if family.dialects:
-        profile["dialects"] = family.dialects
-    if family.unbound:
-        profile["unbound"] = family.unbound
-    reordered = {r: _find_reordered(answers) for r, answers in known.items()}
-    if found := set().union(*reordered.values()):
-        assert all(patterns == found for patterns in reordered.values()), reordered  # no release differs so far
-        profile["reordered"] = sorted(found)
-    if family.dtype_read:
-        profile["dtype_read"] = family.dtype_read
-    if family.inner_names:
-        profile["inner_names"] = family.inner_names
-    if family.transposed_experts:
-        profile["transposed_experts"] = 1
-    if family.interleaved_experts:
-        profile["interleaved_experts"] = 1
-    if family.numbered_experts:
-        profile["numbered_experts"] = 1
+    profile |= {
+        key: value for key in ("dialects", "unbound", "dtype_read", "inner_names") if (value := getattr(family, key))
+    }
+    forms = ("transposed_experts", "interleaved_experts", "numbered_experts")
+    profile |= {key: 1 for key in forms if getattr(family, key)}
     for part in ("tensors", "parameters", "unknown", "aliases", "refused"):
         keys = sorted({key for described in by_release.values() for key in described[part]})
         profile[part] = {
@@ -170,12 +157,6 @@ def build_profile(
 def _find_error(plain: dict[str, Any]) -> str | None:
     """Why a release does not load a class in full precision."""
     return plain["error"] or next((a["error"] for a in plain["answers"] if "error" in a), None)
-
-
-def _find_reordered(answers: list[dict[str, Any]]) -> set[str]:
-    """The parameters of which a release reorders quantized tensors."""
-    tries = [answer for a in answers if not a["error"] for answer in a["answers"] if answer.get("reordered")]
-    return {find_pattern(parameter) for answer in tries for parameter in answer["fills"]}
 
 
 def _find_refusal(answers: list[dict[str, Any]], plain: str | None) -> str | None:
@@ -244,6 +225,7 @@ def _describe_release(
             numbers = find_numbers(name)
             point = Point(number, numbers[0] if numbers else None, _describe_outcome(name, tries, model), shape)
             tensors.setdefault(find_pattern(name), []).append(point)
+        reordered = {name for answer in model["answers"] if answer.get("reordered") for name in answer["fills"]}
         named: dict[tuple[str, int | None], Answer] = {}
         layers: dict[str, set[int]] = {}
         for name, p in model["parameters"].items():
@@ -254,6 +236,8 @@ def _describe_release(
                 answer["quantized"] = 1
             if p["experts"]:
                 answer["experts"] = 1
+            if name in reordered:
+                answer["reordered"] = 1
             if p["prefix"] is not None and p["prefix"] != name.rpartition(".")[0]:
                 answer["module"] = find_pattern(p["prefix"])
             named[pattern, layer] = answer

@@ -53,6 +53,8 @@ _QWEN3_8B = _text(151936, 4096, 12288, 36, 32, 8, head_dim=128)
 _QWEN3_4B = _text(151936, 2560, 9728, 36, 32, 8, head_dim=128)
 _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 _MROPE_3 = _MROPE | {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+_QWEN3_VISION = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304}
+_QWEN3_VISION |= {"out_hidden_size": 4096, "num_position_embeddings": 2304}
 _GEMMA3_1B = _text(262144, 1152, 6912, 26, 4, 1, head_dim=256)
 _GEMMA3_27B = _text(262208, 5376, 21504, 62, 32, 16, head_dim=128)
 _CLIP = _vision(1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768)
@@ -125,15 +127,7 @@ SIZES: dict[str, list[Config]] = {
     "Qwen3VLForConditionalGeneration": [
         {
             "text_config": _QWEN3_8B | {"rope_parameters": _MROPE_3},
-            "vision_config": {
-                "depth": 27,
-                "hidden_size": 1152,
-                "num_heads": 16,
-                "intermediate_size": 4304,
-                "out_hidden_size": 4096,
-                "num_position_embeddings": 2304,
-                "deepstack_visual_indexes": [8, 16, 24],
-            },
+            "vision_config": _QWEN3_VISION | {"deepstack_visual_indexes": [8, 16, 24]},
         },
         {"vision_config": {"patch_size": 14}},  # all that are published have 16
     ],
@@ -147,14 +141,7 @@ SIZES: dict[str, list[Config]] = {
                 "linear_num_key_heads": 16,
                 "linear_num_value_heads": 32,
             },
-            "vision_config": {
-                "depth": 27,
-                "hidden_size": 1152,
-                "num_heads": 16,
-                "intermediate_size": 4304,
-                "out_hidden_size": 4096,
-                "num_position_embeddings": 2304,
-            },
+            "vision_config": _QWEN3_VISION,
         },
         {"vision_config": {"patch_size": 14}},  # all that are published have 16
     ],

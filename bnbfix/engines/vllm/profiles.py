@@ -4,11 +4,11 @@ A profile is JSON: for patterns of names, in which layer numbers are `*`, rows o
 release does]. Where that depends on the model or the layer, it is {"by": features, "cases": {values: answer}}. Sizes
 are formulas over the keys of config.json; `keys` are older names of some. `built` are stacks of which the engine builds
 fewer layers than a file has. `dialects` are beginnings of names, and `inner_names` parts of them, that tools write
-differently. `dtype_read` are parameters in whose dtype the class makes a number, `unbound` those that get no quant
-state, since the class renames their tensors after the loader has looked for it, and `reordered` those of which it moves
-the rows: of a quantized tensor that is the packed bytes. `transposed_experts`, `interleaved_experts` and
-`numbered_experts` say how transformers keeps experts: in a tensor of all by columns; gate and up alternating in it; and
-as linear modules where it quantizes.
+differently. A parameter is `reordered` of which the class moves the rows: of a quantized tensor that is the packed
+bytes. `dtype_read` are parameters in whose dtype the class makes a number, `unbound` those that get no quant state,
+since the class renames their tensors after the loader has looked for it. `transposed_experts`, `interleaved_experts`
+and `numbered_experts` say how transformers keeps experts: in a tensor of all by columns; gate and up alternating in it;
+and as linear modules where it quantizes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from .profiles import fill_pattern, find_numbers, find_pattern, known_classes, l
 from .skip_entries import vllm_skips
 
 NARROWED = ("tensors", "parameters")  # the answers that depend on the model
-TRAITS = ("dtype_read", "unbound", "reordered")  # of parameters, in the order of Slot's fields
 REFUSED, IGNORED = Place(refused=True), Place()
 REMEMBERED = 8  # models, each with what every range expects of it: the one at hand, and what repairs would make of it
 _RECENT: dict[Hashable, tuple[ModelFacts, dict[ReleaseRange, RecordedExpectation]]] = {}
@@ -98,9 +97,10 @@ class RecordedExpectation:
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    traits = (pattern in self._facts.profile.get(key, ()) for key in TRAITS)
+                    read, unbound = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
                     quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
-                    out[name] = Slot(name, module, quantized, experts, *traits)
+                    reordered = bool(answer.get("reordered"))
+                    out[name] = Slot(name, module, quantized, experts, read, unbound, reordered)
         return out
 
     def place(self, name: str) -> Place | None:

@@ -74,7 +74,7 @@ class Feed:
 
         feed, aten = self, torch.ops.aten
 
-        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 op = func.overloadpacket
                 moves = op in (aten.transpose, aten.permute, aten.t) and args[0].dim() > 1
@@ -90,7 +90,7 @@ class Feed:
                         feed.reordered.add(feed.given[args[0].data_ptr()][0])
                 return func(*args, **(kwargs or {}))
 
-        return Watch()  # type: ignore[no-untyped-call]
+        return Watch()  # type: ignore[no-untyped-call]  # as above
 
     def quantize(self, a: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """In place of bitsandbytes' quantize_4bit, which the loader calls for weights that are not quantized."""

@@ -128,9 +128,9 @@ def _patch_experts(torch: Any) -> None:
         ids.copy_(chosen)
 
     moe.fused_experts = fused_experts
-    if not hasattr(torch.ops._moe_C, "topk_softmax"):  # the router's; CPU builds up to 0.24 lack it
+    if not hasattr(torch.ops._moe_C, "topk_softmax"):  # the router's; CPU builds have none
         ops.topk_softmax = topk_softmax
-    try:  # unquantized experts: the CPU kernels of 0.19 to 0.24 lack Gemma's activation, and build SiLU as they run
+    try:  # unquantized experts, up to 0.27: older CPU kernels lack Gemma's activation, and build SiLU as they run
         from vllm.model_executor.layers.fused_moe import cpu_fused_moe as cpu
 
         for activation in cpu.MoEActivation:
