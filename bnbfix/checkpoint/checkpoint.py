@@ -178,6 +178,18 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return Checkpoint(source, config, config_text, index, shards, weights, orphans, duplicates, damaged)
 
 
+def reopen_checkpoint(checkpoint: Checkpoint, source: Source) -> Checkpoint:
+    """`open_checkpoint` of a source with the same shards, of which only the config and the index are read.
+
+    Raises InputError as that does.
+    """
+    if any(is_stack(w.tensor.info) for w in checkpoint.weights.values()):
+        return open_checkpoint(source)  # what such a weight is depends on the config
+    config_text, config = _read_json(source, CONFIG)
+    index = _read_json(source, INDEX)[1] if INDEX in source.files else None
+    return replace(checkpoint, source=source, config=config, config_text=config_text, index=index)
+
+
 def compare_bytes(source: Source, one: Tensor, other: Tensor) -> bool | None:
     """Return True if two tensors of one size have the same bytes, False if not.
 

@@ -16,7 +16,12 @@ def parse_plain_scan(arguments: Sequence[str]) -> ScanOptions | None:
     """The options of `bnbfix scan`; None for another command, and where another option or a variable is set."""
     if arguments[:1] != ["scan"] or any(name.startswith(("BNBFIX_", "_BNBFIX_")) for name in os.environ):
         return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80),  # else it imports shutil to ask
+    )
     parser.add_argument("models", nargs="*")
     parser.add_argument("--vllm")
     parser.add_argument("--format", dest="formats", type=ScanFormat, action="append", default=[])

@@ -203,7 +203,7 @@ class ShardPlan:
 
 def plan_copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:
     """A tensor copied byte for byte, perhaps under another name; `column` declares it U8 [N, 1]."""
-    info = replace(origin.info, name=name or origin.info.name)
+    info = replace(origin.info, name=name) if name else origin.info
     return TensorPlan(replace(info, dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
 
 
@@ -235,9 +235,10 @@ def lay_out_shard(
 
     placed, at = [], 0
     for t in sorted(tensors, key=order):
-        info = replace(t.info, begin=at, end=at + t.info.nbytes)
-        placed.append(TensorPlan(info, t.op))
-        at = info.end
+        if t.info.begin != at:
+            t = TensorPlan(replace(t.info, begin=at, end=at + t.info.nbytes), t.op)
+        placed.append(t)
+        at = t.info.end
     if old is not None and all(t.copied for t in placed) and [t.info for t in placed] == list(old.tensors.values()):
         return ShardPlan(name, b"", tuple(placed), True, old.file_size)
     header = st.build_header([t.info for t in placed], metadata)

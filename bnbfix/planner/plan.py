@@ -5,7 +5,6 @@ A plan is complete before the first byte moves: writing it needs no further deci
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -166,6 +165,8 @@ class Plan:
         """The change of config.json as a unified diff; empty when there is none."""
         if CONFIG not in self.texts:
             return ""
+        import difflib  # slow to import
+
         old, new = self.checkpoint.config_text, self.texts[CONFIG]
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), CONFIG, CONFIG, n=1, lineterm="")
         return "\n".join(lines)

@@ -23,7 +23,7 @@ from . import json_edit, model_card
 from .fixes import DEQUANTIZE_ALL, REPAIR, collect_changes
 from .layout import ShardPlan
 from .plan import JOURNAL, RECORD, Action, Edit, Options, Plan, is_only_for_vllm
-from .planned_source import PlannedSource
+from .planned_source import open_planned
 from .shards import recut_shards, repaired_shards
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options, sc
     plan = _complete_plan(inspection, target, scan, changes, tuple(repaired_shards(checkpoint, changes)), options)
     if plan.drops_quantization:
         return plan
-    planned = inspect_checkpoint(open_checkpoint(PlannedSource(plan)))
+    planned = inspect_checkpoint(open_planned(plan))
     after = scan_inspection(planned, target, judged=target.ranges)
     if left := [f for f in after.findings if f.blocking]:
         raise _refusal(target, left)
@@ -86,7 +86,7 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options, sc
 
 def check_plan(plan: Plan, live: LiveVllm) -> None:
     """Asks a vLLM about the output of a plan before it is written; raises Unrepairable when it would not load it."""
-    (answer,) = live.dry_load([open_checkpoint(PlannedSource(plan))])
+    (answer,) = live.dry_load([open_planned(plan)])
     if not answer.ok:
         hits = [hit for _, hit in describe_dry_load(answer)]
         name = f"{hits[0].tensors[0]}: " if hits[0].tensors else ""

@@ -6,9 +6,16 @@ import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint, reopen_checkpoint
 from ..errors import InputError
 from .layout import Copy, MadeWeight
 from .plan import Plan
+
+
+def open_planned(plan: Plan) -> Checkpoint:
+    """The output of a plan as a checkpoint; of shards that stay, what is known already."""
+    source = PlannedSource(plan)
+    return reopen_checkpoint(plan.checkpoint, source) if plan.config_only else open_checkpoint(source)
 
 
 @dataclass(frozen=True)

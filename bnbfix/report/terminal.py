@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -186,6 +185,8 @@ def write_text(parts: Iterable[str]) -> None:
 
 def write_file(path: Path, parts: Iterable[str]) -> None:
     """A document to a file, whole or not at all; raises OutputError when it cannot be written."""
+    import tempfile  # slow to import
+
     if path.exists() and not path.is_file():
         raise OutputError("is not a regular file", where=str(path))
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link

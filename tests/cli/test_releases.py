@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_a_vllm_that_is_broken_or_slow_is_an_error_in_one_line(
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(source))
     done = run("releases", "--probe", source)
     assert (done.code, done.out) == (2, "")
-    if not vllm_releases.find_installed():
+    if find_spec("vllm") is None:
         assert "vLLM cannot build the model: ModuleNotFoundError: No module named 'vllm'" in done.err
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.01)
     done = run("releases", "--probe", source)

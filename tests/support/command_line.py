@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from bnbfix.cli import main as cli
+from bnbfix.engines.vllm import releases
 
 EVIL = "\x1b[31m\x07\r\x7f\x9b2J\u202e"  # colours, a bell, an overwritten line, C1 controls, text turned round
 
@@ -79,6 +80,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch, version: str | None, plugin: s
         return found
 
     monkeypatch.setattr(metadata, "version", look)
+    monkeypatch.setattr(releases, "find_spec", lambda name: "found")  # so that metadata decides
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ class ModelFacts:
         self._features: dict[tuple[str, int | None], str] = {}
         self._stacks: dict[str, tuple[Sequence[int] | None, ...]] = {}  # of a pattern's stars
         self._beyond: dict[str, bool] = {}
+        self._patterns: dict[tuple[str, ...], tuple[frozenset[str], bool]] = {}
         self._derived: dict[tuple[int, str], Any] = {}  # from the profile's answers, by what they are about
 
     def _read(self, path: str) -> Any:
@@ -84,6 +85,12 @@ class ModelFacts:
             pairs = zip(find_numbers(name), self._stacks[pattern], strict=True)
             self._beyond[name] = any(stack is not None and n not in stack for n, stack in pairs)
         return self._beyond[name]
+
+    def patterns(self, names: tuple[str, ...]) -> tuple[frozenset[str], bool]:
+        """The patterns of tensor names, and whether `is_beyond` holds for any of the names."""
+        if names not in self._patterns:
+            self._patterns[names] = frozenset(map(find_pattern, names)), any(map(self.is_beyond, names))
+        return self._patterns[names]
 
     def expand(self, pattern: str, *, built: bool = False) -> list[tuple[int, ...]]:
         """The layer numbers that a pattern stands for in this model; none where a stack's length is not known."""

