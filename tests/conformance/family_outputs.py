@@ -46,9 +46,12 @@ def list_prompts(folder: Path) -> dict[str, tuple[str, Any]]:
 def answer_by_vllm(folder: str, out: str) -> None:
     """Token ids and the log probabilities at every position but the first, of each prompt."""
     import numpy as np
+    import torch
     import vllm
     from inside.engine import start_engine
 
+    # Some hosts offer AMX and stop at its instructions: 0.22.1's linear attention ends the process.
+    torch.cpu._is_amx_tile_supported = lambda: False
     prompts = list_prompts(Path(folder))
     setup = {"skip_tokenizer_init": len(prompts) == 1, "max_logprobs": -1}
     setup |= {"mamba_ssm_cache_dtype": "float32"}  # the CPU kernels of linear attention know no other
@@ -187,7 +190,7 @@ class Truths:
 
     def __init__(self, scratch: Path, python: Path, log: Path) -> None:
         self.scratch, self.python, self.log = scratch, python, log
-        self.known: dict[str, Path] = {}  # by a hash of the dequantized weights
+        self.known: dict[str, Path] = {}  # by a hash of the class and the dequantized weights
 
     def find(self, folders: Iterable[Path]) -> dict[Path, Path]:
         """A file of answers for each folder; the same one for those with the same values."""
@@ -202,7 +205,7 @@ class Truths:
                 bnbfix.repair(folder, full, SHAPES_RELEASE, bf16=True, device="cpu")
             except bnbfix.NotApplicable:  # it is in full precision
                 shutil.copytree(folder, full)
-            digest = hash_values(full)
+            digest = hash_model(full)
             if digest not in self.known:
                 self.known[digest] = self.scratch / f"{digest}.npz"
                 jobs.append((full.rename(self.scratch / digest), self.known[digest]))
@@ -213,13 +216,17 @@ class Truths:
         return found
 
 
-def hash_values(folder: Path) -> str:
-    """A hash of the bytes of a folder's tensors, whatever their names and files are."""
+def hash_model(folder: Path) -> str:
+    """A hash of a folder's class and the bytes of its tensors, whatever their names and files are.
+
+    Of the same sizes, classes have the same random weights, and not the same answers: Granite multiplies Llama's.
+    """
     from dry_loads import open_folder
 
     checkpoint = open_folder(folder)
     read = (tensor.read(checkpoint.source) for tensor in checkpoint.tensors.values())
-    return hashlib.sha256(b"".join(sorted(hashlib.sha256(values).digest() for values in read))).hexdigest()
+    parts = [checkpoint.config["architectures"][0].encode(), *sorted(hashlib.sha256(v).digest() for v in read)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def main() -> None:
