@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Signals:
             signal.signal(number, self.interrupt)
         try:
             with contextlib.ExitStack() as stack:
-                with contextlib.suppress(OSError, RuntimeError):  # the system gives no socket, or starts no thread
+                with contextlib.suppress(OSError, RuntimeError):  # the system gives no pipe, or starts no thread
                     stack.enter_context(_watched())
                 yield
         finally:
@@ -62,45 +62,54 @@ class Signals:
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
     """Watch signals on a thread of its own as long as the context lasts."""
-    read, write = socket.socketpair()
-    write.setblocking(False)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
     watcher = threading.Thread(target=_watch, args=(read,), name="bnbfix-signals", daemon=True)
     try:
         watcher.start()
-        before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    except RuntimeError:
+        os.close(read)
+        os.close(write)
+        raise
+    try:
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            write.close()
-            watcher.join()
     finally:
-        write.close()
+        os.close(write)
+        watcher.join()
+        os.close(read)
 
 
-def _watch(read: socket.socket) -> None:
+def _watch(read: int) -> None:
     """End the process at a second signal, or `SECONDS` after the first, unless the other end is closed before."""
-    with read:
-        if (first := _next_signal(read)) is None:
+    if (first := _next_signal(read)) is None:
+        return
+    with contextlib.suppress(TimeoutError):
+        if _next_signal(read, SECONDS) is None:
             return
-        read.settimeout(SECONDS)
-        with contextlib.suppress(TimeoutError):
-            if _next_signal(read) is None:
-                return
     end_process(CODES[first])
 
 
-def _next_signal(read: socket.socket) -> int | None:
-    """Return the signal that comes next; None where none can: the other end is closed, or reading fails."""
-    try:
-        while number := read.recv(1):
-            if number[0] in CODES:
-                return number[0]
-    except TimeoutError:
-        raise
-    except OSError:  # as without a watcher, the signal's handler has to do
-        pass
-    return None
+def _next_signal(read: int, seconds: float | None = None) -> int | None:
+    """Return the signal that comes next; None where none can: the other end is closed, or reading fails.
+
+    Raises TimeoutError when none comes in so many seconds.
+    """
+    poll = select.poll()
+    poll.register(read, select.POLLIN)
+    while poll.poll(seconds and seconds * 1000):
+        try:
+            number = os.read(read, 1)
+        except OSError:  # as without a watcher, the signal's handler has to do
+            return None
+        if not number:
+            return None
+        if number[0] in CODES:
+            return number[0]
+    raise TimeoutError
 
 
 def end_process(code: int) -> NoReturn:
