@@ -11,8 +11,8 @@ from ..checkpoint.source import LocalSource, Source
 from ..errors import UsageError
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
-_REPO = re.compile(rf"({_PART}/{_PART})(?:@(\S+))?", re.ASCII)
-_PAGE = re.compile(rf"({_PART}/{_PART})(?:/(?:tree|commit)/(refs%2F\w+%2F\w+|refs/\w+/\w+|[^/]+))?/?", re.ASCII)
+_REPO = rf"({_PART}/{_PART})(?:@(\S+))?"
+_PAGE = rf"({_PART}/{_PART})(?:/(?:tree|commit)/(refs%2F\w+%2F\w+|refs/\w+/\w+|[^/]+))?/?"
 HOSTS = ("huggingface.co", "hf.co", "www.huggingface.co")
 
 
@@ -27,9 +27,10 @@ def parse_repo(text: str) -> tuple[str, str | None] | None:
             parts = urlsplit(text)
         except ValueError:  # brackets without an IPv6 address
             return None
-        m = _PAGE.fullmatch(parts.path.removeprefix("/"))
+        m = re.fullmatch(_PAGE, parts.path.removeprefix("/"), re.ASCII)
         return (m[1], unquote(m[2]) if m[2] else None) if m and parts.netloc in hosts else None
-    m = _REPO.fullmatch(text.removeprefix("hf://").removeprefix("models/" if text.startswith("hf://") else ""))
+    name = text.removeprefix("hf://").removeprefix("models/" if text.startswith("hf://") else "")
+    m = re.fullmatch(_REPO, name, re.ASCII)
     return (m[1], m[2]) if m and "--" not in m[1] and ".." not in m[1] else None
 
 

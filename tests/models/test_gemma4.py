@@ -226,7 +226,7 @@ def test_a_text_only_checkpoint_has_the_same_roles(name: str) -> None:
 
 
 def test_every_role_is_among_the_names_above() -> None:
-    assert {role for role, _, _ in NAMES.values()} == {kind for kind, _ in KINDS} - {"linear"} | {"other"}
+    assert {role for role, _, _ in NAMES.values()} == {kind for kind, *_ in KINDS} - {"linear"} | {"other"}
 
 
 @pytest.mark.parametrize(

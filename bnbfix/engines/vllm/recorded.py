@@ -88,14 +88,14 @@ class RecordedExpectation:
         """Every parameter that has to be filled, by name."""
         out = {}
         for pattern in self._rows["parameters"]:
+            if pattern.endswith("lm_head.weight") and self.tied:
+                continue  # the embeddings take its place
+            read, unbound = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
             for numbers in self._facts.expand(pattern, built=True):
                 answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
-                if pattern.endswith("lm_head.weight") and self.tied:
-                    continue  # the embeddings take its place
                 if isinstance(answer, dict):
                     name = fill_pattern(pattern, numbers)
                     module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    read, unbound = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
                     quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
                     reordered = bool(answer.get("reordered"))
                     out[name] = Slot(name, module, quantized, experts, read, unbound, reordered)
