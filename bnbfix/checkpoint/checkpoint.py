@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError, NotApplicable, QuantStateError
 from . import quant_state as qs
@@ -33,8 +33,7 @@ HEADER_GUESS = 128 << 10  # bytes read of a shard before its header's length is 
 COMPARED_CHUNK = 4 << 20  # bytes of each of two tensors that are compared at a time; of remote ones, once
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor, the shard that has it, and where its bytes start in that file."""
 
     shard: str
@@ -46,8 +45,7 @@ class Tensor:
         return source.read(self.shard, [(self.offset, self.info.nbytes)])[0]
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A tensor that is not a quant-state tensor, with its quant-state tensors by suffix.
 
     `state` is its quant state when it is quantized to 4 bits.
@@ -66,7 +64,7 @@ class Weight:
     @property
     def quantized(self) -> bool:
         """True if it holds quantized bytes (4 bit, or LLM.int8)."""
-        return self.state is not None or self.int8
+        return self.state is not None or ".SCB" in self.state_tensors
 
     @property
     def form(self) -> str:
@@ -139,12 +137,12 @@ def rename_weights(checkpoint: Checkpoint, renames: Mapping[str, str]) -> Checkp
         names |= {name: qs.state_tensor_name(new, suffix) for suffix, name in suffixes.items()}
 
     def rename(tensor: Tensor) -> Tensor:
-        return replace(tensor, info=replace(tensor.info, name=names.get(tensor.info.name, tensor.info.name)))
+        return tensor._replace(info=tensor.info._replace(name=names.get(tensor.info.name, tensor.info.name)))
 
     shards = {}
     for shard, header in checkpoint.shards.items():
-        tensors = (replace(info, name=names.get(name, name)) for name, info in header.tensors.items())
-        shards[shard] = replace(header, tensors={info.name: info for info in tensors})
+        tensors = (info._replace(name=names.get(name, name)) for name, info in header.tensors.items())
+        shards[shard] = header._replace(tensors={info.name: info for info in tensors})
     weights = {}
     for old, w in checkpoint.weights.items():
         states = {suffix: rename(t) for suffix, t in w.state_tensors.items()}

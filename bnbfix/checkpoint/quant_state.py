@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from reprlib import repr as shorten  # the JSON may hold thousands of characters; an error is one line
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import QuantStateError
 from .safetensors import TensorInfo
@@ -34,16 +33,14 @@ _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
-@dataclass(frozen=True)
-class NestedState:
+class NestedState(NamedTuple):
     """Double quantization: absmax itself is 8 bit, in blocks of `blocksize`, around `offset`."""
 
     blocksize: int
     offset: float
 
 
-@dataclass(frozen=True)
-class QuantState:
+class QuantState(NamedTuple):
     """What the JSON of a quantized weight says; `shape` and `dtype` are those of the weight before quantization."""
 
     quant_type: str

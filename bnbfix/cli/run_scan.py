@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..errors import QuantStateError, UsageError
 from ..report.next_step import next_command
@@ -48,8 +47,7 @@ Render = Callable[[Iterable[ScanOutcome]], Iterator[str]]
 PLANNED = (ScanFormat.table, ScanFormat.markdown, ScanFormat.html)  # formats that state what a repair costs
 
 
-@dataclass(frozen=True)
-class ScanOptions:
+class ScanOptions(NamedTuple):
     """What the command line of a scan says."""
 
     models: Sequence[str]

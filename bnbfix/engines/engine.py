@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ..models.family import Model
 from ..models.inspection import LinearWeight
@@ -53,8 +53,7 @@ class ReleaseRange:
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(NamedTuple):
     """An installed vLLM and what is installed next to it, by their metadata."""
 
     version: str
@@ -93,8 +92,7 @@ class Target:
         return tuple(r for r in self.ranges if model.family.architecture in r.classes)
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One parameter of the engine, as its class makes it where no skip entry names its module."""
 
     name: str
@@ -106,8 +104,7 @@ class Slot:
     reordered: bool = False  # the class moves its rows, and of a quantized tensor the packed bytes
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """What an engine does with a tensor of the file: it fills parts of parameters, or is ignored, or stops the load."""
 
     fills: tuple[tuple[str, str], ...] = ()  # (parameter, part): q of a qkv_proj, or "" for the whole
@@ -196,8 +193,7 @@ class Engine(Protocol):
         """What to install with pip to serve a checkpoint for a target."""
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter of the engine, and the weights that fill it: three for qkv_proj, two for gate_up_proj."""
 
     module: str  # the engine's name

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Weight
 from ..models.inspection import LinearWeight
@@ -13,8 +13,7 @@ from .engine import Expectation, Parameter, Slot, matching_entries
 FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})  # dtypes that can be cast
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """A load without the bytes, as far as names and shapes tell."""
 
     refused: tuple[str, ...]

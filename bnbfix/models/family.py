@@ -6,7 +6,7 @@ import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -26,8 +26,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A model class as vLLM and transformers know it."""
 
     name: str
@@ -36,8 +35,7 @@ class Family:
     text_only: bool = False
 
 
-@dataclass(frozen=True)
-class TensorRole:
+class TensorRole(NamedTuple):
     """What a tensor is in its model: the kind of module, the layer it is in, and the last part of a linear's name."""
 
     name: str  # canonical: as transformers spells it for the multimodal class

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint, Weight, compare_bytes
 from ..errors import InputError, QuantStateError
@@ -21,8 +22,7 @@ EXPERTS = ("expert", "expert_linear")
 MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
 
 
-@dataclass(frozen=True)
-class LinearWeight:
+class LinearWeight(NamedTuple):
     """The weight of a linear module, and its role in the model."""
 
     weight: Weight

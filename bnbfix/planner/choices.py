@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import Target
@@ -19,8 +19,7 @@ from .plan_repair import plan_inspection
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A repair that is possible: for which target, and what it costs."""
 
     target: Target

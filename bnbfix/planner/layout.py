@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..checkpoint import quant_state as qs
 from ..checkpoint import safetensors as st
@@ -16,8 +17,7 @@ STATE_JSON = 256  # bytes at least; space-padded, since the offset's length is k
 ALIGNMENT = 8
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """A matrix inside an unquantized tensor: `begin` and `nbytes` count from the tensor's first byte.
 
     With `columns`, (the first, the one after the last), it is these of the tensor's matrix there, as rows.
@@ -49,15 +49,13 @@ class Rows:
         return self.state.blocksize * (nested.blocksize if nested else 1)
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """The bytes of a tensor of the source."""
 
     origin: Tensor
 
 
-@dataclass(frozen=True)
-class Dequantize:
+class Dequantize(NamedTuple):
     """The values of weights, dequantized where they are quantized, one after the other, in one dtype."""
 
     weights: tuple[Weight, ...]
@@ -135,7 +133,7 @@ class Split(MadeWeight):
 
     def state(self, offset: float = 0.0) -> qs.QuantState:
         state = self.values.state
-        return replace(state, shape=self.shape, nested=None if self.values.count % self.values.unit else state.nested)
+        return state._replace(shape=self.shape, nested=None if self.values.count % self.values.unit else state.nested)
 
 
 Op = Copy | Dequantize | Quantize | Split
@@ -163,8 +161,7 @@ def bytes_read(op: Op) -> int:
     return whole * values.count // values.state.numel if isinstance(values, Rows) else whole
 
 
-@dataclass(frozen=True)
-class TensorPlan:
+class TensorPlan(NamedTuple):
     """One tensor of an output shard and what it is made from. All tensors of one MadeWeight are next to each other."""
 
     info: st.TensorInfo  # name, dtype, shape and offsets in the output
@@ -175,8 +172,7 @@ class TensorPlan:
         return isinstance(self.op, Copy)
 
 
-@dataclass(frozen=True)
-class ShardPlan:
+class ShardPlan(NamedTuple):
     """One output shard: header bytes, then its tensors in order. `copied`: equal to its source file, header and all."""
 
     name: str
@@ -203,8 +199,8 @@ class ShardPlan:
 
 def plan_copy(origin: Tensor, name: str | None = None, *, column: bool = False) -> TensorPlan:
     """A tensor copied byte for byte, perhaps under another name; `column` declares it U8 [N, 1]."""
-    info = replace(origin.info, name=name) if name else origin.info
-    return TensorPlan(replace(info, dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
+    info = origin.info._replace(name=name) if name else origin.info
+    return TensorPlan(info._replace(dtype="U8", shape=(info.nbytes, 1)) if column else info, Copy(origin))
 
 
 def plan_dequantize(
@@ -236,7 +232,7 @@ def lay_out_shard(
     placed, at = [], 0
     for t in sorted(tensors, key=order):
         if t.info.begin != at:
-            t = TensorPlan(replace(t.info, begin=at, end=at + t.info.nbytes), t.op)
+            t = TensorPlan(t.info._replace(begin=at, end=at + t.info.nbytes), t.op)
         placed.append(t)
         at = t.info.end
     if old is not None and all(t.copied for t in placed) and [t.info for t in placed] == list(old.tensors.values()):

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple, TextIO
@@ -28,8 +27,7 @@ class StyledText(NamedTuple):
 StyledLine = tuple[StyledText, ...]
 
 
-@dataclass(frozen=True)
-class TableOptions:
+class TableOptions(NamedTuple):
     """How much a table shows, and in which width."""
 
     width: int = DEFAULT_WIDTH

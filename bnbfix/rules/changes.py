@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from ..checkpoint.checkpoint import Weight
 from ..engines.engine import Expectation, Parameter, ReleaseRange
@@ -15,8 +16,7 @@ from ..models.inspection import Inspection, LinearWeight
 from .rule import Code
 
 
-@dataclass(frozen=True)
-class Insert:
+class Insert(NamedTuple):
     """A weight that is added: an exact copy of `donor` with its quant-state tensors, or its dequantized values."""
 
     name: str
@@ -25,8 +25,7 @@ class Insert:
     code: Code
 
 
-@dataclass(frozen=True)
-class ExpertChange:
+class ExpertChange(NamedTuple):
     """What is done to one tensor of experts to be under `prefix`: quantized, split with its quant state, or renamed.
 
     `transposed`: the rows of each of its matrices are the columns of the expert's.
@@ -39,8 +38,7 @@ class ExpertChange:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """Per-expert tensors that become one, in order; `transposed`: in which the rows of each are columns."""
 
     parts: tuple[Weight, ...]
@@ -52,8 +50,7 @@ class Stack:
         return "matrices" if len(self.parts[0].shape) > 1 else "vectors"
 
 
-@dataclass(frozen=True)
-class ConfigEdit:
+class ConfigEdit(NamedTuple):
     """One change of config.json: a value set at a path of keys, or the key removed."""
 
     path: tuple[str, ...]
@@ -62,28 +59,27 @@ class ConfigEdit:
     remove: bool = False
 
 
-@dataclass(frozen=True)
-class Changes:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Changes(NamedTuple):
     """What a repair changes, by name of the weight or tensor."""
 
-    dequantize: Mapping[str, Code | None] = field(default_factory=dict)  # weights; None: the user asked
-    drop: Mapping[str, Code] = field(default_factory=dict)  # tensors, next to those of dequantized weights
+    dequantize: Mapping[str, Code | None] = NOTHING  # weights; None: the user asked
+    drop: Mapping[str, Code] = NOTHING  # tensors, next to those of dequantized weights
     insert: tuple[Insert, ...] = ()
-    retype: Mapping[str, Code] = field(default_factory=dict)  # quantized weights whose header entry becomes U8 [N, 1]
-    experts: Mapping[str, ExpertChange] = field(default_factory=dict)
-    quantize: Mapping[str, Code] = field(default_factory=dict)  # unquantized weights that become NF4
-    stack: Mapping[str, Stack] = field(default_factory=dict)  # by the name of the one tensor
+    retype: Mapping[str, Code] = NOTHING  # quantized weights whose header entry becomes U8 [N, 1]
+    experts: Mapping[str, ExpertChange] = NOTHING
+    quantize: Mapping[str, Code] = NOTHING  # unquantized weights that become NF4
+    stack: Mapping[str, Stack] = NOTHING  # by the name of the one tensor
     config: tuple[ConfigEdit, ...] = ()
 
     def __or__(self, other: Changes) -> Changes:
         """Both; where both name a weight, the first one's reason stands."""
         both: dict[str, Any] = {}
-        for f in fields(self):
-            mine, others = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, tuple):
-                both[f.name] = mine + others
-            else:
-                both[f.name] = dict(mine) | {k: v for k, v in others.items() if k not in mine}
+        for name in self._fields:
+            mine, others = getattr(self, name), getattr(other, name)
+            both[name] = mine + others if isinstance(mine, tuple) else {**mine, **others, **mine}
         return Changes(**both)
 
     def keeps_quantized(self, linear: LinearWeight) -> bool:

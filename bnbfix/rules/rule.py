@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engines.engine import DEFAULT, Expectation, Installed, Parameter, ReleaseRange, Target
 from ..engines.manifest import Load, group_alike, load_names, parameters
@@ -120,8 +120,7 @@ class Code(str, Enum):
 FixText = Callable[[Model, Sequence[ReleaseRange]], str]
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """What a code means: a title, what is seen and why, what fixes it, and where it is discussed upstream."""
 
     title: str
@@ -161,8 +160,7 @@ class Reading:
         return load_names(weights, self.expectation) if self.expectation else None
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A checkpoint and one range of releases, with the parameters that the release makes for it."""
 
     inspection: Inspection
@@ -187,7 +185,7 @@ class Case:
         """What the release looks for before an expert's number; None where it does not load the model's experts."""
         return self.expectation.expert_prefix if self.expectation else None
 
-    @cached_property
+    @property
     def ignores_lm_head(self) -> bool:
         """Return True if an lm_head in the file is not used, since config.json says that it is tied."""
         return self.expectation is not None and ignores_lm_head(self.inspection, self.expectation)
@@ -212,8 +210,7 @@ def ignores_lm_head(inspection: Inspection, expectation: Expectation) -> bool:
     return expectation.tied and inspection.lm_head is not None and expectation.ignores(inspection.lm_head.name)
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One rule's answer: which tensors, how bad, in which words; `reason` says why a repair does nothing about it."""
 
     severity: Severity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..__version__ import __version__
@@ -264,7 +264,7 @@ def _drop_consequences(case: Case, hits: list[tuple[Code, Hit]]) -> Iterator[tup
             left = [n for n in left if not (whole or (experts and ".experts." in n))]
             if not left:
                 continue
-            hit = replace(hit, tensors=tuple(left))
+            hit = hit._replace(tensors=tuple(left))
         yield code, hit
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 
 from ..checkpoint import quant_state as qs
@@ -140,7 +139,7 @@ def quantized_rows(source: Source, rows: Rows) -> QuantizedTensor:
 
     read = _reader(source, weight.tensor)
     return QuantizedTensor(
-        state=replace(state, shape=(end - begin,)),
+        state=state._replace(shape=(end - begin,)),
         read=lambda offset, length: read(begin // 2 + offset, length),
         absmax=cut(".absmax", state.blocksize, 1 if state.nested else 4),
         nested_absmax=cut(".nested_absmax", rows.unit, 4) if state.nested else None,

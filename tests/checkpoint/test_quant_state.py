@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -477,13 +476,13 @@ def test_any_one_size_in_the_state_that_asks_for_other_tensors_is_refused(
         i = data.draw(st.integers(0, len(state.shape) - 1))
         shape = list(state.shape)
         shape[i] = data.draw(st.integers(1, 200))
-        wrong = replace(state, shape=tuple(shape))
+        wrong = state._replace(shape=tuple(shape))
     elif field == "blocksize":
-        wrong = replace(state, blocksize=data.draw(st.sampled_from(BLOCKSIZES)))
+        wrong = state._replace(blocksize=data.draw(st.sampled_from(BLOCKSIZES)))
     else:
         assume(state.nested is not None)
         assert state.nested is not None
-        wrong = replace(state, nested=replace(state.nested, blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
+        wrong = state._replace(nested=state.nested._replace(blocksize=data.draw(st.sampled_from(BLOCKSIZES))))
     assume(fitting(wrong) != (weight, state_tensors))
     refuses("", wrong, weight, state_tensors)
 
@@ -528,9 +527,9 @@ def test_a_wrong_shape() -> None:
 def test_a_shape_off_by_one_element_shows_where_it_takes_another_byte() -> None:
     state = QuantState("nf4", 64, "bfloat16", (63, 1), None)
     check_state(
-        replace(state, shape=(64, 1)), *fitting(state), WHERE
+        state._replace(shape=(64, 1)), *fitting(state), WHERE
     )  # the spare half of the last byte, in the same block
-    refuses("quantizes to 33 bytes; the weight has 32", replace(state, shape=(65, 1)), *fitting(state))
+    refuses("quantizes to 33 bytes; the weight has 32", state._replace(shape=(65, 1)), *fitting(state))
 
 
 def test_a_wrong_blocksize() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def test_it_reads_what_typer_reads(run: Cli, monkeypatch: pytest.MonkeyPatch, li
 
 
 def comparable(options: ScanOptions) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in asdict(options).items()}
+    return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in options._asdict().items()}
 
 
 @pytest.mark.parametrize("line", OTHER)

@@ -90,8 +90,8 @@ def test_tensors_follow_each_other_each_at_a_multiple_of_its_element_size(
         assert widths == sorted(widths, reverse=True)
         for run in shard.runs():
             if isinstance(run[0].op, Quantize):
-                assert [replace(t.info, begin=0, end=0) for t in run] == [
-                    replace(info, begin=0, end=0) for info in run[0].op.infos()
+                assert [t.info._replace(begin=0, end=0) for t in run] == [
+                    info._replace(begin=0, end=0) for info in run[0].op.infos()
                 ]
                 assert run[0].info.begin % 8 == run[-1].info.end % 8 == 0
             else:

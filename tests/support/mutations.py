@@ -19,7 +19,7 @@ def _replace_weights(checkpoint: Checkpoint, weights: dict[str, Weight]) -> Chec
     for shard, header in checkpoint.shards.items():
         tensors = [t for w in weights.values() for t in (w.tensor, *w.state_tensors.values()) if t.shard == shard]
         orphans = [t for t in checkpoint.orphans.values() if t.shard == shard]
-        shards[shard] = replace(header, tensors={t.info.name: t.info for t in [*tensors, *orphans]})
+        shards[shard] = header._replace(tensors={t.info.name: t.info for t in [*tensors, *orphans]})
     return replace(checkpoint, weights=weights, shards=shards)
 
 
@@ -65,8 +65,8 @@ def reshape_weight(checkpoint: Checkpoint, choose: random.Random) -> Mutation:
     weight = choose.choice(unquantized)
     at = choose.randrange(len(weight.shape))
     shape = tuple(n + (choose.choice([-1, 1, 8]) if i == at else 0) for i, n in enumerate(weight.shape))
-    info = replace(weight.tensor.info, shape=shape)
-    changed = replace(weight, tensor=replace(weight.tensor, info=info))
+    info = weight.tensor.info._replace(shape=shape)
+    changed = weight._replace(tensor=weight.tensor._replace(info=info))
     words = f"reshape {weight.name} from {list(weight.shape)} to {list(shape)}"
     return words, _replace_weights(checkpoint, {**checkpoint.weights, weight.name: changed})
 
