@@ -1,6 +1,23 @@
-"""`python -m bnbfix`."""
+"""Where the command begins: `bnbfix`, or `python -m bnbfix`."""
 
-from .cli.main import main
+import gc
+
+
+def main() -> None:
+    """Runs the command line without looking for garbage where there is none, a tenth of the time of a short scan.
+
+    Imports leave none, what they made stays, and what a command has left goes with the process.
+    """
+    gc.disable()
+    from .cli.main import main as run  # here, since it imports the rest
+
+    gc.freeze()
+    gc.enable()
+    try:
+        run()
+    finally:
+        gc.freeze()
+
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import io
 import os
 import sys
@@ -19,7 +18,6 @@ from .signals import INTERRUPTED, Interrupted, Signals, exit_interrupted
 
 def main() -> None:
     """Runs the command line and exits with its code. What an input causes never ends in a traceback."""
-    gc.freeze()  # what was imported stays: a tenth of a scan went into searching it for garbage
     try:
         open_streams()
     except OSError as e:

@@ -25,28 +25,25 @@ _EXPERT = rf"(?P<number>{_NUMBER})\.(?P<part>(?:gate|up|down)_proj)\.weight"
 _LINEAR = rf"experts\.(?P<part>(?:gate_up|gate|up|down)_proj)(?:s|_4bit)\.(?P<number>{_NUMBER})\."
 _LAYER = rf"{re.escape(TEXT)}layers\.(?P<layer>{_NUMBER})\."
 _ANY_LAYER = rf".*\.layers\.(?P<layer>{_NUMBER})\."
-KINDS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
-    (kind, part, re.compile(pattern))
-    for kind, part, pattern in (
-        ("attention", ".self_attn.", rf"{_LAYER}self_attn\.(?P<part>[qkvo]_proj)\.weight"),
-        ("mlp", ".mlp.", rf"{_LAYER}mlp\.(?P<part>(?:gate|up|down)_proj)\.weight"),
-        ("per_layer", ".per_layer_", rf"{_LAYER}per_layer_(?:input_gate|projection)\.weight"),
-        ("per_layer", ".per_layer_", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
-        ("router", ".router.", rf"{_LAYER}router\.proj\.weight"),
-        ("fused_experts", "experts.", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", "experts.", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_EXPERT}"),
-        ("pixel_projection", ".patch_embedder.", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
-        ("vision_tower", ".vision_tower.", r"model\.vision_tower\..*\.weight"),
-        ("audio_tower", ".audio_tower.", r"model\.audio_tower\..*\.weight"),
-        ("embedder", ".embedding_projection.", r"model\.embed_(?:vision|audio)\.embedding_projection\.weight"),
-        ("patch_dense", ".patch_dense.", r"model\.vision_embedder\.patch_dense\.weight"),
-        ("lm_head", "lm_head.", r"lm_head\.weight"),
-        ("fused_experts", ".experts.", rf"{_ANY_LAYER}.*\.experts\.(?P<part>gate_up_proj|down_proj)"),
-        ("expert", ".experts.", rf"{_ANY_LAYER}.*\.(?P<prefix>experts)\.{_EXPERT}"),
-        ("expert_linear", "experts.", rf"{_ANY_LAYER}(?:.*\.)?{_LINEAR}weight"),
-        ("expert_bias", "experts.", rf"{_ANY_LAYER}(?:.*\.)?{_LINEAR}bias"),
-        ("linear", ".weight", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
-    )
+KINDS = (
+    ("attention", ".self_attn.", rf"{_LAYER}self_attn\.(?P<part>[qkvo]_proj)\.weight"),
+    ("mlp", ".mlp.", rf"{_LAYER}mlp\.(?P<part>(?:gate|up|down)_proj)\.weight"),
+    ("per_layer", ".per_layer_", rf"{_LAYER}per_layer_(?:input_gate|projection)\.weight"),
+    ("per_layer", ".per_layer_", rf"{re.escape(TEXT)}per_layer_model_projection\.weight"),
+    ("router", ".router.", rf"{_LAYER}router\.proj\.weight"),
+    ("fused_experts", "experts.", rf"{_LAYER}(?:moe\.)?experts\.(?P<part>gate_up_proj|down_proj)"),
+    ("expert", "experts.", rf"{_LAYER}(?P<prefix>moe\.experts|experts)\.{_EXPERT}"),
+    ("pixel_projection", ".patch_embedder.", r"model\.vision_tower\.patch_embedder\.input_proj\.weight"),
+    ("vision_tower", ".vision_tower.", r"model\.vision_tower\..*\.weight"),
+    ("audio_tower", ".audio_tower.", r"model\.audio_tower\..*\.weight"),
+    ("embedder", ".embedding_projection.", r"model\.embed_(?:vision|audio)\.embedding_projection\.weight"),
+    ("patch_dense", ".patch_dense.", r"model\.vision_embedder\.patch_dense\.weight"),
+    ("lm_head", "lm_head.", r"lm_head\.weight"),
+    ("fused_experts", ".experts.", rf"{_ANY_LAYER}.*\.experts\.(?P<part>gate_up_proj|down_proj)"),
+    ("expert", ".experts.", rf"{_ANY_LAYER}.*\.(?P<prefix>experts)\.{_EXPERT}"),
+    ("expert_linear", "experts.", rf"{_ANY_LAYER}(?:.*\.)?{_LINEAR}weight"),
+    ("expert_bias", "experts.", rf"{_ANY_LAYER}(?:.*\.)?{_LINEAR}bias"),
+    ("linear", ".weight", r"(?!.*(?:norm|embed|_ln\d|\.ln_)\w*\.weight$).+\.weight"),
 )
 LINEAR_KINDS = frozenset(
     {"attention", "mlp", "per_layer", "router", "pixel_projection", "vision_tower", "audio_tower", "embedder"}
@@ -71,7 +68,7 @@ def classify_tensor(name: str) -> TensorRole:
     """The role of a tensor, from its name alone. Whatever is not a linear weight is `other`."""
     name = canonical(name)
     for kind, part, pattern in KINDS:
-        if part in name and (m := pattern.fullmatch(name)):
+        if part in name and (m := re.fullmatch(pattern, name)):
             groups = m.groupdict()
             layer, number = (int(groups[key]) if groups.get(key) else None for key in ("layer", "number"))
             return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"), number)
