@@ -35,7 +35,7 @@ def check_skip_entries(entries: Sequence[str]) -> None:
 
 def transformers_skips(entry: str, module: str) -> bool:
     """Return True if the entry is a regular expression for the start of the module's name, or a suffix of it."""
-    return _compile_entry(entry)(module) or module.endswith(entry)
+    return bool(_compile_entry(entry)(module)) or module.endswith(entry)
 
 
 def _count_repetitions(entry: str) -> int:
@@ -43,14 +43,16 @@ def _count_repetitions(entry: str) -> int:
 
 
 @cache
-def _compile_entry(entry: str) -> Callable[[str], bool]:
+def _compile_entry(entry: str) -> Callable[[str], object]:
     simple = _count_repetitions(entry) <= MAX_REPETITIONS and entry.count("|") <= MAX_ALTERNATIVES
     if len(entry) <= MAX_PATTERN_LENGTH and simple and not _GROUPS.search(entry):
         try:
             pattern = re.compile(entry)
         except (re.error, OverflowError, RecursionError):
             return lambda module: module.startswith(entry)
-        return lambda m: pattern.match(m) is not None if len(m) <= MAX_NAME_LENGTH else m.startswith(entry)
+        if not _count_repetitions(entry):
+            return pattern.match
+        return lambda m: pattern.match(m) if len(m) <= MAX_NAME_LENGTH else m.startswith(entry)
     return lambda module: module.startswith(entry)
 
 

@@ -16,8 +16,8 @@ TEXT = "model.language_model."
 LM_HEAD = ("lm_head.weight", "language_model.lm_head.weight")
 EMBEDDINGS = tuple(f"{prefix}embed_tokens.weight" for prefix in (TEXT, "language_model.model.", "model."))
 
-# The kind of a tensor decides which parameter it lands in. The first pattern that matches wins; before each, a part of
-# every name that it matches, which is looked for first: that is ten times faster, and a file has thousands of names.
+# The kind of a tensor decides which parameter it lands in. The first pattern that matches wins. What stands before it
+# is in every name that it matches, and is looked for first: ten times as fast, and a file has thousands of names.
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # as Python writes it: no other spelling names the same module
 _EXPERT = rf"(?P<number>{_NUMBER})\.(?P<part>(?:gate|up|down)_proj)\.weight"
 # As training tools keep experts: a list of linear modules for each projection, which unsloth calls `_projs` in gpt-oss

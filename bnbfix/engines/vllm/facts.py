@@ -29,6 +29,7 @@ class ModelFacts:
         self._beyond: dict[str, bool] = {}
         self._patterns: dict[tuple[str, ...], tuple[frozenset[str], bool]] = {}  # of all names of a file
         self._derived: dict[tuple[int, str], Any] = {}  # from the profile's answers, by what they are about
+        self._values: dict[tuple[str, ...], frozenset[str]] = {}  # of several features, in the layers of a stack
 
     def _read(self, path: str) -> Any:
         value = self._model.read(path)
@@ -110,7 +111,14 @@ class ModelFacts:
             return answer
         stack, star, _ = pattern.partition(".*")
         about = f"layers of {stack}" if star else "no layer"
-        return self.remember((id(answer), about), lambda: self._narrow(answer, self.stack(stack) if star else (None,)))
+        key = id(answer), about
+        return self.remember(key, lambda: self._narrow(answer, about, self.stack(stack) if star else (None,)))
+
+    def choose(self, answer: Any, layer: int | None) -> Any:
+        """What an answer of the profile says of a layer; "?" where that was not surveyed."""
+        if isinstance(answer, dict) and "by" in answer:
+            return answer["cases"].get(self.features(answer["by"], layer), "?")
+        return answer
 
     def remember(self, key: tuple[int, str], derive: Callable[[], T]) -> T:
         """What is derived from an answer of the profile, given by its id, once for all ranges that give it."""
@@ -119,13 +127,16 @@ class ModelFacts:
         found: T = self._derived[key]
         return found
 
-    def _narrow(self, answer: Mapping[str, Any], layers: Sequence[int | None] | None) -> Any:
+    def _narrow(self, answer: Mapping[str, Any], about: str, layers: Sequence[int | None] | None) -> Any:
         by = answer["by"]
         if layers is None:  # any number may come
             if any(self.profile["features"][name][0] != "true" for name in by):
                 return answer
             layers = (None,)
-        cases = {value: answer["cases"].get(value, "?") for value in {self.features(by, layer) for layer in layers}}
+        key = (about, *by)
+        if key not in self._values:
+            self._values[key] = frozenset(self.features(by, layer) for layer in layers)
+        cases = {value: answer["cases"].get(value, "?") for value in self._values[key]}
         first = next(iter(cases.values()), "?")
         if all(case == first for case in cases.values()):
             return first

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Container, Hashable, Iterable, Mapping
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from ...models.family import Model
@@ -28,7 +28,6 @@ class RecordedExpectation:
         self._rows = dict(rows) | {kind: {k: facts.narrow(k, a) for k, a in rows[kind].items()} for kind in NARROWED}
         self._places: dict[str, Place | None] = {}
         self._whole: dict[tuple[str, int | None], frozenset[str]] = {}  # the parts of a parameter
-        self._answers: dict[tuple[str, str, int | None], Any] = {}
 
     def basis(self, names: Iterable[str]) -> object:
         """What the answers about a file depend on that has tensors of these names."""
@@ -41,16 +40,6 @@ class RecordedExpectation:
     def _taken(self) -> Mapping[str, Mapping[str, Any]]:
         """The parameters that there are, and the tensors that are read."""
         return {kind: {k: a for k, a in self._rows[kind].items() if isinstance(a, dict)} for kind in NARROWED}
-
-    def _answer(self, kind: str, pattern: str, layer: int | None) -> Any:
-        """What the release does with a tensor or parameter of a pattern in a layer; "?" where it was not surveyed."""
-        key = kind, pattern, layer
-        if key not in self._answers:
-            answer = self._rows[kind].get(pattern, "?")
-            if isinstance(answer, dict) and "by" in answer:
-                answer = answer["cases"].get(self._facts.features(answer["by"], layer), "?")
-            self._answers[key] = answer
-        return self._answers[key]
 
     @property
     def skips(self) -> Matches:
@@ -86,19 +75,24 @@ class RecordedExpectation:
     @cached_property
     def parameters(self) -> Mapping[str, Slot]:
         """Every parameter that has to be filled, by name."""
+        out: dict[str, Slot] = {}
+        for pattern, answer in self._rows["parameters"].items():
+            if not (self.tied and pattern.endswith("lm_head.weight")):  # else the embeddings take its place
+                about = f"slots of {pattern}"
+                out |= self._facts.remember((id(answer), about), partial(self._make_slots, pattern, answer))
+        return out
+
+    def _make_slots(self, pattern: str, answer: Any) -> dict[str, Slot]:
+        """The parameters of a pattern, by name."""
         out = {}
-        for pattern in self._rows["parameters"]:
-            if pattern.endswith("lm_head.weight") and self.tied:
-                continue  # the embeddings take its place
-            read, unbound = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
-            for numbers in self._facts.expand(pattern, built=True):
-                answer = self._answer("parameters", pattern, numbers[0] if numbers else None)
-                if isinstance(answer, dict):
-                    name = fill_pattern(pattern, numbers)
-                    module = fill_pattern(answer.get("module", pattern.rpartition(".")[0]), numbers)
-                    quantized, experts = bool(answer.get("quantized")), bool(answer.get("experts"))
-                    reordered = bool(answer.get("reordered"))
-                    out[name] = Slot(name, module, quantized, experts, read, unbound, reordered)
+        read, unbound = (pattern in self._facts.profile.get(key, ()) for key in ("dtype_read", "unbound"))
+        for numbers in self._facts.expand(pattern, built=True):
+            made = self._facts.choose(answer, numbers[0] if numbers else None)
+            if isinstance(made, dict):
+                name = fill_pattern(pattern, numbers)
+                module = fill_pattern(made.get("module", pattern.rpartition(".")[0]), numbers)
+                quantized, experts, reordered = (bool(made.get(key)) for key in ("quantized", "experts", "reordered"))
+                out[name] = Slot(name, module, quantized, experts, read, unbound, reordered)
         return out
 
     def place(self, name: str) -> Place | None:
@@ -109,21 +103,20 @@ class RecordedExpectation:
 
     def _find_place(self, name: str) -> Place | None:
         canonical = self.canonical(name)
-        if canonical is None:
-            return self._place_unknown(name)
-        pattern, numbers = find_pattern(canonical), find_numbers(canonical)
-        answer = self._answer("tensors", pattern, numbers[0] if numbers else None)
-        if self._facts.is_beyond(canonical):
-            return self._place_unknown(canonical)
-        if isinstance(answer, dict):
-            return self._facts.remember((id(answer), canonical), lambda: self._place_of(answer, numbers))
-        return {"refused": REFUSED, "ignored": IGNORED}.get(answer)
+        if canonical is None or self._facts.is_beyond(canonical):
+            return self._place_unknown(canonical or name)
+        answer = self._rows["tensors"][find_pattern(canonical)]
+        return self._facts.remember((id(answer), canonical), partial(self._make_place, canonical, answer))
 
-    def _place_of(self, answer: Mapping[str, Any], numbers: tuple[int, ...]) -> Place:
-        shape = self._facts.remember((id(answer), "shape"), lambda: tuple(map(self._facts.size, answer["shape"])))
+    def _make_place(self, name: str, answer: Any) -> Place | None:
+        numbers = find_numbers(name)
+        read = self._facts.choose(answer, numbers[0] if numbers else None)
+        if not isinstance(read, dict):
+            return {"refused": REFUSED, "ignored": IGNORED}.get(read)
+        shape = self._facts.remember((id(read), "shape"), lambda: tuple(map(self._facts.size, read["shape"])))
         parts = (
             (fill_pattern(parameter, numbers), part.replace("*", str(numbers[-1])) if numbers else part)
-            for parameter, found in answer["fills"].items()
+            for parameter, found in read["fills"].items()
             for part in found
         )
         return Place(tuple(parts), shape)
@@ -184,25 +177,23 @@ class RecordedExpectation:
         return REFUSED if answer else IGNORED
 
     @cached_property
-    def _fillers(self) -> Mapping[str, Sequence[str]]:
-        """The patterns of the tensors that fill a parameter, in some layer."""
-        out: dict[str, list[str]] = {}
+    def _fillers(self) -> Mapping[str, Mapping[str, Any]]:
+        """The tensors that fill a parameter in some layer: the answers to them, by pattern."""
+        out: dict[str, dict[str, Any]] = {}
         for pattern, answer in self._rows["tensors"].items():
             for parameter in {p for case in _cases(answer) for p in case["fills"]}:
-                out.setdefault(parameter, []).append(pattern)
+                out.setdefault(parameter, {})[pattern] = answer
         return out
 
     def missing(self, parameter: str, parts: set[str]) -> tuple[str, ...]:
         """The tensors, by transformers' names, that fill the rest of a parameter of which these parts are filled."""
         numbers, pattern = find_numbers(parameter), find_pattern(parameter)
         layer = numbers[0] if numbers else None
-        if (pattern, layer) not in self._whole:
-            self._whole[pattern, layer] = self._parts(pattern, layer)
-        if parts and parts >= self._whole[pattern, layer]:
+        if parts and parts >= self._parts(pattern, layer):
             return ()
         out = dict[str, None]()
-        for tensor in self._fillers.get(pattern, ()):
-            answer = self._answer("tensors", tensor, layer)
+        for tensor, answers in self._fillers.get(pattern, {}).items():
+            answer = self._facts.choose(answers, layer)
             wanted = answer["fills"].get(pattern, ()) if isinstance(answer, dict) else ()
             if all(part in parts for part in wanted):
                 continue
@@ -214,8 +205,17 @@ class RecordedExpectation:
 
     def _parts(self, pattern: str, layer: int | None) -> frozenset[str]:
         """The parts of a parameter, those of experts with `*` for their numbers."""
-        answers = (self._answer("tensors", tensor, layer) for tensor in self._fillers.get(pattern, ()))
-        return frozenset(p for a in answers if isinstance(a, dict) for p in a["fills"].get(pattern, ()))
+        key = pattern, layer if pattern in self._unlike else None
+        if key not in self._whole:
+            answers = (self._facts.choose(answer, layer) for answer in self._fillers.get(pattern, {}).values())
+            parts = (p for a in answers if isinstance(a, dict) for p in a["fills"].get(pattern, ()))
+            self._whole[key] = frozenset(parts)
+        return self._whole[key]
+
+    @cached_property
+    def _unlike(self) -> frozenset[str]:
+        """Parameters that are not filled alike in all layers."""
+        return frozenset(p for p, fillers in self._fillers.items() if any("by" in a for a in fillers.values()))
 
 
 def _cases(answer: Any) -> list[Mapping[str, Any]]:
