@@ -6,8 +6,7 @@
 Of every class: the forms that a release loads as they are, and what a repair for it writes of the others. The prompts
 are text, and where a class takes pictures (pictures.py), a red and a blue one. The right answers are those of
 transformers in float32 on the dequantized model: the source's, or where a repair quantizes anew the output's. The
-tolerance is judge.py's. With --vllm or --transformers it is what runs inside an environment, with a list of folders,
-each with a file for its answer.
+tolerance is judge.py's. ask_model.py runs inside the environments.
 """
 
 from __future__ import annotations
@@ -19,106 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
-import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
-INSIDE = HERE.parents[1] / "bnbfix" / "engines" / "vllm" / "inside"
-IDS = list(range(20, 60))
-
-
-def list_prompts(folder: Path) -> dict[str, tuple[str, Any]]:
-    """What is asked of a folder's model: text, and where its class takes them, a red and a blue picture."""
-    from pictures import COLOURS, PICTURES, WORDS
-    from PIL import Image
-
-    out: dict[str, tuple[str, Any]] = {"text": ("", None)}
-    picture = PICTURES.get(json.loads((folder / "config.json").read_text())["architectures"][0])
-    if picture is not None and (folder / "processor_config.json").exists():
-        text = f"<bos> t21 {picture.text} {WORDS}"
-        out |= {name: (text, Image.new("RGB", (60, 48), colour)) for name, colour in COLOURS.items()}
-    return out
-
-
-def answer_by_vllm(folder: str, out: str) -> None:
-    """Token ids and the log probabilities at every position but the first, of each prompt."""
-    import numpy as np
-    import torch
-    import vllm
-    from inside.engine import start_engine
-
-    # Some hosts offer AMX but stop at its instructions, as in 0.22.1's linear attention; and 0.27.1's attention
-    # refuses its own block size with it.
-    torch.cpu._is_amx_tile_supported = lambda: False
-    prompts = list_prompts(Path(folder))
-    setup = {"skip_tokenizer_init": len(prompts) == 1, "max_logprobs": -1}
-    setup |= {"mamba_ssm_cache_dtype": "float32"}  # the CPU kernels of linear attention know no other
-    llm = start_engine(folder, lambda model: None, **setup)
-    options = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": -1, "logprobs": -1, "detokenize": False}
-    found = {}
-    for name, (text, picture) in prompts.items():
-        prompt = {"prompt": text, "multi_modal_data": {"image": picture}} if picture else {"prompt_token_ids": IDS}
-        answer = llm.generate(prompt, vllm.SamplingParams(**options), use_tqdm=False)[0]
-        rows = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
-        found[f"{name}.ids"] = np.array(answer.prompt_token_ids)
-        found[f"{name}.logp"] = np.array([[row[t].logprob for t in range(len(row))] for row in rows])
-    np.savez(out, **found)
-
-
-def run_vllm(jobs: Path) -> None:
-    """An answer for each folder, in a process of its own forked after the imports; why there is none, in a line."""
-    package = types.ModuleType("inside")
-    package.__path__ = [str(INSIDE)]
-    sys.modules["inside"] = package
-    from inside.engine import ENVIRONMENT, import_vllm
-
-    os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
-    import_vllm()
-    for folder, out in json.loads(jobs.read_text()):
-        if (child := os.fork()) == 0:
-            try:
-                answer_by_vllm(folder, out)
-            except BaseException as e:
-                traceback.print_exc()
-                Path(out).with_suffix(".error").write_text(f"{type(e).__name__}: {e}"[:300])
-            os._exit(0)  # the engine's own shutdown can hang
-        os.waitpid(child, 0)
-
-
-def ask_transformers(model: Any, folder: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(prompt, token ids, log probabilities at every position)."""
-    import torch
-    import transformers
-
-    for name, (text, picture) in list_prompts(folder).items():
-        inputs = {"input_ids": torch.tensor([IDS])}
-        if picture is not None:
-            processor = transformers.AutoProcessor.from_pretrained(folder)
-            inputs = processor(text=[text], images=[[picture]], return_tensors="pt", add_special_tokens=False)
-            # Without it Gemma 3 attends to all of a picture, which vLLM cannot do on a CPU.
-            inputs.pop("token_type_ids", None)
-        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        with torch.no_grad():
-            logits = model(**inputs).logits[0]
-        yield name, inputs["input_ids"][0].numpy(), torch.log_softmax(logits.float(), -1).numpy()
-
-
-def run_transformers(jobs: Path) -> None:
-    """For each folder and prompt the log probabilities in float32, and what bfloat16 differs by."""
-    import numpy as np
-    import torch
-    from reference import load
-
-    for folder, out in json.loads(jobs.read_text()):
-        found: dict[str, Any] = {}
-        for name, ids, logp in ask_transformers(load(Path(folder), torch.float32), Path(folder)):
-            found[f"{name}.ids"], found[f"{name}.logp"] = ids, logp
-        for name, _, logp in ask_transformers(load(Path(folder), torch.bfloat16), Path(folder)):
-            found[f"{name}.noise"] = np.abs(logp - found[f"{name}.logp"]).mean()
-        np.savez(out, **found)
 
 
 def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path) -> None:
@@ -128,7 +31,7 @@ def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path
         f.flush()
         paths = os.pathsep.join(map(str, (HERE.parents[1], HERE)))
         env = {"OMP_NUM_THREADS": "2"} | os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        command = [str(python), "-W", "ignore", __file__, what, f.name]
+        command = [str(python), "-W", "ignore", str(HERE / "ask_model.py"), what, f.name]
         subprocess.run(command, env=env, stdout=output, stderr=output, check=True)
 
 
@@ -233,9 +136,6 @@ def hash_model(folder: Path) -> str:
 
 def main() -> None:
     """See the module's docstring."""
-    if sys.argv[1:2] in (["--vllm"], ["--transformers"]):
-        (run_vllm if sys.argv[1] == "--vllm" else run_transformers)(Path(sys.argv[2]))
-        return
     from cells import choose_releases, environment, make_parser
     from family_loads import CLASSES, make
     from judge import TOLERANCE, TOLERANCE_INT8
