@@ -1,6 +1,7 @@
 """Where the command begins: `bnbfix`, or `python -m bnbfix`."""
 
 import gc
+import sys
 
 
 def main() -> None:
@@ -9,8 +10,11 @@ def main() -> None:
     Imports leave none, what they made stays, and what a command has left goes with the process.
     """
     gc.disable()
-    from .cli.main import main as run  # here, since it imports the rest
-
+    try:
+        from .cli.main import main as run  # here, since it imports the rest
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     gc.freeze()
     gc.enable()
     try:

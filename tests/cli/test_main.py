@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.abc
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import bnbfix
+from bnbfix.__main__ import main
 from tests.support.build import Make
 from tests.support.command_line import EVIL, Cli, Run, harmless, process
 from tests.support.folders import LAYERS, large_checkpoint
@@ -326,6 +329,34 @@ def test_an_interrupt_of_the_last_words_ends_with_130_too(run: Cli, monkeypatch:
 
     monkeypatch.setattr("bnbfix.cli.main.print_error", interrupted)
     assert run("repair", "nowhere", "--out", "x") == Run(130, "", "")
+
+
+def test_an_interrupt_of_the_imports_ends_with_130_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "bnbfix.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "bnbfix.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            main()
+    finally:
+        gc.enable()
+    assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
+def test_garbage_is_collected_while_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr("bnbfix.cli.main.main", lambda: found.append(gc.isenabled()))
+    try:
+        main()
+    finally:
+        gc.unfreeze()
+    assert found == [True]
 
 
 def test_a_release_that_is_newer_than_the_table_is_warned_of_before_a_repair(run: Cli, pristine: Make) -> None:
