@@ -5,9 +5,10 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line without looking for garbage where there is none, a tenth of the time of a short scan.
+    """Runs the command line, and keeps Python from looking for garbage where there is none.
 
-    Imports leave none, what they made stays, and what a command has left goes with the process.
+    That would take a tenth of a short scan: imports leave none, what they make stays until the end, and what a command
+    leaves goes with the process.
     """
     gc.disable()
     try:

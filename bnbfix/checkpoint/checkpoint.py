@@ -64,7 +64,7 @@ class Weight(NamedTuple):
     @property
     def quantized(self) -> bool:
         """True if it holds quantized bytes (4 bit, or LLM.int8)."""
-        return self.state is not None or ".SCB" in self.state_tensors
+        return self.state is not None or self.int8
 
     @property
     def form(self) -> str:

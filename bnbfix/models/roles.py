@@ -67,8 +67,8 @@ def canonical(name: str) -> str:
 def classify_tensor(name: str) -> TensorRole:
     """The role of a tensor, from its name alone. Whatever is not a linear weight is `other`."""
     name = canonical(name)
-    for kind, part, pattern in KINDS:
-        if part in name and (m := re.fullmatch(pattern, name)):
+    for kind, literal, pattern in KINDS:
+        if literal in name and (m := re.fullmatch(pattern, name)):
             groups = m.groupdict()
             layer, number = (int(groups[key]) if groups.get(key) else None for key in ("layer", "number"))
             return TensorRole(name, kind, layer, groups.get("part"), groups.get("prefix"), number)

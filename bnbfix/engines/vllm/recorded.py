@@ -205,7 +205,7 @@ class RecordedExpectation:
 
     def _parts(self, pattern: str, layer: int | None) -> frozenset[str]:
         """The parts of a parameter, those of experts with `*` for their numbers."""
-        key = pattern, layer if pattern in self._unlike else None
+        key = pattern, layer if pattern in self._varying else None
         if key not in self._whole:
             answers = (self._facts.choose(answer, layer) for answer in self._fillers.get(pattern, {}).values())
             parts = (p for a in answers if isinstance(a, dict) for p in a["fills"].get(pattern, ()))
@@ -213,7 +213,7 @@ class RecordedExpectation:
         return self._whole[key]
 
     @cached_property
-    def _unlike(self) -> frozenset[str]:
+    def _varying(self) -> frozenset[str]:
         """Parameters that are not filled alike in all layers."""
         return frozenset(p for p, fillers in self._fillers.items() if any("by" in a for a in fillers.values()))
 
