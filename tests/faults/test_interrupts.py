@@ -20,6 +20,7 @@ from tests.support.build import Make
 from tests.support.fake_vllm import fake_python
 from tests.support.hub import Hub, Ran
 from tests.support.hub_server import TOKEN, Fault
+from tests.support.processes import wait_for, wait_for_end
 
 PATIENCE = 25  # seconds; what these tests hold is held until the command has ended
 TARGET = ("--vllm", "0.22.1", "--device", "cpu")
@@ -52,13 +53,6 @@ def repo(hub: Hub, source: Path) -> str:
     return name
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline, "it does not begin"
-        time.sleep(0.02)
-
-
 def interrupt(
     environment: dict[str, str],
     *arguments: object,
@@ -71,7 +65,7 @@ def interrupt(
     command = [sys.executable, "-c", START + script + MAIN, *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: when() or process.poll() is not None)
+        wait_for(lambda: when() or process.poll() is not None, "its begin")
         for _ in range(times):
             process.send_signal(number)
             time.sleep(0.1)
@@ -189,7 +183,7 @@ def test_a_dry_load_leaves_no_process(source: Path, tmp_path: Path, number: int,
         number=number,
     )
     assert done.code == (130 if number == signal.SIGINT else -signal.SIGKILL), done.err
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids.read_text().split()))
+    wait_for_end([int(pid) for pid in pids.read_text().split()])
 
 
 # A wait in native code that no signal interrupts, as for a name server: a lock that is taken twice. The sign is made by
