@@ -25,14 +25,16 @@ HERE = Path(__file__).parent
 
 
 def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path) -> None:
-    """Has an environment answer the jobs."""
+    """Has an environment answer the jobs; ends all where that process itself ends early."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as f, log.open("a") as output:
         json.dump([list(map(str, job)) for job in jobs], f)
         f.flush()
         paths = os.pathsep.join(map(str, (HERE.parents[1], HERE)))
         env = {"OMP_NUM_THREADS": "2"} | os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         command = [str(python), "-W", "ignore", str(HERE / "ask_model.py"), what, f.name]
-        subprocess.run(command, env=env, stdout=output, stderr=output, check=True)
+        done = subprocess.run(command, env=env, stdout=output, stderr=output)
+    if done.returncode:
+        sys.exit(f"{python} ask_model.py {what} ended with status {done.returncode}; what it printed is in {log}")
 
 
 def choose_folders(sources: list[Path], release: str, scratch: Path) -> dict[Path, Path]:

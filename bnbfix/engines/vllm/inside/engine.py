@@ -188,14 +188,6 @@ def start_engine(folder: str, look: Look, **options: Any) -> Any:
         return vllm.LLM(folder, **{**ENGINE, **options})
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def build_skeleton(folder: str, prepare: Look = lambda config: None) -> tuple[Any, Any]:
     """(config, model): the model of a folder's config on the meta device, without weights.
 
@@ -215,7 +207,10 @@ def build_skeleton(folder: str, prepare: Look = lambda config: None) -> tuple[An
     config = EngineArgs(model=folder, skip_tokenizer_init=True, **options).create_engine_config()
     prepare(config)
     with current_config(config):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{_free_port()}", 0, "gloo")
+        # A group of one meets in memory: at a port it could meet another, whose process found the same one free.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        init_distributed_environment(1, 0, local_rank=0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
         with set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
             model = initialize_model(vllm_config=config)
