@@ -1,20 +1,19 @@
-"""What an engine is to bnbfix: releases, targets, the parameters that it makes, and how it reads skip entries."""
+"""What an engine is to bnbfix: releases, targets, and the parameters that it makes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 from ..models.family import Model
 from ..models.inspection import LinearWeight
+from .skip_entries import Matches
 
 PORTABLE, LATEST = "portable", "latest"
 DEFAULT = "vLLM"  # the engine whose releases a target names without an engine
-
-Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entry name the module?
 
 
 @lru_cache(1 << 10)
@@ -217,9 +216,3 @@ class Parameter(NamedTuple):
 
     def member(self, part: str) -> LinearWeight | None:
         return next((m for m in self.members if m.role.part == part), None)
-
-
-@lru_cache(1 << 14)  # every release asks the same again
-def matching_entries(entries: tuple[str, ...], module: str, matches: Matches) -> tuple[str, ...]:
-    """The skip entries that name a module."""
-    return tuple(e for e in entries if matches(e, module))

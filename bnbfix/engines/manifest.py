@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Weight
 from ..models.inspection import LinearWeight
-from .engine import Expectation, Parameter, Slot, matching_entries
+from .engine import Expectation, Parameter, Slot
+from .skip_entries import read_skip_list
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})  # dtypes that can be cast
 
@@ -90,10 +91,11 @@ def parameters(linears: Iterable[LinearWeight], expectation: Expectation, skip: 
     for linear in linears:
         if (slot := find_slot(linear.name, expectation)) is not None:
             groups.setdefault(slot, []).append(linear)
+    entries = read_skip_list(skip, expectation.skips)
     out = []
     for slot, members in groups.items():
         role = members[0].role
-        skipped = matching_entries(skip, slot.module, expectation.skips) if slot.quantized and not slot.experts else ()
+        skipped = entries.find(slot.module) if slot.quantized and not slot.experts else ()
         traits = slot.dtype_read, slot.unbound, slot.reordered
         out.append(Parameter(slot.module, role.kind, role.layer, tuple(members), slot.quantized, skipped, *traits))
     return out

@@ -6,13 +6,14 @@ Source: transformers quantizers/quantizers_utils.py, `should_convert_module`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import cache, lru_cache
 
 from ..checkpoint.checkpoint import CONFIG
 from ..errors import InputError
 from ..models.family import Model
 from ..models.inspection import LinearWeight
+from .skip_entries import SkipReader, read_skip_list
 from .vllm.profiles import fill_pattern, find_numbers, find_pattern, load_profile
 
 # What an entry as a regular expression may hold before it counts as a literal prefix: the time to match it grows with
@@ -22,20 +23,51 @@ MAX_REPETITIONS = 2
 MAX_ALTERNATIVES = 2
 MAX_NAME_LENGTH = 128  # real module names have half of that
 MAX_REPEATING_ENTRIES = 20  # with more than one repetition each; they are slow, and real checkpoints have none
+MAX_COMPARISONS = 10_000_000  # of forms of skip entries with modules, which takes seconds
+_SPECIAL = re.compile(r"[\\^$*+?{}\[\]()|]")  # in a regular expression; a dot is as well
 # A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
 _GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")
 
 
-def check_skip_entries(entries: Sequence[str]) -> None:
-    """Raises InputError when a skip list would take too long to match."""
+def check_skip_entries(entries: tuple[str, ...], modules: int) -> None:
+    """Raises InputError when a skip list would take too long to compare with so many modules."""
     if (count := sum(_count_repetitions(e) > 1 for e in entries)) > MAX_REPEATING_ENTRIES:
         limit = f"the limit of {MAX_REPEATING_ENTRIES}"
         raise InputError(f"llm_int8_skip_modules has {count:,} patterns with repetitions, above {limit}", where=CONFIG)
+    forms = read_skip_list(entries, transformers_skips).forms
+    if forms * modules > MAX_COMPARISONS:
+        what = f"llm_int8_skip_modules has {forms:,} kinds of entries, too many for {modules:,} linear modules"
+        raise InputError(what, where=CONFIG, hint="Are they patterns? Name layers or modules instead.")
 
 
-def transformers_skips(entry: str, module: str) -> bool:
-    """Return True if the entry is a regular expression for the start of the module's name, or a suffix of it."""
-    return bool(_compile_entry(entry)(module)) or module.endswith(entry)
+class _TransformersSkips(SkipReader):
+    """An entry is a regular expression for the start of a module's name, or a suffix of it."""
+
+    def __call__(self, entry: str, module: str) -> bool:
+        return bool(_compile_entry(entry)(module)) or module.endswith(entry)
+
+    def keys(self, entry: str) -> Iterable[tuple[Hashable, Hashable]]:
+        """Its forms: as a suffix its length; as a prefix the lengths between its dots, each of which stands for any
+        character. Any other pattern is a form of its own.
+        """
+        if _SPECIAL.search(entry) or len(entry) > MAX_PATTERN_LENGTH:
+            return ((entry, True), (len(entry), entry))
+        return ((tuple(map(len, entry.split("."))), entry), (len(entry), entry))
+
+    def module_keys(self, module: str, form: Hashable) -> Collection[Hashable]:
+        if isinstance(form, str):
+            return (bool(_compile_entry(form)(module)),)
+        if isinstance(form, int):
+            return (module[len(module) - form :],) if form <= len(module) else ()
+        assert isinstance(form, tuple)
+        parts, at = [], 0
+        for length in form:
+            parts.append(module[at : at + length])
+            at += length + 1
+        return (".".join(parts),) if at <= len(module) + 1 else ()
+
+
+transformers_skips = _TransformersSkips()
 
 
 def _count_repetitions(entry: str) -> int:

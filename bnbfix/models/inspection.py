@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint, Weight, compare_bytes
-from ..errors import InputError, QuantStateError
+from ..errors import QuantStateError
 from .detect import check_applicable
 from .family import Model, TensorRole
 from .roles import EMBEDDINGS, LINEAR_KINDS, LM_HEAD, canonical, classify_tensor
@@ -19,7 +19,6 @@ from .roles import EMBEDDINGS, LINEAR_KINDS, LM_HEAD, canonical, classify_tensor
 PEFT_PREFIX = "base_model."
 PEFT_PARTS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
 EXPERTS = ("expert", "expert_linear")
-MAX_LINEARS = 1_500  # without experts; each is compared with every skip entry, and real models have hundreds
 
 
 class LinearWeight(NamedTuple):
@@ -114,7 +113,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Reads the config and gives every linear weight its role, once.
 
     Raises NotApplicable when this is not a bitsandbytes checkpoint of a known family, InputError when its config
-    makes no sense or it has more linear modules than any model.
+    makes no sense.
     """
     if "inspection" not in checkpoint.memory:
         checkpoint.memory["inspection"] = _inspect(checkpoint)
@@ -125,8 +124,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 def _inspect(checkpoint: Checkpoint) -> Inspection:
     model = check_applicable(checkpoint)
     linears = tuple(_find_linears(checkpoint))
-    if (count := sum(linear.role.kind not in EXPERTS for linear in linears)) > MAX_LINEARS:
-        raise InputError(f"{count:,} linear modules exceed the limit of {MAX_LINEARS:,}", where=checkpoint.source.name)
     return Inspection(checkpoint, model, linears, (*checkpoint.damaged, *_find_wrong_shapes(linears, model)))
 
 

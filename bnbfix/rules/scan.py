@@ -167,7 +167,7 @@ def scan_inspection(
     """
     checkpoint, model = inspection.checkpoint, inspection.model
     check_class(model, target)
-    check_skip_entries(checkpoint.skip_modules)
+    check_skip_entries(checkpoint.skip_modules, len(inspection.linears))
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}

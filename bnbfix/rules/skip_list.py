@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from ..engines.engine import Matches, matching_entries
 from ..engines.manifest import find_slot, group_alike
+from ..engines.skip_entries import Matches, NamedModules, SkipList, read_skip_list
 from ..engines.transformers import find_module, transformers_linears, transformers_skips
 from ..models.inspection import LinearWeight
 from ..models.roles import classify_tensor
@@ -59,13 +59,11 @@ def check_skip_entry(case: Case) -> Iterator[Hit]:
     unquantized = [m for p in case.params if p.quantized for m in p.members if not m.quantized]
     architecture = case.inspection.model.family.architecture
     theirs = {module for m in unquantized if (module := find_module(m.name, architecture))}
-    only_theirs = [
-        entry
-        for entry in case.inspection.checkpoint.skip_modules
-        if any(transformers_skips(entry, module) for module in theirs)
-    ]
-    skips = case.expectation.skips
-    if unknown := tuple(e for e in only_theirs if not any(skips(e, p.module) for p in case.params)):
+    entries = case.inspection.checkpoint.skip_modules
+    of_theirs, of_vllm = read_skip_list(entries, transformers_skips), read_skip_list(entries, case.expectation.skips)
+    known = {entry for p in case.params for entry in of_vllm.find(p.module)}
+    only_theirs = {entry for module in theirs for entry in of_theirs.find(module)} - known
+    if unknown := tuple(e for e in entries if e in only_theirs):
         yield Hit(Severity.NOTE, unknown, "skip entry only in transformers' spelling; vLLM does not match it")
 
 
@@ -79,11 +77,11 @@ def check_skip_entry(case: Case) -> Iterator[Hit]:
     release_independent=True,
 )
 def check_transformers_requantizes(case: Case) -> Iterator[Hit]:
-    entries, model = case.inspection.checkpoint.skip_modules, case.inspection.model
+    entries = read_skip_list(case.inspection.checkpoint.skip_modules, transformers_skips)
     hits = [
         m
-        for m, module in transformers_linears(case.inspection.linears, model)
-        if not m.quantized and m.role.kind != "lm_head" and not matching_entries(entries, module, transformers_skips)
+        for m, module in transformers_linears(case.inspection.linears, case.inspection.model)
+        if not m.quantized and m.role.kind != "lm_head" and not entries.find(module)
     ]
     if hits:
         yield Hit(Severity.NOTE, names_of(hits), "transformers would quantize this weight again; no entry names it")
@@ -119,16 +117,17 @@ def write_skip_list(request: Request, so_far: Changes) -> Changes:
     names = {module: quantized_after[m.name] for m, module in theirs}
     spellings.append((names, transformers_skips))
 
-    kept = {(m, matches) for modules, matches in spellings for m, quantized in modules.items() if quantized}
+    kept = [
+        NamedModules((m for m, quantized in modules.items() if quantized), matches) for modules, matches in spellings
+    ]
 
     def matches_quantized(entry: str) -> bool:
-        return any(matches(entry, m) for m, matches in kept)
+        return any(modules.any_named_by(entry) for modules in kept)
 
     out = [e for e in entries if not matches_quantized(e)]
     for modules, matches in spellings:
-        so_far_named = tuple(out)
-        missing = [m for m, quantized in modules.items() if not quantized]
-        missing = [m for m in missing if not matching_entries(so_far_named, m, matches)]
+        named = SkipList(out, matches)
+        missing = [m for m, quantized in modules.items() if not quantized and not named.find(m)]
         # Without a list transformers leaves lm_head unquantized; with one it has to be named.
         missing = [m for m in missing if m != "lm_head" or out]
         out += shortest_prefixes(missing, matches, matches_quantized)

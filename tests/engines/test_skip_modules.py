@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from bnbfix.engines.engine import matching_entries
+from bnbfix.engines.skip_entries import Matches, NamedModules, SkipList
 from bnbfix.engines.transformers import transformers_skips
 from bnbfix.engines.vllm.skip_entries import vllm_skips
 
@@ -81,11 +83,33 @@ def test_an_entry_that_is_not_a_regex_counts_as_a_prefix(entry: str) -> None:
     assert transformers_skips(entry, "model." + entry)
 
 
-def test_matching_entries_keep_the_order_of_the_list() -> None:
+def test_entries_that_name_a_module_keep_the_order_of_the_list() -> None:
     entries = ("qkv_proj", "o_proj", "model.language_model", "language_model.model.layers.3", "layers")
-    assert matching_entries(entries, V_QKV, vllm_skips) == ("qkv_proj", "language_model.model.layers.3", "layers")
-    assert matching_entries(entries, HF_Q, transformers_skips) == ("model.language_model",)
-    assert matching_entries((), HF_Q, transformers_skips) == ()
+    assert SkipList(entries, vllm_skips).find(V_QKV) == ("qkv_proj", "language_model.model.layers.3", "layers")
+    assert SkipList(entries, transformers_skips).find(HF_Q) == ("model.language_model",)
+    assert SkipList((), transformers_skips).find(HF_Q) == ()
+
+
+def ends_with(entry: str, module: str) -> bool:
+    """How a reader might read entries that has nothing to look them up by."""
+    return module.endswith(entry)
+
+
+NAMES = st.text("ab.1", max_size=8)
+ENTRIES = st.one_of(NAMES, st.text("ab.1*+?|()[]^$\\", max_size=8))
+
+
+@pytest.mark.parametrize("matches", [vllm_skips, transformers_skips, ends_with])
+@given(entries=st.lists(ENTRIES, max_size=8), modules=st.lists(NAMES, max_size=8))
+@example(entries=["", ".", "a.", "a.b", "axb", "a.b"], modules=["", "a", "a.b", "aab.1", "b.a.b"])
+def test_what_is_looked_up_is_what_comparing_each_with_each_finds(
+    matches: Matches, entries: list[str], modules: list[str]
+) -> None:
+    listed, named = SkipList(entries, matches), NamedModules(modules, matches)
+    for module in modules:
+        assert listed.find(module) == tuple(e for e in entries if matches(e, module))
+    for entry in entries:
+        assert named.any_named_by(entry) == any(matches(entry, module) for module in modules)
 
 
 @pytest.mark.parametrize(

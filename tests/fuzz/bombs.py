@@ -56,7 +56,7 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         return max(2, int(count * scale))
 
     weight = zeros(1, 1)
-    layers = n(10_000)
+    layers = n(4_000)
     kinds = ["sliding_attention", "full_attention"] * (layers // 2)
     return {
         "tensors": lambda: checkpoint(numbered("m.{}", n(200_000))),
@@ -87,17 +87,19 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
             checkpoint({}) | {CONFIG: checkpoint({})[CONFIG][:-1] + b', "x": [' + b"1,\n" * n(1_200_000) + b"1]}"}
         ),
         "skip entries": lambda: checkpoint(
-            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight), [f"m.{i}" for i in range(n(1_400))]
+            numbered("model.layers.{}.self_attn.q_proj.weight", n(50_000), weight), [f"m.{i}" for i in range(n(90_000))]
         ),
         "skip entries without end": lambda: checkpoint({}, [f"m.{i}" for i in range(n(300_000))]),
         "a long skip entry": lambda: checkpoint({}, ["(a|b)*" * n(500_000), "(a+)+" * 9 + "$", "(?:" * n(20_000)]),
         "skip patterns": lambda: checkpoint(
-            numbered("model.vision_tower." + "a" * 90 + "{}.weight", n(1_400), weight),
-            [f".*.*a{i}!" for i in range(n(2_900))],
+            numbered("model.layers.{}.self_attn.q_proj.weight", n(3_300), weight),
+            [f".*.*a{i}!" for i in range(20)] + [f".*a{i}!" for i in range(20, n(3_000))],
+            num_hidden_layers=len(kinds),
+            layer_types=kinds,
         ),
         "layers": lambda: checkpoint({}, num_hidden_layers=len(kinds), layer_types=kinds),
         "shared layers": lambda: checkpoint(
-            numbered("model.layers.{}.self_attn.q_proj.weight", n(1_400), weight),
+            numbered("model.layers.{}.self_attn.q_proj.weight", n(3_000), weight),
             num_hidden_layers=len(kinds),
             layer_types=kinds,
             num_kv_shared_layers=len(kinds) - 2,
@@ -107,10 +109,10 @@ def bombs(scale: float) -> Mapping[str, Callable[[], Files]]:
         ),
         "weights": lambda: checkpoint(numbered("model.layers.{}.mlp.up_proj.weight", n(200_000), weight)),
         "partially quantized groups": lambda: checkpoint(
-            numbered("model.layers.{}.mlp.up_proj.weight", n(700), weight)
+            numbered("model.layers.{}.mlp.up_proj.weight", n(12_000), weight)
             | {
                 name.replace(".0.self_attn.q_proj", f".{i}.mlp.gate_proj"): t
-                for i in range(1, n(700) + 1)
+                for i in range(1, n(12_000) + 1)
                 for name, t in one_quantized().items()
             }
         ),

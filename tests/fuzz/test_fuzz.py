@@ -17,9 +17,10 @@ import pytest
 
 from bnbfix.checkpoint import checkpoint
 from bnbfix.checkpoint.checkpoint import open_checkpoint
+from bnbfix.engines import transformers
 from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import InputError
-from bnbfix.models import inspection
+from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.rules.scan import scan_checkpoint
 from tests.fuzz import runner
 from tests.fuzz.cases import SURFACES, case, corpus, families
@@ -68,7 +69,7 @@ def test_files_that_are_long_to_read_are_read_or_refused_in_little_memory() -> N
 
 def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(inspection if hasattr(inspection, name) else checkpoint, name, value)
+        monkeypatch.setattr(checkpoint, name, value)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,6 @@ def small_limits(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     [
         ("MAX_HEADERS", "bytes of headers exceed the limit of"),
         ("MAX_TENSORS", "tensors exceed the limit of"),
-        ("MAX_LINEARS", "linear modules exceed the limit of"),
         ("MAX_SKIP", "entries exceed the limit of"),
     ],
 )
@@ -86,7 +86,6 @@ def test_more_than_any_model_has_is_refused(limit: str, words: str, monkeypatch:
     there = {
         "MAX_HEADERS": sum(h.data_start for h in opened.shards.values()),
         "MAX_TENSORS": sum(len(h.tensors) for h in opened.shards.values()),
-        "MAX_LINEARS": len(inspection.inspect_checkpoint(opened).linears),
         "MAX_SKIP": len(opened.skip_modules),
     }[limit]
     assert there > 1
@@ -94,6 +93,18 @@ def test_more_than_any_model_has_is_refused(limit: str, words: str, monkeypatch:
     scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
     small_limits(monkeypatch, **{limit: there - 1})
     with pytest.raises(InputError, match=rf"{there:,} {words}|has {there:,} {words}"):
+        scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
+
+
+def test_more_comparisons_than_seconds_allow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = MemorySource(corpus()[2])
+    opened = open_checkpoint(source)
+    forms = {form for entry in opened.skip_modules for form, _ in transformers.transformers_skips.keys(entry)}
+    there = len(forms) * len(inspect_checkpoint(opened).linears)
+    monkeypatch.setattr(transformers, "MAX_COMPARISONS", there)
+    scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
+    monkeypatch.setattr(transformers, "MAX_COMPARISONS", there - 1)
+    with pytest.raises(InputError, match=r"has \d+ kinds of entries, too many for \d+ linear modules"):
         scan_checkpoint(open_checkpoint(source), resolve_target("portable"))
 
 

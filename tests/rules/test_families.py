@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import bnbfix
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header, tensor_nbytes
-from bnbfix.engines.engine import matching_entries
 from bnbfix.engines.targets import find_range, resolve_target
 from bnbfix.engines.transformers import transformers_linears, transformers_skips
 from bnbfix.engines.vllm.profiles import find_pattern, load_profile
@@ -23,7 +22,7 @@ from bnbfix.models.detect import read_model
 from bnbfix.models.inspection import inspect_checkpoint
 from bnbfix.planner.choices import find_choices
 from bnbfix.rules.rule import Code, Severity
-from tests.support.build import opened, scan
+from tests.support.build import json_of, opened, read_tensors, scan, write_tensors
 from tests.support.families import SHAPES, dequantize, make_family, quantize
 
 RELEASES = ("0.22.1", "0.27.1", "0.32.0")
@@ -97,7 +96,30 @@ def test_a_repair_loads_in_its_target_and_its_skip_list_reads_alike_in_transform
     entries = inspection.checkpoint.skip_modules
     for linear, module in transformers_linears(inspection.linears, inspection.model):
         if linear.role.kind not in ("lm_head", "expert"):
-            assert bool(matching_entries(entries, module, transformers_skips)) != linear.quantized, module
+            assert any(transformers_skips(e, module) for e in entries) != linear.quantized, module
+
+
+@pytest.mark.parametrize("target", ["0.32.0", "portable"])
+def test_a_model_of_any_depth_is_repaired(target: str, family: Make, tmp_path: Path) -> None:
+    """Models merged from others have had 315 layers, 2,205 linear modules."""
+    source, layers = tmp_path / "deep", 330
+    shutil.copytree(family(LLAMA, "partial"), source)
+    tensors = read_tensors(source / MODEL)
+    deep = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
+    for n in range(layers):  # 0 and 1, again and again
+        one = f"model.layers.{n % 2}."
+        deep |= {name.replace(one, f"model.layers.{n}."): t for name, t in tensors.items() if name.startswith(one)}
+    write_tensors(source / MODEL, deep)
+    with json_of(source) as config:
+        config["num_hidden_layers"] = layers
+    result = scan(source, target)
+    partial = {name for f in result.findings if f.code is Code.PARTIALLY_QUANTIZED for name in f.tensors}
+    assert {f.code for f in result.findings if f.severity > Severity.NOTE} == {Code.PARTIALLY_QUANTIZED}
+    assert len(partial) == 3 * layers // 2
+    bnbfix.repair(source, tmp_path / "out", vllm=target, device="cpu")
+    assert scan(tmp_path / "out", target).ok
+    skip = opened(tmp_path / "out").skip_modules
+    assert {f"model.layers.{n}.self_attn.qkv_proj" for n in range(1, layers, 2)} <= set(skip)
 
 
 def test_a_skip_list_costs_config_json_only(family: Make, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bnbfix.engines.engine import Matches, matching_entries
+from bnbfix.engines.skip_entries import Matches
 from bnbfix.engines.transformers import transformers_skips
 from bnbfix.engines.vllm.skip_entries import vllm_skips
 from bnbfix.rules.skip_list import shortest_prefixes
@@ -87,7 +87,7 @@ def test_prefixes_name_every_unquantized_module_and_no_quantized_one(matches: Ma
     unquantized = [module for module, quantize in states.items() if not quantize]
     quantized = [module for module, quantize in states.items() if quantize]
     entries = tuple(covered(unquantized, quantized, matches))
-    assert [m for m in unquantized if not matching_entries(entries, m, matches)] == []
-    assert [m for m in quantized if matching_entries(entries, m, matches)] == []
+    assert [m for m in unquantized if not any(matches(e, m) for e in entries)] == []
+    assert [m for m in quantized if any(matches(e, m) for e in entries)] == []
     assert all(any(m == e or m.startswith(e + ".") for m in unquantized) for e in entries), "every entry is a prefix"
     assert len(set(entries)) == len(entries)

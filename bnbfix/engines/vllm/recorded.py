@@ -8,7 +8,8 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from ...models.family import Model
-from ..engine import Matches, Place, ReleaseRange, Slot
+from ..engine import Place, ReleaseRange, Slot
+from ..skip_entries import Matches
 from .facts import ModelFacts
 from .profiles import fill_pattern, find_numbers, find_pattern, known_classes, load_profile, overlapping_row
 from .skip_entries import vllm_skips
