@@ -177,7 +177,7 @@ def test_a_dry_load_leaves_no_process(source: Path, tmp_path: Path, number: int,
         f"child = os.fork(); open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); {wait}.sleep(600)",
     )
     done = interrupt(
-        dict(os.environ),
+        os.environ | {"TMPDIR": str(tmp_path)},  # what a killed one leaves goes with it
         *("scan", source, "--dry-load", "--python", python),
         when=lambda: pids.exists() and pids.read_text().count("\n") == 2,
         number=number,
