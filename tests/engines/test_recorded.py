@@ -252,6 +252,10 @@ def test_the_size_of_each_layer(sizes: object, size: int | None) -> None:
     assert evaluate_size("2*sizes.each", partial(read_path, {"sizes": sizes})) == (None if size is None else 2 * size)
 
 
+def test_what_every_user_downloads_stays_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 2_000_000
+
+
 def test_of_a_class_that_was_not_surveyed_nothing_is_known() -> None:
     assert load_profile("NoSuchForCausalLM") is None
     assert find_module("model.layers.0.mlp.up_proj.weight", "NoSuchForCausalLM") is None
