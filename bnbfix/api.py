@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .checkpoint.checkpoint import CONFIG, INDEX, open_checkpoint
 from .checkpoint.source import LocalSource, Progress, Source
 from .engines.engine import ReleaseRange, Target
-from .engines.registry import check_class, engines
+from .engines.registry import engines, find_ranges
 from .engines.targets import resolve_target
 from .engines.vllm.releases import find_installed
 from .errors import BnbfixError, FindingsRemain, NotApplicable, UsageError
@@ -99,7 +99,7 @@ def scan(
     checkpoint = open_checkpoint(_open(path, revision))
     if live is None:
         return scan_checkpoint(checkpoint, target)
-    return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
+    return scan_by_dry_load(checkpoint, target, live.ask(checkpoint))
 
 
 def _open(path: StrPath | Source, revision: str | None) -> Source:
@@ -168,7 +168,7 @@ def check_before_upload(folder: StrPath, vllm: str | None = None) -> ScanResult 
     target = choose_target(vllm)
     try:
         checkpoint = open_checkpoint(source)
-        check_class(read_model(checkpoint.config), target)
+        find_ranges(read_model(checkpoint.config), target)
     except NotApplicable:
         return None
     try:
@@ -223,7 +223,8 @@ def plan_repair(
             members, or "quantize" their unquantized ones, which loses precision.
         out: The folder that the repair will write. If given, it is checked first, as `repair` checks it.
         overwrite: `out` may hold files, which will be replaced.
-        dry_load: Ask a vLLM, as in `scan`, whether it will load the planned output.
+        dry_load: Ask a vLLM, as in `scan`, whether it will load the planned output; about a class that bnbfix does not
+            know, also what it expects.
 
     Returns:
         The plan. `plan.edits` is empty when there is nothing to do.
@@ -247,8 +248,11 @@ def plan_repair(
         check_destination(source, Path(out), overwrite=overwrite)
     options = Options(bf16, MAX_SHARD_SIZE if max_shard_size is None else max_shard_size, partial_groups)
     live = choose_live(dry_load)
-    plan = plan_checkpoint(source, choose_target(vllm, live), options)
-    if live is not None and not plan.nothing_to_do:
+    target = choose_target(vllm, live)
+    if live is not None:
+        live.learn(open_checkpoint(source))
+    plan = plan_checkpoint(source, target, options)
+    if live is not None:
         check_plan(plan, live)
     logger.info("plan for %s: %d edits, %d bytes to write", source.name, len(plan.edits), plan.bytes_written)
     return plan
@@ -351,8 +355,10 @@ def verify(
     if revision is not None and source is None:
         raise UsageError("a revision needs a source on the Hub")
     origin = open_source(source, revision) if source is not None else None
+    if (live := choose_live(dry_load)) is not None:
+        live.learn(open_checkpoint(origin or LocalSource.open(Path(out))))
     result = verify_output(Path(out), origin, progress=progress)
-    if (live := choose_live(dry_load)) is None:
+    if live is None:
         return result
     from .verifier.verify import ask_vllm
 

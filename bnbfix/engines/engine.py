@@ -68,6 +68,7 @@ class Target:
     ranges: tuple[ReleaseRange, ...]
     installed: Installed | None = None  # set when the target is the vLLM installed with bnbfix
     warning: str | None = None  # set when the release is newer than what is known
+    asking: tuple[str, ...] = ()  # options of a command that asks the same vLLM; set when one is asked
 
     @property
     def engine(self) -> str:

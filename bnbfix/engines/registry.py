@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
@@ -32,8 +33,14 @@ def find_refusal(model: Model, release: ReleaseRange) -> str | None:
     return engines()[release.engine].find_refusal(model, release)
 
 
-def check_class(model: Model, target: Target) -> None:
-    """Raises NotApplicable where no release of the target's engine is known to load or refuse the model's class."""
-    name = model.family.architecture
-    if not any(name in r.classes or find_refusal(model, r) for r in engines()[target.engine].ranges):
-        raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)
+def find_ranges(model: Model, target: Target) -> Sequence[ReleaseRange]:
+    """The ranges of which something is known about the model's class: its engine's, or the target's that was asked.
+
+    Raises NotApplicable where there are none.
+    """
+    name, ranges = model.family.architecture, engines()[target.engine].ranges
+    if any(name in r.classes or find_refusal(model, r) for r in ranges):
+        return ranges
+    if any(expect(model, r) for r in target.ranges):
+        return target.ranges
+    raise NotApplicable(f"is a {name:.100}, which bnbfix does not know", where=CONFIG, command=DRY_LOAD)

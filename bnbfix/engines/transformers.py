@@ -111,10 +111,13 @@ def loads_numbered_experts(architecture: str) -> bool:
 
 @lru_cache(1 << 14)
 def find_module(name: str, architecture: str) -> str | None:
-    """The linear module that transformers makes for a tensor of a class's files; None where it makes none."""
+    """The linear module that transformers makes for a tensor of a class's files; None where it makes none.
+
+    Of a class without a profile it is taken to have the tensor's own name, as in most.
+    """
     profile = load_profile(architecture)
     if profile is None:
-        return None
+        return name.removesuffix(".weight")
     others = [key.split("|") for key in profile["aliases"]]
     others += [(elsewhere, here) for here, elsewhere in profile.get("dialects", ())]
     for spelling in (name, *(ours + name[len(theirs) :] for theirs, ours in others if name.startswith(theirs))):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..engines.engine import Target
-from ..engines.registry import check_class, engines
+from ..engines.registry import engines, find_ranges
 from ..engines.targets import target_of
 from ..errors import BnbfixError, NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
@@ -23,6 +23,7 @@ class Choice(NamedTuple):
     """A repair that is possible: for which target, and what it costs."""
 
     target: Target
+    family: str  # the model's class
     bf16: bool
     before: int  # bytes of the checkpoint
     after: int
@@ -39,7 +40,7 @@ def find_choices(checkpoint: Checkpoint, target: Target, scan: ScanResult | None
     """
     try:
         inspection = inspect_checkpoint(checkpoint)
-        check_class(inspection.model, target)
+        find_ranges(inspection.model, target)
     except NotApplicable:  # no rule knows the model; an installed vLLM was asked about it
         return ()
     own = _plan_choice(inspection, target, scan)
@@ -70,5 +71,5 @@ def _plan_choice(
     except BnbfixError as e:
         logger.info("no repair for %s%s: %s", target.name, " in full precision" if bf16 else "", e)
         return None
-    before = sum(plan.checkpoint.source.files.values())
-    return Choice(target, bf16, before, plan.bytes_written, plan.nothing_to_do, plan.config_only)
+    family, before = inspection.model.family.architecture, sum(plan.checkpoint.source.files.values())
+    return Choice(target, family, bf16, before, plan.bytes_written, plan.nothing_to_do, plan.config_only)

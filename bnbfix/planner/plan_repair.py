@@ -85,13 +85,17 @@ def plan_inspection(inspection: Inspection, target: Target, options: Options, sc
 
 
 def check_plan(plan: Plan, live: LiveVllm) -> None:
-    """Asks a vLLM about the output of a plan before it is written; raises Unrepairable when it would not load it."""
-    (answer,) = live.dry_load([open_planned(plan)])
+    """Asks a vLLM about the output of a plan before it is written, or about a source in which no rule finds a fault.
+
+    Raises Unrepairable when it would not load it.
+    """
+    of, checkpoint = ("", plan.checkpoint) if plan.nothing_to_do else ("of the planned output, ", open_planned(plan))
+    (answer,) = live.dry_load([checkpoint])
     if not answer.ok:
         hits = [hit for _, hit in describe_dry_load(answer)]
         name = f"{hits[0].tensors[0]}: " if hits[0].tensors else ""
         raise Unrepairable(
-            f"cannot be repaired for {plan.target.label}: of the planned output, {name}{hits[0].message}",
+            f"cannot be repaired for {plan.target.label}: {of}{name}{hits[0].message}",
             hint="Nothing was written. Please report this, with the output of `bnbfix scan --format json`.",
         )
 

@@ -61,7 +61,14 @@ def repair_commands(model: str, choice: Choice) -> tuple[str, ...]:
     if choice.nothing_to_do:
         return serve_commands(model, choice.target)
     options = ["--bf16"] if choice.bf16 else ["--vllm", choice.target.name]
+    options += ask_again(choice.target, choice.family)
     return (command_line("repair", model, *suggest_place(model, config_only=choice.config_only), *options),)
+
+
+def ask_again(target: Target, family: str) -> tuple[str, ...]:
+    """The options that ask the same vLLM again, where nobody else knows the model's class."""
+    known = any(family in r.classes for r in engines()[target.engine].ranges)
+    return () if known else target.asking
 
 
 def suggest_place(model: str, *, config_only: bool) -> tuple[str, ...]:
@@ -117,8 +124,8 @@ def after_scan(outcome: ScanOutcome) -> Iterator[Step]:
             words += "full precision" if choice.bf16 else choice.target.label
         yield Step(f"{words} ({describe_cost(choice)}):", repair_commands(model, choice))
     if not choices and conclude(outcome).fixable:
-        command = command_line("repair", model, "--out", suggest_output(model), "--vllm", result.target.name)
-        yield Step("Repair it:", (command,))
+        options = ["--vllm", result.target.name, *ask_again(result.target, result.family)]
+        yield Step("Repair it:", (command_line("repair", model, "--out", suggest_output(model), *options),))
     elif not choices:
         worst = max(result.findings, key=lambda f: (f.blocking and f.reason is not None, f.severity))
         yield Step("No repair is known:", (command_line("explain", worst.code.value),))
@@ -140,6 +147,7 @@ def after_repair(result: RepairResult, pushed: Pushed | None) -> Iterator[Step]:
         yield Step("Serve it:", serve_commands(model, plan.target))
     elif result.out is not None:
         source = [] if result.in_place else ["--source", model]
+        source += ask_again(plan.target, plan.scan.family)
         yield Step("Verify it:", (command_line("verify", out, *source),))
         yield Step("Serve it:", serve_commands(out, target))
     elif pushed is not None:
@@ -167,7 +175,8 @@ def next_command(error: BnbfixError, arguments: Sequence[str]) -> str:
     """
     if error.command is not None and not error.command.startswith("--"):
         return error.command
-    if isinstance(error, NotApplicable) and error.command is not None:  # only a scan can ask about other models
+    if isinstance(error, NotApplicable) and error.command is not None and "verify" not in arguments[:1]:
+        # Asked about other models, a scan also says whether they can be repaired.
         return command_line("scan", *arguments[1:2], error.command)
     if error.command is not None:
         return command_line(*arguments, *shlex.split(error.command))

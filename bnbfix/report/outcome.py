@@ -16,6 +16,7 @@ from ..models.detect import read_model
 from ..rules.rule import Code, Severity
 from ..rules.scan import Finding, ScanResult, scan_by_dry_load, scan_checkpoint
 from ..rules.selection import Selection, findings_code
+from ..rules.support import ASKED
 
 if TYPE_CHECKING:
     from ..engines.vllm.live import LiveVllm
@@ -72,7 +73,8 @@ def scan_models(
             outcome = _select_findings(checkpoint, model, result, selection or Selection())
             if with_map and outcome.result and outcome.result.releases:
                 outcome = replace(outcome, layer_map=_draw_map(checkpoint, outcome.result))
-            if with_choices and outcome.result and any(f.blocking for f in outcome.result.findings):
+            findings = outcome.result.findings if outcome.result else ()
+            if with_choices and any(f.blocking and f.code not in ASKED for f in findings):
                 from ..planner.choices import find_choices
 
                 outcome = replace(outcome, choices=find_choices(checkpoint, target, None if live else result))
@@ -87,7 +89,7 @@ def scan_models(
 def _scan_one(checkpoint: Checkpoint, target: Target, live: LiveVllm | None) -> ScanResult:
     if live is None:
         return scan_checkpoint(checkpoint, target)
-    return scan_by_dry_load(checkpoint, target, live.dry_load([checkpoint])[0])
+    return scan_by_dry_load(checkpoint, target, live.ask(checkpoint))
 
 
 def _select_findings(checkpoint: Checkpoint, model: str, result: ScanResult, selection: Selection) -> ScanOutcome:

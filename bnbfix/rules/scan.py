@@ -11,20 +11,21 @@ from ..__version__ import __version__
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quant_state import split_state_tensor
 from ..engines.engine import ReleaseRange, Target
-from ..engines.registry import check_class, engines
+from ..engines.registry import find_ranges
 from ..engines.transformers import check_skip_entries
 from ..engines.vllm.releases import find_installed
 from ..errors import NotApplicable
 from ..models.inspection import Inspection, inspect_checkpoint
 from .manifest import MANIFEST
 from .rule import AFTER_LOADING, CHECKS, RELEASE_INDEPENDENT, Case, Code, Hit, Severity, make_cases
-from .support import describe_dry_load
+from .support import ASKED, describe_dry_load
 
 if TYPE_CHECKING:
     from ..engines.vllm.live import DryLoad
 
 SCHEMA = 1
 NO_RULES = "bnbfix has no rules for this model yet, so it cannot repair it"
+NO_CAUSE = "no rule finds the cause, so there is nothing that a repair in 4 bits would fix; --bf16 may load"
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,15 @@ def scan_inspection(
 ) -> ScanResult:
     """`scan_checkpoint` of a checkpoint that was inspected already, perhaps with the target's own answer to it.
 
-    `judged` are the ranges that get a verdict; by default, the whole table.
+    `judged` are the ranges that get a verdict; by default, all of which something is known.
     """
     checkpoint, model = inspection.checkpoint, inspection.model
-    check_class(model, target)
+    rows = find_ranges(model, target)
     check_skip_entries(checkpoint.skip_modules, len(inspection.linears))
     merged: dict[tuple[Code, Hit], list[ReleaseRange]] = {}
     verdicts = []
     known: dict[Code, list[Hit]] = {}
-    rows = engines()[target.engine].ranges if judged is None else judged
-    for case in make_cases(inspection, rows, target, dry_load):
+    for case in make_cases(inspection, rows if judged is None else judged, target, dry_load):
         hits = find_hits(case, known)
         for code, hit in hits:
             merged.setdefault((code, hit), []).append(case.release)
@@ -248,6 +248,8 @@ def find_hits(case: Case, known: dict[Code, list[Hit]]) -> list[tuple[Code, Hit]
     out = list(_drop_consequences(case, out))
     if case.dry_load is not None and case.dry_load.ok:  # whatever would stop a load or change a weight in it, does not
         out = [(code, hit) for code, hit in out if code in AFTER_LOADING or not hit.severity.counts]
+    if all(code in ASKED for code, hit in out if hit.severity.counts):
+        out = [(code, hit._replace(reason=NO_CAUSE) if code in ASKED else hit) for code, hit in out]
     return out
 
 

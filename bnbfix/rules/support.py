@@ -14,6 +14,7 @@ from .rule import Case, Code, Hit, Severity, names_of, releases_where, rule
 if TYPE_CHECKING:
     from ..engines.vllm.live import DryLoad
 
+ASKED = frozenset({Code.ENGINE_REFUSES, Code.REQUANTIZED_AT_LOAD, Code.REORDERED_AT_LOAD})  # what a dry load says
 _REQUIRES = releases_where(lambda r: r.plugin == "required")
 _REFUSES = releases_where(lambda r: r.plugin == "refused")
 _BOUNDS = ", ".join(f"{plugin} and newer need vLLM {vllm} or newer" for plugin, vllm in plugin_bounds())

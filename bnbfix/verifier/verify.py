@@ -18,7 +18,7 @@ from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.source import LocalSource, Progress, Source, as_remote, read_file
 from ..engines.engine import Target
 from ..engines.targets import resolve_target
-from ..errors import BnbfixError
+from ..errors import BnbfixError, NotApplicable
 from ..kernels.packages import require_packages
 from ..planner.layout import Copy, Dequantize, MadeWeight, ShardPlan, Split
 from ..planner.plan import RECORD, Options, Plan
@@ -119,7 +119,12 @@ def verify_output(out: Path, source: Source | None, progress: Progress | None = 
             problems += _against_hub(remote.sha256 if remote else {}, plan, doc["sha256"])
             decoded = sum(not isinstance(run[0].op, Copy) for s in plan.shards for run in s.runs())
             kept = sum(t.copied for s in plan.shards for t in s.tensors)
-    problems += _fresh_scan(output, target, options)
+    try:
+        problems += _fresh_scan(output, target, options)
+    except NotApplicable as e:
+        if not problems:
+            raise
+        problems.append(Problem(e.where or output.name, None, f"cannot be scanned: {e}"))
     logger.info("%s: %d files hashed, %d differences", out, len(doc["sha256"]), len(problems))
     return VerifyResult(
         out,
@@ -256,6 +261,8 @@ def _fresh_scan(output: Source, target: Target, options: Options) -> Iterator[Pr
             )
             return
         result = scan_checkpoint(checkpoint, target)
+    except NotApplicable:  # its class is known only to the vLLM that the repair was planned with
+        raise
     except BnbfixError as e:
         yield Problem(e.where or output.name, None, f"cannot be scanned: {e}")
         return

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from families import FAMILIES, Family, change
 from profile_builder import build_profile
 
 from bnbfix.checkpoint.safetensors import TensorInfo, build_header
+from bnbfix.engines.vllm import asked
+from bnbfix.engines.vllm.asked import Row, can_be_quantized
 from bnbfix.engines.vllm.process import run_worker
 from bnbfix.engines.vllm.profiles import FOLDER, INDEX, LITERAL, find_pattern
 
@@ -44,30 +47,7 @@ TOWERS = (  # that a class without them may meet in the files of one that has th
 )
 SAMPLE = 8  # tensors of each top-level module are tried under other names
 UNKNOWN = ("bnbfix_unknown", "bnbfix_unknown.weight", "bnbfix_unknown.bias", "bias", "weight", "rotary_emb.inv_freq")
-Row = tuple[str, str, str, list[int], str | None]
-
-
-def describe_tensor(name: str, shape: list[int]) -> list[Row]:
-    """A tensor in full precision, as the worker takes it."""
-    return [(SHARD, name, "BF16", shape, None)]
-
-
-def describe_quantized(name: str, shape: list[int]) -> list[Row]:
-    """A tensor quantized to NF4, with its quant-state tensors."""
-    count = math.prod(shape)
-    state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape})
-    suffix = ".quant_state.bitsandbytes__nf4"
-    return [
-        (SHARD, name, "U8", [(count + 1) // 2, 1], None),
-        (SHARD, name + ".absmax", "F32", [(count + 63) // 64], None),
-        (SHARD, name + ".quant_map", "F32", [16], None),
-        (SHARD, name + suffix, "U8", [len(state)], state),
-    ]
-
-
-def can_be_quantized(name: str, shape: list[int]) -> bool:
-    """Return True for what could be the weight of a linear module, and for one expert's."""
-    return len(shape) == 2 and name.endswith(".weight")
+describe_tensor, describe_quantized = partial(asked.describe_tensor, SHARD), partial(asked.describe_quantized, SHARD)
 
 
 def complete_tensors(tensors: dict[str, list[int]], family: Family) -> dict[str, list[int]]:

@@ -116,6 +116,19 @@ def test_what_a_vllm_says_against_it_is_a_finding(
     assert result.verdict == verdict
     (found,) = [f for f in result.findings if f.code == code]
     assert words in found.message and found.tensors == tensors and found.severity == verdict
+    assert found.fix is None and str(found.reason).startswith("no rule finds the cause")
+
+
+def test_without_a_cause_no_repair_is_proposed(run: Cli, pristine: Make, tmp_path: Path) -> None:
+    asking = ("--dry-load", "--python", fake_python(tmp_path, error="ValueError: no"))
+    done = run("scan", pristine("e4b", "all"), *asking)
+    assert (done.code, done.commands) == (1, ["bnbfix explain BNB501"]) and "--bf16 may load" in done.words
+    done = run("repair", pristine("e4b", "all"), "--out", tmp_path / "out", *asking)
+    assert done.code == 1 and done.error.endswith(
+        "cannot be repaired for vLLM 0.32.0: vLLM 0.32.0 stops: ValueError: no"
+    )
+    done = run("scan", pristine("dense31b", "skip"), *asking)
+    assert done.code == 1 and done.commands[-1].startswith("bnbfix repair "), "what BNB102 says is a cause"
 
 
 def test_a_class_that_no_rule_knows_gets_the_engines_answer(run: Cli, checkpoint: Make, tmp_path: Path) -> None:

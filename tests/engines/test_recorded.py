@@ -258,7 +258,7 @@ def test_what_every_user_downloads_stays_small() -> None:
 
 def test_of_a_class_that_was_not_surveyed_nothing_is_known() -> None:
     assert load_profile("NoSuchForCausalLM") is None
-    assert find_module("model.layers.0.mlp.up_proj.weight", "NoSuchForCausalLM") is None
+    assert find_module("model.layers.0.mlp.up_proj.weight", "NoSuchForCausalLM") == "model.layers.0.mlp.up_proj"
     assert expect(read_model({"architectures": ["NoSuchForCausalLM"]}), row("0.32.0")) is None
 
 

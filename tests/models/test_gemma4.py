@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bnbfix.engines.registry import check_class
+from bnbfix.engines.registry import find_ranges
 from bnbfix.engines.targets import resolve_target
 from bnbfix.errors import InputError, NotApplicable
 from bnbfix.models.detect import read_model
@@ -81,7 +81,7 @@ def test_without_architectures_the_model_type_says_the_family(model_type: str) -
 )
 def test_another_model_is_not_applicable(doc: dict[str, Any], words: str) -> None:
     with pytest.raises(NotApplicable) as caught:
-        check_class(read_model(doc), resolve_target(None))
+        find_ranges(read_model(doc), resolve_target(None))
     assert str(caught.value).startswith("config.json: ") and words in str(caught.value)
     assert len(str(caught.value)) < 200, "an error is one line"
 

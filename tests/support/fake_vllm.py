@@ -17,15 +17,28 @@ for folder, answer in zip(paths[::2], paths[1::2]):
     if what == "dry_load":
         found |= json.loads({given!r})
         {does}
+    if what == "expect":
+        found |= json.loads({expects!r})
     with open(answer, "w") as f:
         json.dump(found, f)
 """
 
 
-def fake_python(folder: Path, *, does: str = "pass", versions: dict[str, Any] | None = None, **given: Any) -> str:
-    """Writes an interpreter whose vLLM answers a dry load with `given`, after a line of Python, `does`."""
+def fake_python(
+    folder: Path,
+    *,
+    does: str = "pass",
+    versions: dict[str, Any] | None = None,
+    expects: dict[str, Any] | None = None,
+    **given: Any,
+) -> str:
+    """Writes an interpreter whose vLLM answers a dry load with `given`, after a line of Python, `does`.
+
+    `expects` is its answer to what it expects of a model; without it, it cannot build one.
+    """
     path = folder / "python-with-vllm"
-    text = SCRIPT.format(python=sys.executable, versions=versions or VERSIONS, given=json.dumps(given), does=does)
+    answers = {"given": json.dumps(given), "expects": json.dumps(expects or {"error": "no"})}
+    text = SCRIPT.format(python=sys.executable, versions=versions or VERSIONS, does=does, **answers)
     path.write_text(text)
     path.chmod(0o755)
     return str(path)

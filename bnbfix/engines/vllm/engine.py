@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...models.family import Model
 from ..engine import DEFAULT, Engine, Expectation, ReleaseRange, Target
-from . import recorded, releases
+from . import asked, recorded, releases
 
 
 class Vllm:
-    """Answers from the profiles and the release table."""
+    """Answers from the profiles and the release table, and from an installed vLLM that was asked."""
 
     name = DEFAULT
     command = ("vllm", "serve")
@@ -19,8 +19,8 @@ class Vllm:
         return releases.ranges()
 
     def expect(self, model: Model, release: ReleaseRange) -> Expectation | None:
-        """What the model's profile says."""
-        return recorded.expect(model, release)
+        """What the model's profile says, or where there is none, the vLLM that was asked."""
+        return recorded.expect(model, release) or asked.find_asked(model, release)
 
     def find_refusal(self, model: Model, release: ReleaseRange) -> str | None:
         """Why none of the releases loads the model's class under bitsandbytes."""

@@ -6,6 +6,7 @@ Any model class works that this vLLM knows. What happens after loading is not se
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,19 +15,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.checkpoint import INDEX, Checkpoint
+from ...checkpoint.checkpoint import CONFIG, INDEX, Checkpoint
 from ...checkpoint.safetensors import build_header
-from ...errors import EngineError, UsageError
+from ...errors import EngineError, NotApplicable, UsageError
+from ...models.inspection import inspect_checkpoint
 from ..engine import Installed, Target
 from ..targets import find_range
+from .asked import QUANTIZATION, find_asked, list_questions, remember
 from .process import Status, run_worker, scratch_folder
+from .recorded import expect, find_refusal
 from .releases import INSTALL, PLUGIN, VLLM_DISTRIBUTIONS, ranges
 
 SECONDS = 600.0
 MAX_MEMORY = 8_000_000_000  # bytes; a 31B takes 1.7 GB
 MAX_COMPANION = 64_000_000  # bytes of a file next to the weights: tokenizer.json has 33 MB
 COMPANIONS = (".json", ".model", ".txt", ".jinja")  # what config, tokenizer and processor are read from
-TENSORS = "bnbfix-tensors.json"  # as inside/dry_load.py reads it
+TENSORS, EXPERIMENTS = "bnbfix-tensors.json", "bnbfix-experiments.json"  # as inside/ reads them
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,47 @@ class LiveVllm:
     @property
     def target(self) -> Target:
         """It as a target; of a release newer than the table, with the newest row."""
-        return Target(self.installed.version, (find_range(self.installed.version) or ranges()[-1],), self.installed)
+        release = find_range(self.installed.version) or ranges()[-1]
+        asking = ("--dry-load", *(("--python", self.python) if self.python else ()))
+        return Target(self.installed.version, (release,), self.installed, asking=asking)
+
+    def ask(self, checkpoint: Checkpoint) -> DryLoad:
+        """What it does with a checkpoint; where that is wrong, a class that has no profile is asked about as well."""
+        (answer,) = self.dry_load([checkpoint])
+        if not answer.ok:
+            try:
+                self.learn(checkpoint)
+            except EngineError as e:
+                logger.warning("vLLM does not say what it expects: %s", e)
+        return answer
+
+    def learn(self, checkpoint: Checkpoint) -> None:
+        """Asks what it expects of the model, if its class has no profile: from then on the rules know.
+
+        Not of a mixture of experts: how its class stores them is not seen from outside.
+        """
+        try:
+            model = inspect_checkpoint(checkpoint).model
+        except NotApplicable:
+            return
+        (release,) = self.target.ranges
+        if model.moe or find_asked(model, release) or expect(model, release) or find_refusal(model, release):
+            return
+        questions = list(list_questions(checkpoint))
+        with scratch_folder() as scratch:
+            folder = Path(scratch) / "model"
+            folder.mkdir()
+            _write_companions(checkpoint, folder)
+            config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+            (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": QUANTIZATION}), "utf-8")
+            (folder / TENSORS).write_text("[]", "utf-8")
+            (folder / EXPERIMENTS).write_text(json.dumps([rows for _, rows in questions]), "utf-8")
+            (answer,) = self._run("expect", [folder])
+        try:
+            if answer["error"] is None and not any(p["experts"] for p in answer["parameters"].values()):
+                remember(model, release, questions, answer)
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
+            raise EngineError(f"vLLM's answer makes no sense ({e})", where=checkpoint.source.name) from e
 
     def dry_load(self, checkpoints: Sequence[Checkpoint]) -> list[DryLoad]:
         """What it does with each checkpoint, up to the first forward pass.
@@ -92,15 +137,13 @@ class LiveVllm:
                 folder.mkdir()
                 _write_companions(checkpoint, folder)
                 (folder / TENSORS).write_text(json.dumps(list(_list_tensors(checkpoint))), "utf-8")
-            answers = run_worker(
-                "dry_load",
-                folders,
-                seconds=self.seconds,
-                python=self.python,
-                max_memory=self.max_memory,
-                status=self.status,
-            )
+            answers = self._run("dry_load", folders)
         return [_read_answer(version, a, c) for a, c in zip(answers, checkpoints, strict=True)]
+
+    def _run(self, what: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
+        return run_worker(
+            what, folders, seconds=self.seconds, python=self.python, max_memory=self.max_memory, status=self.status
+        )
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
