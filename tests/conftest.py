@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+import hypothesis
 import pytest
 import tiny_gemma4
 
@@ -29,6 +30,11 @@ for module in pkgutil.walk_packages(bnbfix.__path__, "bnbfix."):  # first import
 # In the background of a shell SIGINT is ignored, and so it would be by every command that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# However slow or busy a machine is, that is no failure.
+hypothesis.settings.register_profile("any", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any")
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ WHERE = "m.safetensors: a.weight"
 NF4, FP4 = ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"
 SINGLE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 64]}
 NESTED = SINGLE | {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.03125}
-QUICK = settings(deadline=None, derandomize=True, database=None)
+QUICK = settings(derandomize=True, database=None)
 StateTensors = dict[str, TensorInfo]
 
 

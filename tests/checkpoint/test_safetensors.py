@@ -32,7 +32,7 @@ from tests.fuzz.structure import HOSTILE, mutated_file
 from tests.support.surgery import pack
 
 GOOD = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
-QUICK = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 def parse(raw: bytes, data: int = 0) -> Header:

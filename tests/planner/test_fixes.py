@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnbfix.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -698,7 +698,7 @@ def mixed(pristine: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("family", ["dense31b", "e4b", "text"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_mixture_of_quantized_and_unquantized_with_any_skip_list_is_repaired(
     family: str, data: st.DataObject, mixed: dict[str, tuple[Path, Tensors, Tensors]]

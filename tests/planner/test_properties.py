@@ -123,7 +123,7 @@ def wrong_tensors(source: Tensors, output: Tensors) -> list[str]:
     return wrong + [name for name, t in output.items() if name not in source and t not in known]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), database=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
     st.sampled_from(QUANTS),

@@ -48,7 +48,7 @@ def place_of(checkpoint: Checkpoint, release: str, name: str) -> Place:
 
 
 @pytest.mark.parametrize("family", LOADING)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), mutate=st.sampled_from(MUTATIONS))
 def test_a_mutation_is_never_said_to_load(
     family: str, loading: dict[str, Checkpoint], seed: int, mutate: object
@@ -78,7 +78,7 @@ def beyond(checkpoint: Checkpoint, choose: random.Random) -> tuple[str, Checkpoi
 
 
 @pytest.mark.parametrize("family", LOADING)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), mutate=st.sampled_from((*MUTATIONS, beyond)))
 def test_releases_that_share_a_reading_read_alike(
     family: str, loading: dict[str, Checkpoint], seed: int, mutate: object

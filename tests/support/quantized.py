@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from bnbfix.checkpoint.quant_state import BLOCKSIZES, DTYPES, NestedState, QuantState
@@ -24,7 +24,7 @@ INTEGER = {2: "<u2", 4: "<u4"}
 
 
 def examples(n: int) -> settings:
-    return settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    return settings(max_examples=n)
 
 
 @dataclass
