@@ -14,7 +14,7 @@ Matches = Callable[[str, str], bool]  # (skip entry, module name): does the entr
 
 
 class SkipReader(ABC):
-    """A `Matches` with forms and keys."""
+    """A `Matches` whose entries can be looked up by their forms and keys."""
 
     @abstractmethod
     def __call__(self, entry: str, module: str) -> bool:

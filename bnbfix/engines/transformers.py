@@ -23,7 +23,7 @@ MAX_REPETITIONS = 2
 MAX_ALTERNATIVES = 2
 MAX_NAME_LENGTH = 128  # real module names have half of that
 MAX_REPEATING_ENTRIES = 20  # with more than one repetition each; they are slow, and real checkpoints have none
-MAX_COMPARISONS = 10_000_000  # of forms of skip entries with modules, which takes seconds
+MAX_COMPARISONS = 10_000_000  # of the forms of skip entries with modules; this many take about 15 s
 _SPECIAL = re.compile(r"[\\^$*+?{}\[\]()|]")  # in a regular expression; a dot is as well
 # A repeated group, a reference back to one, or what begins with "(?", such as a comment between a group and its star.
 _GROUPS = re.compile(r"\)\s*[*+{?]|\\[1-9]|\(\?(?!:)")

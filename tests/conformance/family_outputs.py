@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path) -> None:
-    """Has an environment answer the jobs; ends all where that process itself ends early."""
+    """Has an environment answer the jobs; exits where its process ends with an error."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as f, log.open("a") as output:
         json.dump([list(map(str, job)) for job in jobs], f)
         f.flush()
@@ -34,7 +34,7 @@ def run_inside(python: Path, what: str, jobs: list[tuple[Path, Path]], log: Path
         command = [str(python), "-W", "ignore", str(HERE / "ask_model.py"), what, f.name]
         done = subprocess.run(command, env=env, stdout=output, stderr=output)
     if done.returncode:
-        sys.exit(f"{python} ask_model.py {what} ended with status {done.returncode}; what it printed is in {log}")
+        sys.exit(f"{python}: ask_model.py {what} ended with status {done.returncode}; its output is in {log}")
 
 
 def choose_folders(sources: list[Path], release: str, scratch: Path) -> dict[Path, Path]:

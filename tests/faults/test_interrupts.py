@@ -65,7 +65,7 @@ def interrupt(
     command = [sys.executable, "-c", START + script + MAIN, *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: when() or process.poll() is not None, "its begin")
+        wait_for(lambda: when() or process.poll() is not None, "its start")
         for _ in range(times):
             process.send_signal(number)
             time.sleep(0.1)

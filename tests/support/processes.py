@@ -15,12 +15,12 @@ def wait_for(happened: Callable[[], bool], what: str) -> None:
 
 
 def wait_for_end(pids: list[int]) -> None:
-    """Waits for processes that were killed, by whoever is not their parent: the kernel ends them a little later."""
+    """Waits for killed processes that are not our children: the kernel ends them a few milliseconds later."""
     wait_for(lambda: not any(is_alive(pid) for pid in pids), f"the end of {pids}")
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs. One that has ended is a zombie until its parent, which may never do so, reaps it."""
+    """Return True if a process runs. One that has ended is a zombie until its parent reaps it, which may be never."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
     except OSError:

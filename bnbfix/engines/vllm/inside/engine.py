@@ -208,8 +208,8 @@ def build_skeleton(folder: str, prepare: Look = lambda config: None) -> tuple[An
     config = EngineArgs(model=folder, skip_tokenizer_init=True, **options).create_engine_config()
     prepare(config)
     with current_config(config):
-        # A group of one meets in memory: at a port it could meet another, whose process found the same one free.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        # In memory, since two processes that look for a free port at the same time could find the same one.
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch does not export it by name
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         init_distributed_environment(1, 0, local_rank=0, backend="gloo")
         ensure_model_parallel_initialized(1, 1)
