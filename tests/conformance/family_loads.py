@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import SECONDS, choose_releases, environment, make_parser
+from cells import ROOT, SECONDS, choose_releases, environment, make_parser
 from dry_loads import compare, open_folder, verdict, words, write_repair
 from families import FAMILIES
 from make_family import FORMS, LISTS
@@ -122,7 +123,8 @@ def load_release(
             real += compare_real(python, release, [(outs[s], originals[s]) for s in written], repaired)
         if options.transformers and written:
             pairs = [path for s in written for path in (s, outs[s])]
-            subprocess.run([referee, Path(__file__).with_name("same_outputs.py"), *pairs], check=False)
+            command = [referee, Path(__file__).with_name("same_outputs.py"), *pairs]
+            subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     out = {}
     for name, folders in sources.items():
         faults = [f"{s.name}: {fault}" for s in folders for fault in compare(s, release, before[s])]
